@@ -1,0 +1,47 @@
+# `make help` lists what there is to make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL ?= llama-2-7b
+LIMIT ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench reproduce-gsm8k clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install the package with its exact versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## LoRA-16, QLoRA and LoftQ on a small real model: one table, one plot (minutes, after the downloads)
+	$(BIN)/python -m loftq_exp -m experiment=demo-lora,demo-qlora,demo-loftq
+
+test: $(STAMP) ## the fast tests
+	$(BIN)/python -m pytest -q
+
+test-all: $(STAMP) ## all tests, also the slow ones that fetch real weights; draws new examples
+	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q -m ''
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/performance.md
+	$(BIN)/python benchmarks/initialisation.py
+
+reproduce-gsm8k: $(STAMP) ## GSM8K rows of the paper (MODEL=llama-2-7b, LIMIT=rows): measured beside published; needs a GPU
+	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_gsm8k)' $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
+
+clean: ## remove runs, sweeps, the cache and build leftovers
+	rm -rf outputs/runs outputs/sweeps outputs/cache dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis

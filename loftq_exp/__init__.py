@@ -1,0 +1,37 @@
+"""Experiments with LoftQ: LoRA-fine-tuning-aware quantization.
+
+`loftq_init` initialises one weight; `run(compose(overrides))` does what the command does with these overrides.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loftq_exp.cli import compose
+    from loftq_exp.config import RunConfig
+    from loftq_exp.errors import UserError
+    from loftq_exp.loftq import loftq_init
+    from loftq_exp.pipeline import RunResult, run
+
+__version__ = version("loftq_exp")
+__all__ = ["RunConfig", "RunResult", "UserError", "__version__", "compose", "loftq_init", "run"]
+
+_PLACES = {
+    "RunConfig": "loftq_exp.config",
+    "RunResult": "loftq_exp.pipeline",
+    "UserError": "loftq_exp.errors",
+    "compose": "loftq_exp.cli",
+    "loftq_init": "loftq_exp.loftq",
+    "run": "loftq_exp.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch and transformers takes seconds, which `--help` and a typo should not cost.
+    if name in _PLACES:
+        import importlib
+
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from loftq_exp.cli import main
+
+main()

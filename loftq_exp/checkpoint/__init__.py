@@ -1,0 +1,1 @@
+"""From a pre-trained checkpoint to an initialised one, one weight at a time."""

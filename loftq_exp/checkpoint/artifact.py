@@ -1,0 +1,145 @@
+"""The initialised checkpoint as a folder: a place that is whole or absent, and the small files around the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from peft import LoraConfig, TaskType
+
+from loftq_exp.checkpoint.layout import TASK_TYPES, Layout, load_config
+from loftq_exp.checkpoint.source import Source
+from loftq_exp.config import RunConfig
+from loftq_exp.errors import UserError
+
+REPORT = "init_report.json"
+ADAPTER = "loftq_init"
+_CARRIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+            "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """An initialised checkpoint on disk: its folder and what init_report.json says."""
+
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Size of the stored backbone's weight files."""
+        return sum(path.stat().st_size for path in self.folder.glob("model*.safetensors"))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the stored factors."""
+        return (self.folder / ADAPTER / "adapter_model.safetensors").stat().st_size
+
+
+def read_artifact(folder: Path) -> Initialised | None:
+    """The initialised checkpoint in `folder`, or None where there is none: the report is there only when all else is."""
+    try:
+        report = json.loads((folder / REPORT).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        raise UserError(f"{folder / REPORT}: not a report in JSON; delete {folder} to make it again")
+    return Initialised(folder, report)
+
+
+@contextmanager
+def exclusive(final: Path) -> Iterator[None]:
+    """Holds the right to write `final`: other processes wait, and find it done."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(final.parent / f".{final.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"save_dir={final.parent}: cannot be written ({error.strerror}); set another save_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `final` when the block ends, and leaves nothing where it fails.
+
+    To be used under `exclusive`. What a killed process left is removed first. Raises UserError where `final` is no
+    initialised checkpoint: what somebody else put there is not ours to replace.
+    """
+    if final.exists() and not (final / REPORT).is_file() and not _is_empty(final):
+        raise UserError(f"save_dir={final.parent}: {final.name} in it is no initialised checkpoint (it has no {REPORT}); "
+                        "move it away or set another save_dir")  # fmt: skip
+    partial = final.parent / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        replaced = final.parent / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"save_dir={final.parent}: cannot be written ({error.strerror}); "
+                        "free space there or set another save_dir") from None  # fmt: skip
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not any(place.iterdir())
+
+
+def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout, config: RunConfig) -> None:
+    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config."""
+    model_config = load_config(source.folder, config.model.trust_remote_code)
+    dtype: torch.dtype = getattr(torch, config.save_dtype)
+    model_config.dtype = dtype
+    if config.save_format == "bnb4":
+        model_config.quantization_config = bnb4_config(layout.other_linears, dtype)
+    model_config.save_pretrained(folder)
+    for pattern in _CARRIED:
+        for path in source.folder.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    quant = config.quant
+    alpha = quant.lora_alpha
+    adapter = LoraConfig(
+        task_type=TaskType(TASK_TYPES[config.model.kind]),
+        base_model_name_or_path=str(final.resolve()),
+        r=quant.rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides; any number will do
+        lora_dropout=quant.dropout,
+        target_modules=list(layout.target_modules),
+        init_lora_weights=True,  # the factors are in the file; PEFT must not compute others
+        inference_mode=True,
+    )
+    # PEFT's own writer would put the target modules in the order of a set, another one in every process.
+    text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
+    (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How transformers loads all linear layers but `other_linears` as bitsandbytes NF4 layers."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,  # a second quantization of the scales would move the values
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(other_linears) or ["lm_head"],
+    )

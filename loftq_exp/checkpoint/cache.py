@@ -1,0 +1,218 @@
+"""Decompositions found before, addressed by content.
+
+The key of a weight's result is a digest of the weight's own bytes and of all that shapes the result: quantizer, bits,
+block size, scale type, rank, steps, solver and its version. Two runs, sweeps, revisions or machines that share a weight
+therefore share its result, whatever the model is called. alpha is not in the key: factors are kept for s = 1.
+
+An entry is one safetensors file, written beside its place and renamed into it, with a checksum of all it holds. A damaged
+entry is dropped, said so, and computed again. Any number of processes may share a folder. Taking an entry renews its
+time of modification, so that pruning (loftq_exp.cache) knows what was of use last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from loftq_exp.checkpoint.writer import tensor_bytes
+from loftq_exp.errors import UserError
+from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Quantized, Quantizer
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Counted up whenever the meaning of a key or an entry changes."""
+
+_DAY = 24 * 3600.0
+_BESIDE = re.compile(r"\..+\.safetensors\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
+"""Name of a file that is being written: of what entry, on what machine, by what process."""
+
+
+class DamagedEntry(Exception):
+    """An entry whose content is not what its checksum says."""
+
+
+def weight_digest(weight: torch.Tensor) -> str:
+    """Digest of a weight's bytes, type and shape."""
+    digest = hashlib.blake2b(f"{weight.dtype} {tuple(weight.shape)} ".encode(), digest_size=20)
+    digest.update(tensor_bytes(weight))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that shapes a weight's result besides the weight: one recipe serves every weight of a run."""
+
+    quantizer: Quantizer
+    rank: int
+    steps: int
+    solver: str
+
+    def key(self, digest: str, steps: int | None = None) -> str:
+        """The address of the result for the weight with this digest, after `steps` steps instead of the recipe's own."""
+        text = json.dumps(self.shaping(digest, self.steps if steps is None else steps), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+    def shaping(self, digest: str, steps: int) -> dict[str, Any]:
+        """What a key is the digest of, in plain containers. An entry holds it too, to tell people what it is."""
+        shaping: dict[str, Any] = {
+            "format": FORMAT,
+            "weight": digest,
+            "steps": steps,
+            "quantizer": self.quantizer.identity,
+        }
+        if steps:  # quantization alone depends on neither rank nor solver
+            shaping |= {"rank": self.rank, "solver": self.solver, "solver_version": SOLVER_VERSION}
+        return shaping
+
+
+class DecompositionCache:
+    """The entries in one folder. Every method may be called by many processes at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "decompositions"
+
+    def find(self, recipe: Recipe, digest: str) -> Decomposition | None:
+        """The result with the most steps up to the recipe's; a shorter one can be continued. None where there is none.
+
+        Raises UserError where an entry is there and must not be read.
+        """
+        for steps in range(recipe.steps, 0 if recipe.steps else -1, -1):
+            path = self.path(recipe.key(digest, steps))
+            try:
+                found = read_entry(path)
+            except FileNotFoundError:
+                continue
+            except DamagedEntry as damage:
+                log.warning("cache: %s is damaged (%s): dropped, and computed again", path, damage)
+                path.unlink(missing_ok=True)
+                continue
+            except OSError as error:
+                raise UserError(f"cache_dir={self.folder.parent}: {path} cannot be read ({error.strerror}); "
+                                "mend that or set another cache_dir") from None  # fmt: skip
+            with contextlib.suppress(OSError):  # pruned meanwhile, or somebody else's
+                os.utime(path)
+            return found
+        return None
+
+    def put(self, recipe: Recipe, digest: str, result: Decomposition) -> None:
+        """Keeps a result. Raises UserError where the folder cannot be written."""
+        path = self.path(recipe.key(digest))
+        beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(_encoded(path.stem, recipe.shaping(digest, recipe.steps), result))
+            beside.replace(path)
+        except OSError as error:
+            raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
+                            "free space there or set another cache_dir") from None  # fmt: skip
+        finally:
+            with contextlib.suppress(OSError):  # where nothing could be written, nothing is there
+                beside.unlink()
+
+    def path(self, key: str) -> Path:
+        """Where the entry with this key lies."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def entries(self) -> Iterator[Path]:
+        """Every entry's path, sorted."""
+        yield from sorted(self.folder.glob("??/*.safetensors"))
+
+    def leftovers(self) -> Iterator[Path]:
+        """Half-written files whose process is gone: killed on this machine, or on another one more than a day ago."""
+        for path in sorted(self.folder.glob("??/.*.tmp")):
+            with contextlib.suppress(FileNotFoundError):  # renamed into its place meanwhile
+                writer = _BESIDE.fullmatch(path.name)
+                dead = writer and writer["host"] == socket.gethostname() and not _alive(int(writer["pid"]))
+                if dead or time.time() - path.stat().st_mtime > _DAY:
+                    yield path
+
+
+def read_entry(path: Path) -> Decomposition:
+    """The decomposition in an entry. Raises FileNotFoundError, or DamagedEntry where it is not whole and sound."""
+    data = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        meta = json.loads(data[8 : 8 + length])["__metadata__"]
+        entry = json.loads(meta["entry"])
+        checksum = meta["checksum"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEntry(f"not a whole file: {error}") from None
+    if checksum != _checksum(tensors, meta["entry"]) or entry["key"] != path.stem:
+        raise DamagedEntry("its checksum differs")
+    codes = tensors["codes"]
+    if entry["packed"]:
+        codes = torch.stack((codes >> 4, codes & 15), -1).reshape(-1)
+    shape = entry["shape"]
+    codes = codes[: shape[0] * shape[1]].reshape(shape)
+    return Decomposition(
+        quantized=Quantized(codes, tensors["scales"]),
+        lora_A=tensors["lora_A"],
+        lora_B=tensors["lora_B"],
+        errors=tuple(entry["errors"]),
+        norm=entry["norm"],
+    )
+
+
+def describe_entry(path: Path) -> dict[str, Any]:
+    """What an entry says of itself: `recipe` (see Recipe.shaping), `shape`, `errors`. Its tensors are not read or checked.
+
+    Raises FileNotFoundError, or DamagedEntry where it cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            described: dict[str, Any] = json.loads(file.metadata()["entry"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEntry(f"not a whole file: {error}") from None
+    return described
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _encoded(key: str, recipe: dict[str, Any], result: Decomposition) -> bytes:
+    codes = result.quantized.codes.cpu().reshape(-1)
+    packed = int(codes.max()) < 16 if codes.numel() else False
+    if packed:
+        pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).reshape(-1, 2)
+        codes = (pairs[:, 0] << 4) | pairs[:, 1]
+    tensors = {
+        "codes": codes.contiguous(),
+        "scales": result.quantized.scales.cpu().contiguous(),
+        "lora_A": result.lora_A.cpu().contiguous(),
+        "lora_B": result.lora_B.cpu().contiguous(),
+    }
+    entry = json.dumps({"key": key, "recipe": recipe, "shape": list(result.quantized.codes.shape), "packed": packed,
+                        "errors": list(result.errors), "norm": result.norm})  # fmt: skip
+    return safetensors.torch.save(tensors, metadata={"entry": entry, "checksum": _checksum(tensors, entry)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor], entry: str) -> str:
+    digest = hashlib.blake2b(entry.encode(), digest_size=20)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()

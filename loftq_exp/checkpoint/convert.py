@@ -1,0 +1,310 @@
+"""The quantize stage: a pre-trained checkpoint becomes an initialised one, one weight at a time.
+
+Only the weight at hand is in memory. It is found in the cache or decomposed, and its backbone values and factors go
+straight to their place in the output files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_exp.checkpoint.artifact import (
+    ADAPTER,
+    REPORT,
+    Initialised,
+    exclusive,
+    read_artifact,
+    write_surroundings,
+    written_whole,
+)
+from loftq_exp.checkpoint.cache import FORMAT, DecompositionCache, Recipe, weight_digest
+from loftq_exp.checkpoint.layout import Layout, Target, find_layout
+from loftq_exp.checkpoint.source import Source
+from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
+from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.device import compute_device, peak_memory
+from loftq_exp.errors import UserError
+from loftq_exp.loftq import (
+    QUANTIZER_VERSION,
+    SOLVER_VERSION,
+    Decomposition,
+    Quantizer,
+    decompose,
+    kaiming_uniform_A,
+    make_quantizer,
+)
+from loftq_exp.progress import Advance, progress
+from loftq_exp.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What became of one weight: `errors[0]` is the relative error of quantization alone, `errors[t]` after step t."""
+
+    name: str
+    shape: tuple[int, int]
+    digest: str
+    bits: int
+    rank: int
+    errors: tuple[float, ...]
+    seconds: float
+    cache_hit: bool
+    steps_computed: int
+
+
+def initialise(source: Source, config: RunConfig) -> Initialised:
+    """The initialised checkpoint of `source` under config.init_dir, made where it is not there yet.
+
+    Raises UserError for a checkpoint that does not fit the settings, and for a place that cannot be written.
+    """
+    final = config.init_dir
+    key = init_key(source, config)
+    with exclusive(final):
+        found = read_artifact(final)
+        if found and found.report.get("key") == key:
+            log.info("quantize: %s is there: %d weights, 0 computed", final, len(found.report["weights"]))
+            return found
+        with open_tensors(source.folder) as tensors:
+            shapes = {name: tensors.shape(name) for name in tensors.names}
+            layout = find_layout(source.folder, config.model.kind, shapes, config.model.trust_remote_code)
+            check_fit(layout, config)
+            if found:
+                log.info("quantize: %s holds another initialisation, which this one replaces", final)
+            began = time.perf_counter()
+            with written_whole(final) as folder:
+                weights = _write_weights(folder, tensors, layout, config)
+                write_surroundings(folder, final, source, layout, config)
+                report = _report(key, source, config, layout, weights)
+                report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+                text = json.dumps(report, indent=1)
+                (folder / REPORT).write_text(text + "\n")
+    report = json.loads(text)  # the very containers that a later run reads: lists, no tuples
+    totals = report["totals"]
+    log.info("quantize: %s: %d weights, %d computed, %d from the cache, mean relative error %.4f (quantization alone %.4f)",
+             final, len(weights), totals["computed"], totals["cache_hits"], totals["mean_error"],
+             totals["mean_error_quantized"])  # fmt: skip
+    return Initialised(final, report)
+
+
+def init_key(source: Source, config: RunConfig) -> str:
+    """Digest of all that shapes an initialised checkpoint: the source's files, the settings and our own versions."""
+    files = sorted(path for path in source.folder.iterdir() if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    quant = dataclasses.asdict(config.quant)
+    return digest_of([str(source.folder.resolve()), stats, config.model.kind, quant, config.save_dtype, config.save_format,
+                      config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION])  # fmt: skip
+
+
+def check_fit(layout: Layout, config: RunConfig) -> None:
+    """Raises UserError where rank, block size or storage do not fit a target's shape or class."""
+    quant = config.quant
+    for target in layout.targets:
+        if quant.rank > min(target.shape):
+            raise UserError(f"quant.rank={quant.rank}: {target.module} is {target.shape[0]} x {target.shape[1]}; "
+                            f"choose a rank of at most {min(min(t.shape) for t in layout.targets)}")  # fmt: skip
+        if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
+            raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
+                            f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
+    if config.save_format == "bnb4" and layout.left_dense:
+        raise UserError(
+            f"save_format=bnb4: transformers loads {layout.left_dense[0]} only as a dense layer; use save_format=dense"
+        )
+
+
+def _write_weights(folder: Path, tensors: CheckpointTensors, layout: Layout, config: RunConfig) -> list[WeightReport]:
+    targets = {target.tensor: target for target in layout.targets}
+    names = _written_names(tensors, layout)
+    backbone = _backbone_specs(names, tensors, targets, config)
+    (folder / ADAPTER).mkdir()
+    worker = _Worker(config)
+    reports: list[WeightReport] = []
+    with (
+        SafetensorsWriter(folder, backbone) as out,
+        SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, config), "adapter_model") as adapter,
+        progress("quantize") as advance,
+    ):
+        for name in names:
+            weight = tensors.read(name)
+            if name not in targets:
+                out.write(name, weight)
+                continue
+            values, lora_A, lora_B, report = worker.initialise(targets[name], weight)
+            for stored, tensor in _stored(name, values, config).items():
+                out.write(stored, tensor)
+            adapter.write(_adapter_name(targets[name], "A"), lora_A)
+            adapter.write(_adapter_name(targets[name], "B"), lora_B)
+            reports.append(report)
+            _tell(advance, reports, len(targets))
+    return reports
+
+
+class _Worker:
+    """Turns weights into backbone values and factors, by way of the cache."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.quant, self.seed = config.quant, config.seed
+        self.dtype = getattr(torch, config.save_dtype)
+        self.device = compute_device(config.device)
+        self.cache = DecompositionCache(config.cache_path)
+        self.quantizer: Quantizer | None = None
+        if config.quant.type != "none":
+            self.quantizer = make_quantizer(config.quant.type, config.quant.bits, config.quant.block_size, self.dtype)
+
+    def initialise(
+        self, target: Target, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, WeightReport]:
+        """Backbone values (save_dtype), A (r x in) and B (out x r) as PEFT stores them, and the report."""
+        began = time.perf_counter()
+        digest = weight_digest(weight)
+        quant, (rows, columns) = self.quant, target.shape
+        hit, computed = False, 0
+        lora_A, lora_B = _random_A(quant.rank, columns, self.seed, target.module), torch.zeros(rows, quant.rank)
+        if self.quantizer is None:
+            values = weight.to(self.dtype)
+            wide = weight.double()
+            errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
+        else:
+            result, hit, computed = self._decomposed(target, weight, digest, self.quantizer)
+            values = self.quantizer.decode(result.quantized).to(self.dtype)
+            errors = result.errors
+            if quant.iter:
+                share = math.sqrt(
+                    quant.scaling
+                )  # s is absorbed evenly, so that s B A is the fitted product for any alpha
+                lora_A, lora_B = result.lora_A / share, result.lora_B / share
+        seconds = time.perf_counter() - began
+        report = WeightReport(
+            target.module, target.shape, digest, quant.bits, quant.rank, errors, seconds, hit, computed
+        )
+        return values.cpu(), lora_A.cpu(), lora_B.cpu(), report
+
+    def _decomposed(
+        self, target: Target, weight: torch.Tensor, digest: str, quantizer: Quantizer
+    ) -> tuple[Decomposition, bool, int]:
+        recipe = Recipe(quantizer, self.quant.rank, self.quant.iter, self.quant.solver)
+        found = self.cache.find(recipe, digest)
+        if found and found.steps == recipe.steps:
+            return found, True, 0
+        try:
+            result = decompose(weight.to(self.device), quantizer, recipe.rank, recipe.steps, recipe.solver, start=found)
+        except UserError as error:
+            raise UserError(f"model.path: weight {target.tensor}: {error}") from None
+        self.cache.put(recipe, digest, result)
+        return result, False, recipe.steps - (found.steps if found else 0)
+
+
+def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
+    """A as LoRA draws it, from the run's seed and the module's name alone: the order of the weights does not matter."""
+    stream = hashlib.blake2b(f"{seed} {module}".encode(), digest_size=8).digest()
+    return kaiming_uniform_A((rank, columns), int.from_bytes(stream, "little") >> 1)
+
+
+def _written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
+    """The names to write: not those of a head that the model class lacks, and what a .bin holds under several names only
+    under the first where the model ties its embeddings."""
+    if layout.foreign:
+        log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
+    foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
+    tied = tensors.tied() if layout.ties_embeddings else {}
+    names: list[str] = []
+    stored: set[str] = set()
+    for name in tensors.names:
+        value = tied.get(name, name)
+        if name not in foreign and (value not in stored or name in targets):
+            names.append(name)
+            stored.add(value)
+    return names
+
+
+def _backbone_specs(
+    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], config: RunConfig
+) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    parts: dict[tuple[int, int], dict[str, TensorSpec]] = {}
+    dtype = getattr(torch, config.save_dtype)
+    for name in names:
+        if name not in targets:
+            specs[name] = TensorSpec(tensors.dtype(name), tensors.shape(name))
+            continue
+        shape = targets[name].shape
+        if shape not in parts:  # the parts' sizes follow from the shape alone; a weight of zeros shows them
+            zeros = _stored("", torch.zeros(shape, dtype=dtype), config)
+            parts[shape] = {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
+        specs |= {name + part: spec for part, spec in parts[shape].items()}
+    return specs
+
+
+def _stored(name: str, values: torch.Tensor, config: RunConfig) -> dict[str, torch.Tensor]:
+    """The tensors that stand for one target in the file: its values, or bitsandbytes' packed form of the same values."""
+    if config.save_format == "dense":
+        return {name: values}
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(values, blocksize=config.quant.block_size, quant_type="nf4")
+    return {name: codes} | {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
+
+
+def _adapter_name(target: Target, factor: str) -> str:
+    return f"base_model.model.{target.module}.lora_{factor}.weight"
+
+
+def _adapter_specs(layout: Layout, config: RunConfig) -> dict[str, TensorSpec]:
+    rank = config.quant.rank
+    specs = {}
+    for target in layout.targets:
+        specs[_adapter_name(target, "A")] = TensorSpec(torch.float32, (rank, target.shape[1]))
+        specs[_adapter_name(target, "B")] = TensorSpec(torch.float32, (target.shape[0], rank))
+    return specs
+
+
+def _tell(advance: Advance, reports: list[WeightReport], total: int) -> None:
+    mean = sum(report.errors[-1] for report in reports) / len(reports)
+    hits = sum(report.cache_hit for report in reports)
+    advance(len(reports), total, f"mean relative error {mean:.4f}, {hits} from the cache")
+
+
+def _report(key: str, source: Source, config: RunConfig, layout: Layout, weights: list[WeightReport]) -> dict[str, Any]:
+    quant = config.quant
+    values = sum(math.prod(weight.shape) for weight in weights)
+    return {
+        "format": 1,
+        "key": key,
+        "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind},
+        "quant": dataclasses.asdict(quant) | {"scaling": quant.scaling, "save_dtype": config.save_dtype,
+                                              "save_format": config.save_format},
+        "target_modules": list(layout.target_modules),
+        "other_linears": list(layout.other_linears),
+        "totals": {
+            "weights": len(weights),
+            "values": values,
+            "computed": sum(not weight.cache_hit for weight in weights) if quant.type != "none" else 0,
+            "cache_hits": sum(weight.cache_hit for weight in weights),
+            "mean_error_quantized": sum(weight.errors[0] for weight in weights) / len(weights),
+            "mean_error": sum(weight.errors[-1] for weight in weights) / len(weights),
+            "bits_per_weight": bits_per_weight(config),
+        },
+        "weights": [dataclasses.asdict(weight) for weight in weights],
+        "provenance": provenance(),
+    }  # fmt: skip
+
+
+def bits_per_weight(config: RunConfig) -> float:
+    """Bits that one quantized value needs, its share of the block's scales included (int8's per-row scales are not)."""
+    quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
+    if quant.type in ("none", "int", "uniform-clipped"):
+        return float(quant.bits)
+    numbers = 2 if quant.type == "uniform" else 1
+    return quant.bits + numbers * scale_bits / quant.block_size

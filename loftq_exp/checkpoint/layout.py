@@ -1,0 +1,159 @@
+"""Which weights of a checkpoint are quantized and adapted: every linear layer of every block.
+
+Taken from the model class itself, built without memory on the meta device, so that no family needs a list of names.
+Embeddings, heads and poolers lie outside the blocks and pass through unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from loftq_exp.errors import UserError
+
+AUTO_CLASSES: dict[str, Any] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
+TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+"""PEFT's name for each kind of model."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to quantize: its module in the model, its tensor in the checkpoint, its shape (out, in)."""
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The targets of a checkpoint, and what PEFT and bitsandbytes need to find exactly these."""
+
+    targets: tuple[Target, ...]
+    target_modules: tuple[str, ...]
+    """The shortest module name endings that match the targets and nothing else."""
+    other_linears: tuple[str, ...]
+    """Linear layers outside the blocks, which stay dense."""
+    left_dense: tuple[str, ...]
+    """Targets that transformers leaves dense when it loads 4-bit layers: those that are not exactly `nn.Linear`
+    (falcon's), and those that the model class keeps in float32 (t5's `wo`)."""
+    foreign: tuple[str, ...]
+    """Tensors of a head that the model class lacks, such as that of pre-training: it would refuse or ignore them."""
+    ties_embeddings: bool
+    """Whether the model uses one tensor for its input and output embeddings."""
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
+    """The checkpoint's transformers config; raises UserError where transformers does not know it."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise UserError(
+            f"model.path: transformers cannot read the config in {folder} ({error}); check the folder"
+        ) from None
+
+
+def find_layout(
+    folder: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
+) -> Layout:
+    """The layout of the checkpoint in `folder`, loaded as `kind`, whose tensors have the given `shapes` by name.
+
+    Raises UserError where the model class has no blocks of linear layers, or the tensors are another architecture's.
+    """
+    model = _skeleton(folder, kind, trust_remote_code)
+    modules = dict(model.named_modules())
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    inside = [name for name in linears if any(name.startswith(block + ".") for block in _block_lists(model))]
+    if not inside:
+        raise UserError(
+            f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
+        )
+    prefix = model.base_model_prefix
+    in_float32 = list(model._keep_in_fp32_modules or ())
+    targets = tuple(_target(name, linears[name], shapes, prefix, folder) for name in inside)
+    return Layout(
+        targets=targets,
+        target_modules=_shortest_endings(inside, modules),
+        other_linears=tuple(name for name in linears if name not in set(inside)),
+        left_dense=tuple(
+            name
+            for name in inside
+            if type(linears[name]) is not nn.Linear or not should_convert_module(name, in_float32)
+        ),
+        foreign=_foreign(model, shapes),
+        ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+    )
+
+
+def _skeleton(folder: Path, kind: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
+    config = load_config(folder, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+    except (KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.path={folder}: config.json makes no model ({error}); check the folder") from None
+    except ValueError:
+        raise UserError(
+            f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) cannot be loaded as that; choose the model "
+            "group of its family, or set model.kind"
+        ) from None
+
+
+def _block_lists(model: nn.Module) -> list[str]:
+    """Names of the outermost module lists: the stacks of blocks (of encoder and decoder, where there are both)."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
+
+
+def _target(module: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path) -> Target:
+    # A base checkpoint lacks the prefix that the class with a head puts before its names, and the other way round.
+    name = f"{module}.weight"
+    for tensor in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
+        if tensor in shapes:
+            break
+    else:
+        raise UserError(
+            f"model.path={folder}: no weight named {name}; the weights are of another architecture than config.json"
+        )
+    expected = (linear.out_features, linear.in_features)
+    if tuple(shapes[tensor]) != expected:
+        raise UserError(
+            f"model.path={folder}: {tensor} has shape {tuple(shapes[tensor])}, config.json means {expected}; "
+            "the weights are of another architecture than config.json"
+        )
+    return Target(module, tensor, expected)
+
+
+def _foreign(model: transformers.PreTrainedModel, tensors: Iterable[str]) -> tuple[str, ...]:
+    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know.
+    prefix = model.base_model_prefix
+    parts = [prefix, *model.state_dict(), *getattr(model, prefix, nn.Module()).state_dict()]
+    known = {name.split(".")[0] for name in parts}
+    return tuple(name for name in tensors if name.split(".")[0] not in known)
+
+
+def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """The shortest dotted endings that match every name in `inside` and no other module, as PEFT matches them."""
+    inside = set(inside)
+    others = [name for name in modules if name not in inside]
+    endings: dict[str, None] = {}
+    for name in sorted(inside):
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            ending = ".".join(parts[-count:])
+            if not any(other == ending or other.endswith("." + ending) for other in others):
+                endings[ending] = None
+                break
+    return tuple(endings)

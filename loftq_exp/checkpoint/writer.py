@@ -1,0 +1,158 @@
+"""Writing safetensors files one tensor at a time, so that memory does not grow with the checkpoint.
+
+`safetensors` itself writes a file from tensors that are all in memory. Here names, types and shapes are known beforehand:
+the header is written first, the file's space is reserved (a full disk shows before hours of work, not after), and each
+tensor goes to its own offset, in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type and shape of a tensor that will be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """Writes `{stem}.safetensors`, or shards of it with an index, into an existing folder.
+
+    Use it as a context manager. Leaving it without an error checks that every tensor was written and syncs the files;
+    an error, here or in its block, removes them.
+    """
+
+    def __init__(
+        self, folder: Path, specs: Mapping[str, TensorSpec], stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self._specs = dict(specs)
+        self._missing = set(specs)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._descriptors: list[int] = []
+        self._files: list[Path] = []
+        shards = _shards(self._specs, max_shard_bytes)
+        files = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        try:
+            for file, names in zip(files, shards, strict=True):
+                self._create(folder / file, names)
+            if len(shards) > 1:
+                weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+                self._create_index(folder / f"{stem}.safetensors.index.json", weight_map)
+        except BaseException:
+            self._remove()
+            raise
+
+    def _create(self, path: Path, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Wide types first, as safetensors itself does it: each value then lies at a multiple of its size.
+        names = sorted(names, key=lambda name: -self._specs[name].dtype.itemsize)
+        for name in names:
+            spec = self._specs[name]
+            header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape),
+                            "data_offsets": [offset, offset + spec.nbytes]}  # fmt: skip
+            offset += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+        start = 8 + len(text)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors.append(descriptor)
+        self._files.append(path)
+        os.posix_fallocate(descriptor, 0, start + offset)
+        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        for name in names:
+            self._places[name] = (descriptor, start)
+            start += self._specs[name].nbytes
+
+    def _create_index(self, path: Path, weight_map: dict[str, str]) -> None:
+        total = sum(spec.nbytes for spec in self._specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        self._files.append(path)
+        path.write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a tensor to its place; its type and shape must be the announced ones."""
+        spec = self._specs[name]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
+        descriptor, offset = self._places[name]
+        _write_at(descriptor, tensor_bytes(tensor), offset)
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Closes the files as they are."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _remove(self) -> None:
+        self.close()
+        while self._files:
+            self._files.pop().unlink(missing_ok=True)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._missing:
+                    raise ValueError(f"never written: {sorted(self._missing)[:3]}")
+                for descriptor in self._descriptors:
+                    os.fsync(descriptor)
+                self._files.clear()  # whole, and to stay
+        finally:
+            self._remove()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's values in row-major order as bytes, without a copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    return shards
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

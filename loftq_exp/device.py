@@ -1,0 +1,46 @@
+"""What the machine offers: the device of a run, the type it computes in, the memory it took."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+from loftq_exp.errors import UserError
+
+
+def compute_device(name: str) -> torch.device:
+    """The torch device of the setting `device`; raises UserError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: not a device; choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name}: not supported; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch sees no CUDA device here; use device=cpu or device=auto")
+    return device
+
+
+def compute_dtype(device: torch.device, bf16: bool | None) -> torch.dtype:
+    """bfloat16 where it was asked for, or where nothing was and the processor has it; else float32.
+
+    A processor without bfloat16 instructions emulates it, about a hundred times slower than float32.
+    """
+    if bf16 is None:
+        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak memory of this process so far, in bytes: resident (file-backed pages included), and on CUDA allocated."""
+    peak = {"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return peak

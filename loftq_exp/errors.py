@@ -1,0 +1,11 @@
+"""The one exception that stands for bad input."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line with the setting, its value, what is allowed and what to do.
+
+    The command prints it without a traceback and exits with 1; a traceback is for our own bugs.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

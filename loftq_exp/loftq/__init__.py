@@ -1,0 +1,18 @@
+"""LoftQ on one weight: W in, (Q, A, B) out. Knows nothing of models or files."""
+
+from loftq_exp.loftq.decompose import Decomposition, decompose, kaiming_uniform_A, loftq_init
+from loftq_exp.loftq.lowrank import SOLVER_VERSION, truncated_svd
+from loftq_exp.loftq.quantizers import QUANTIZER_VERSION, Quantized, Quantizer, make_quantizer
+
+__all__ = [
+    "QUANTIZER_VERSION",
+    "SOLVER_VERSION",
+    "Decomposition",
+    "Quantized",
+    "Quantizer",
+    "decompose",
+    "kaiming_uniform_A",
+    "loftq_init",
+    "make_quantizer",
+    "truncated_svd",
+]

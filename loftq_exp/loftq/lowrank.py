@@ -1,0 +1,103 @@
+"""The truncated singular value decomposition: the best product of rank r near a matrix, as balanced factors."""
+
+from __future__ import annotations
+
+import torch
+
+from loftq_exp.errors import UserError
+
+SOLVERS = ("randomized", "exact")
+
+SOLVER_VERSION = "1"
+"""Part of every cache key: change it when a solver's results change."""
+
+OVERSAMPLING = 16
+"""Directions iterated beyond the rank; they make the last wanted ones converge."""
+
+PASSES = 8
+"""Subspace iterations, each two products with the matrix, from a random start."""
+
+WARM_PASSES = 4
+"""Subspace iterations from the factors of a nearby matrix."""
+
+
+def truncated_svd(
+    matrix: torch.Tensor,
+    rank: int,
+    solver: str = "randomized",
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (B, A) with B A the best approximation of that rank: B = U_r sqrt(S_r), A = sqrt(S_r) V_r'.
+
+    The same input gives the same bytes on the same machine, and no global random state is touched. Signs are fixed: the
+    entry of largest magnitude in each row of A is positive. A matrix of zeros gives zeros.
+
+    Args:
+        matrix: (m, n), finite, float32, any device.
+        rank: r, from 1 to min(m, n).
+        solver: `exact` takes the full decomposition, and is the reference. `randomized` iterates a subspace of
+            r + OVERSAMPLING directions, which costs a small part of it. On a flat spectrum, the hardest case and what
+            a quantization residual has, its Frobenius error stays within 1 % of the exact one. Where those directions
+            are more than half of all min(m, n), little is to be saved and the full decomposition is taken.
+        start: factors (B, A) of a nearby matrix, (m, r) and (r, n), to iterate from; `exact` has no use for them.
+
+    Returns:
+        B (m, r) and A (r, n): float32, contiguous, on the matrix's device.
+
+    Raises:
+        UserError: for an unknown solver or a rank that does not fit.
+    """
+    check_svd_settings(matrix.shape, rank, solver)
+    # To about 1, because squares of very large or small float32 values leave the range.
+    peak = matrix.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    relative = matrix / peak
+    if solver == "exact" or 2 * (rank + OVERSAMPLING) > min(matrix.shape):
+        left, singular, right = _full_svd(relative)
+    elif matrix.shape[0] <= matrix.shape[1]:
+        left, singular, right = _subspace_svd(relative, rank, None if start is None else start[0])
+    else:
+        right, singular, left = _subspace_svd(relative.T, rank, None if start is None else start[1].T)
+    return _balanced(left[:, :rank], singular[:rank], right[:, :rank], peak)
+
+
+def check_svd_settings(shape: torch.Size, rank: int, solver: str) -> None:
+    """Raise UserError for an unknown solver or a rank that does not fit a matrix of this shape."""
+    if solver not in SOLVERS:
+        raise UserError(f"solver={solver!r}: unknown; choose {' or '.join(SOLVERS)}")
+    if not 1 <= rank <= min(shape):
+        raise UserError(f"rank={rank}: does not fit a weight of {shape[0]} x {shape[1]}; choose 1 to {min(shape)}")
+
+
+def _full_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, singular, right.T
+
+
+def _subspace_svd(
+    matrix: torch.Tensor, rank: int, start: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triplets of a wide matrix (m <= n) by subspace iteration on its short side.
+
+    U = orth(M orth(M' U)) is repeated, which raises each singular value's weight to its square; the decomposition
+    inside the subspace is that of the small triangle T in M' U = V T. Orthonormal bases between the products keep
+    directions apart that float32 would let collapse into the largest one.
+    """
+    width = rank + OVERSAMPLING
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(matrix.shape[0], width, generator=generator).to(matrix.device)
+    guess = random if start is None else torch.cat([start, random[:, : width - start.shape[1]]], dim=1)
+    left = torch.linalg.qr(guess).Q
+    for _ in range(PASSES if start is None else WARM_PASSES):
+        left = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ left).Q).Q
+    right, triangle = torch.linalg.qr(matrix.T @ left)
+    inner_right, singular, inner_left = _full_svd(triangle)
+    return left @ inner_left, singular, right @ inner_right
+
+
+def _balanced(
+    left: torch.Tensor, singular: torch.Tensor, right: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B = U sqrt(scale S) and A = sqrt(scale S) V', with the sign that makes each row of A's largest entry positive."""
+    peaks = right.gather(0, right.abs().argmax(dim=0, keepdim=True))
+    roots = singular.sqrt() * scale.sqrt() * torch.where(peaks < 0, -1.0, 1.0)
+    return (left * roots).contiguous(), (right * roots).T.contiguous()

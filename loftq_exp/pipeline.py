@@ -1,0 +1,216 @@
+"""The stages of a run, in order. Each leaves its result in the run's folder; one whose result is there is not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from loftq_exp.checkpoint.artifact import Initialised, read_artifact
+from loftq_exp.checkpoint.convert import initialise
+from loftq_exp.checkpoint.packaged import UNWRITABLE
+from loftq_exp.checkpoint.source import Source, locate
+from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.device import compute_device, compute_dtype
+from loftq_exp.errors import UserError
+from loftq_exp.report.metrics import assemble, write_json
+from loftq_exp.report.table import COLUMNS, cells, print_table
+from loftq_exp.report.tensorboard import Recorder
+from loftq_exp.tasks import load_task
+from loftq_exp.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's results are, and its metrics as in metrics.json."""
+
+    run_dir: Path
+    init_dir: Path
+    adapter_dir: Path | None
+    scores: dict[str, float]
+    metrics: dict[str, Any]
+
+
+def run(config: RunConfig) -> RunResult:
+    """Runs `config.stages`: quantize, finetune, evaluate. Raises UserError for anything that the user can mend."""
+    try:
+        return _run(config)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _unwritable(error)
+        if reason is None:
+            raise
+        raise UserError(f"output_dir={config.output_dir}: cannot be written ({reason}); "
+                        "free space there or set another output_dir") from error  # fmt: skip
+
+
+def _run(config: RunConfig) -> RunResult:
+    # What can be refused is refused before the long work and before a folder is made.
+    folder = config.run_dir
+    _check_machine(config)
+    data = _read_data(config)
+    source = locate(config.model, config.cache_path) if "quantize" in config.stages else None
+    if source is None:
+        _kept(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.to_dict())
+    recorder = Recorder(folder / "tensorboard")
+    try:
+        init = _quantize(source, config, recorder)
+        finetuned = _finetune(config, init, data, folder, recorder)
+        evaluated = _evaluate(config, init, data, folder, recorder)
+    finally:
+        recorder.close()
+    metrics = assemble(config, init, finetuned, evaluated)
+    adapter = folder / "adapter"
+    if _is_main_process():
+        write_json(folder / "metrics.json", metrics)
+        print_table(config.label, COLUMNS, [cells(metrics)])
+        log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
+    return RunResult(folder, init.folder, adapter if adapter.is_dir() else None, metrics["scores"], metrics)
+
+
+def _check_machine(config: RunConfig) -> None:
+    """UserError for a device that is not here, and for training arguments that transformers refuses."""
+    device = compute_device(config.device)
+    if "finetune" in config.stages:
+        from loftq_exp.training.finetune import training_arguments
+
+        training_arguments(config, config.run_dir, device, compute_dtype(device, config.train.bf16))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The task with the rows that the run's stages need, read before anything else is done."""
+
+    task: Task
+    train: list[dict[str, Any]]
+    eval: list[dict[str, Any]]
+
+
+def _read_data(config: RunConfig) -> _Data:
+    task = load_task(config.task)
+    stages = set(config.stages)
+    if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
+        raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
+                        "choose another model or task, or stages=[quantize]")  # fmt: skip
+    return _Data(
+        task,
+        task.rows("train") if "finetune" in stages else [],
+        task.rows("eval") if "evaluate" in stages else [],
+    )
+
+
+def _quantize(source: Source | None, config: RunConfig, recorder: Recorder) -> Initialised:
+    if source is None:
+        return _kept(config)
+    init = initialise(source, config)
+    if _is_main_process() and recorder.empty:
+        recorder.config(config)
+        recorder.errors(init)
+    return init
+
+
+def _kept(config: RunConfig) -> Initialised:
+    """The initialised checkpoint of an earlier run; UserError where there is none, or one of other settings."""
+    found = read_artifact(config.init_dir)
+    if found is None:
+        raise UserError(f"stages=[{','.join(config.stages)}]: there is no initialised checkpoint at {config.init_dir}; "
+                        "add quantize to stages")  # fmt: skip
+    settings = {f"quant.{name}": value for name, value in dataclasses.asdict(config.quant).items()}
+    settings |= {"save_dtype": config.save_dtype, "save_format": config.save_format}
+    made_with = found.report["quant"]
+    for name, value in settings.items():
+        if (other := made_with.get(name.removeprefix("quant."))) != value:
+            raise UserError(f"{name}={value}: the checkpoint at {config.init_dir} was made with {other}; "
+                            "add quantize to stages, or set another save_dir")  # fmt: skip
+    return found
+
+
+def _finetune(
+    config: RunConfig, init: Initialised, data: _Data, folder: Path, recorder: Recorder
+) -> dict[str, Any] | None:
+    record = folder / "finetune.json"
+    if "finetune" not in config.stages:
+        return _read_record(record)
+    key = digest_of(
+        [
+            init.report["key"],
+            config.to_dict()["task"],
+            config.to_dict()["train"],
+            config.seed,
+            data.task.digest("train"),
+        ]
+    )
+
+    def work() -> dict[str, Any]:
+        from loftq_exp.training.finetune import finetune
+
+        result = finetune(init, data.train, data.task, config, folder, recorder.training)
+        return result | {"data": {"train": data.task.digest("train")}}
+
+    return _once("finetune", record, key, work)
+
+
+def _evaluate(
+    config: RunConfig, init: Initialised, data: _Data, folder: Path, recorder: Recorder
+) -> dict[str, Any] | None:
+    record = folder / "evaluate.json"
+    if "evaluate" not in config.stages:
+        return _read_record(record)
+    trained = folder / "adapter"
+    adapter = trained if trained.is_dir() else None
+    trained_key = (_read_record(folder / "finetune.json") or {}).get("key")
+    key = digest_of([init.report["key"], trained_key, config.to_dict()["task"], data.task.digest("eval")])
+
+    def work() -> dict[str, Any]:
+        from loftq_exp.training.score import score
+
+        result = score(init, adapter, data.eval, data.task, config, folder / "samples.jsonl")
+        recorder.scores(config, result["scores"])
+        return result | {"adapter": "fine-tuned" if adapter else "initial", "data": {"eval": data.task.digest("eval")}}
+
+    return _once("evaluate", record, key, work)
+
+
+def _once(stage: str, record: Path, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The stage's record where it is there under the same key; else does the work and keeps its record."""
+    found = _read_record(record)
+    if found and found["key"] == key:
+        log.info("%s: done before, in %s", stage, record.parent)
+        return found
+    result = work() | {"key": key}
+    if _is_main_process():
+        write_json(record, result)
+    return result
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _unwritable(error: Exception) -> str | None:
+    """Why a file could not be written, in the system's words, however the library in between tells it; None: another error."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in (*UNWRITABLE, errno.ENAMETOOLONG) else None
+    # As safetensors and torch word it.
+    told = re.search(r"I/O error: (.+) \(os error|PytorchStreamWriter|unexpected pos \d+", str(error))
+    return (told[1] or "no space left, or a limit on file sizes") if told else None
+
+
+def _is_main_process() -> bool:
+    """False on ranks above 0 of a run under accelerate or torchrun, which write and print nothing."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,62 @@
+"""Progress with what is left of it: a bar on a terminal, a line every few seconds anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Advance(Protocol):
+    """Tells a progress display how far the work is; `note` is a few words such as the loss so far."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Advance]:
+    """A display for one piece of long work, as a context manager that gives the function to call as it advances."""
+    console = Console()
+    if console.is_terminal:
+        with _bar(title, console) as advance:
+            yield advance
+    else:
+        yield _Lines(title, console)
+
+
+@contextmanager
+def _bar(title: str, console: Console) -> Iterator[Advance]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
+    with Progress(*columns, console=console) as display:
+        task = display.add_task(title, total=None, note="")
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            display.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+class _Lines:
+    """The display where there is no terminal: a line at the first step, then at most one each few seconds, and the last."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.title, self.console = title, console
+        self.began = time.monotonic()
+        self.spoke = self.began - SECONDS_BETWEEN_LINES / 2
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done < total and now - self.spoke < SECONDS_BETWEEN_LINES:
+            return
+        self.spoke = now
+        elapsed = now - self.began
+        left = f", {elapsed / done * (total - done):.0f} s left" if 0 < done < total else ""
+        text = f"{self.title}: {done}/{total} in {elapsed:.0f} s{left}{'  ' + note if note else ''}"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,77 @@
+"""A multirun: what became of each job, one table of all, one plot of the losses.
+
+Each job leaves a small file in the sweep's folder, so that the table does not depend on which process ran it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_exp.errors import UserError
+from loftq_exp.report.metrics import write_json
+from loftq_exp.report.plot import plot_losses
+from loftq_exp.report.table import COLUMNS, cells, markdown, print_table
+
+if TYPE_CHECKING:
+    from loftq_exp.pipeline import RunResult
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Callable[[RunResult], None]]:
+    """Keeps one job's outcome in `folder`: its metrics, handed to the function given, or why it failed.
+
+    A failure ends here: it is logged in one line (with a traceback where it is our own bug) and the sweep goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome: dict[str, Any] = {"number": number, "overrides": overrides, "error": None, "metrics": None}
+    log.info("\njob %d: %s", number, " ".join(overrides))
+
+    def finished(result: RunResult) -> None:
+        outcome["metrics"] = result.metrics
+
+    try:
+        yield finished
+    except UserError as error:
+        outcome["error"] = str(error)
+    except Exception as error:
+        outcome["error"] = f"{type(error).__name__}: {error}"
+        log.error("%s", traceback.format_exc())
+    if outcome["error"]:
+        log.error("job %d failed: %s", number, outcome["error"])
+    write_json(folder / f"job-{number:04d}.json", outcome)
+
+
+def report_sweep(folder: Path) -> bool:
+    """Prints the table of all jobs in `folder`, writes table.md and losses.png there; whether every job succeeded."""
+    jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
+    if not jobs:
+        return False
+    common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    rows = []
+    losses, names = {}, {}
+    for job in jobs:
+        own = " ".join(override for override in job["overrides"] if override not in common)
+        result = cells(job["metrics"]) if job["metrics"] else ["-"] * len(COLUMNS)
+        rows.append([str(job["number"]), own, *result, "failed" if job["error"] else "done"])
+        if job["metrics"]:
+            losses[own] = job["metrics"]["losses"]
+            names[own] = result[0]
+    failures = [f"job {job['number']} failed: {job['error']}" for job in jobs if job["error"]]
+    columns = ("job", "overrides", *COLUMNS, "state")
+    print_table(f"{len(jobs)} jobs", columns, rows)
+    for failure in failures:
+        log.info("%s", failure)
+    (folder / "table.md").write_text(markdown(columns, rows) + "".join(f"\n{failure}\n" for failure in failures))
+    if any(losses.values()):
+        told_apart = len(set(names.values())) == len(names)  # else by what was overridden
+        plot_losses(folder / "losses.png", {names[own] if told_apart else own: pairs for own, pairs in losses.items()})
+    log.info("table, plot and one file a job: %s", folder)
+    return not failures

@@ -1,0 +1,142 @@
+"""From a plain mapping to a validated, frozen dataclass, with errors that say what to do.
+
+A dataclass declares its fields with `setting`, which carries each field's meaning and range. `build` turns a mapping (the
+composed configuration) into an instance: unknown keys are refused with the nearest valid name, values are converted only
+where nothing is lost, and every refusal is one `UserError` line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from loftq_exp.errors import UserError
+
+T = TypeVar("T")
+_MISSING = dataclasses.MISSING
+
+
+def setting(
+    doc: str,
+    default: Any = _MISSING,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and what it allows: `choices`, or bounds (`ge` and `gt` below, `lt` above)."""
+    metadata = {"doc": doc, "choices": choices, "ge": ge, "gt": gt, "lt": lt}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the valid name nearest to `name`, or the list of valid names where none is near."""
+    valid = list(valid)
+    found = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"did you mean '{found[0]}'?" if found else f"choose from: {', '.join(valid)}"
+
+
+def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """An instance of the dataclass `cls` from `values`, every key, type and range checked.
+
+    `prefix` is the dotted path of `cls` inside the configuration, used in messages ("quant." for `quant.bits`).
+    Raises UserError for an unknown key, a missing value, a value of another type or one out of range.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{prefix}{key}: there is no such setting; {nearest(str(key), fields)}")
+    kwargs = {}
+    for name, field in fields.items():
+        path = prefix + name
+        if name not in values:
+            if field.default is _MISSING and field.default_factory is _MISSING:
+                raise UserError(f"{path}: no value is set and there is no default; give {path}=VALUE")
+            continue
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(values[name], Mapping):
+                raise UserError(
+                    f"{path}={values[name]}: this is a group of settings, not a value; set {path}.NAME=VALUE"
+                )
+            kwargs[name] = build(hints[name], values[name], path + ".")
+        else:
+            kwargs[name] = _checked(path, values[name], hints[name], field.metadata)
+    return cls(**kwargs)
+
+
+def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every setting of the dataclass `cls` by its dotted name, nested ones included."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from dotted_names(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    value = _converted(path, value, hint)
+    if value is None:
+        return None
+    choices = metadata.get("choices")
+    if choices:
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in choices:
+                allowed = ", ".join(map(str, choices))
+                near = difflib.get_close_matches(str(item), [str(c) for c in choices], n=1)
+                hint_text = f" (did you mean '{near[0]}'?)" if near else ""
+                raise UserError(f"{path}={item}: not a choice{hint_text}; choose from: {allowed}")
+    for bound, holds, words in (
+        ("ge", lambda limit: value >= limit, "at least"),
+        ("gt", lambda limit: value > limit, "greater than"),
+        ("lt", lambda limit: value < limit, "less than"),
+    ):
+        limit = metadata.get(bound)
+        if limit is not None and not holds(limit):
+            raise UserError(f"{path}={value}: out of range; give a value {words} {limit}")
+    return value
+
+
+def _converted(path: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, where that loses nothing; UserError otherwise."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise UserError(f"{path}={value}: a list is needed; give {path}=[A,B]")
+        return tuple(_converted(path, item, typing.get_args(hint)[0]) for item in value)
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint in (int, float) and (number := _number(value, hint)) is not None:
+        if hint is int and not -(2**63) <= number < 2**63:
+            raise UserError(f"{path}: the number is too large; give one that fits 64 bits")
+        return number
+    kind = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}[hint]
+    shown = "null" if value is None else value
+    raise UserError(f"{path}={shown}: {kind} is needed; give {path}=VALUE")
+
+
+def _number(value: Any, hint: type) -> float | None:
+    """`value` as a finite float or, where `hint` is int, as an int of the same value; None where it is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = hint(value)
+    except (ValueError, OverflowError):
+        return None
+    if hint is float:
+        return number if math.isfinite(number) else None
+    if isinstance(value, float) and number != value:
+        return None
+    return number

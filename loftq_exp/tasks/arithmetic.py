@@ -1,0 +1,187 @@
+"""Worded problems of two or three steps in GSM8K's format, made from a seed: small enough for a demo on a laptop."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import operator
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loftq_exp.errors import UserError
+from loftq_exp.tasks.data import Row, Split
+from loftq_exp.tasks.gsm8k import GSM8K
+
+DEFAULT_ROWS: dict[Split, int] = {"train": 2000, "eval": 200}
+_EVAL_SHARE = 10
+"""About one problem in so many is an evaluation problem."""
+_PATIENCE = 20_000
+"""Draws without a new problem after which a seed counts as exhausted."""
+_LARGEST = 200
+"""No result on the way or at the end is greater, so that the arithmetic stays within a small model's reach."""
+
+# fmt: off
+NAMES = (
+    "Ada", "Amir", "Ben", "Carla", "Dana", "Emil", "Fatima", "Grace", "Hugo", "Ines", "Ivan", "Jonas", "Kofi", "Lena",
+    "Mia", "Nora", "Omar", "Paula", "Quinn", "Rosa", "Sam", "Tara", "Uma", "Viktor", "Wen", "Yara",
+)
+ITEMS = (
+    "apples", "books", "buttons", "candles", "cards", "coins", "cookies", "cups", "eggs", "flowers", "marbles",
+    "pencils", "pens", "plums", "shells", "stamps", "stickers", "toys",
+)
+# fmt: on
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul, "/": operator.truediv}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A family of problems.
+
+    `question` is the text, with {name}, {friend}, {item} and the numbers by name. `ranges` maps each number to its
+    smallest and largest value. `steps` are lines such as "d = a x b pens in all": a result's name, the operation that
+    makes it and the words that follow it in the solution. The last result is the answer.
+    """
+
+    question: str
+    ranges: dict[str, tuple[int, int]]
+    steps: tuple[str, ...]
+
+
+TEMPLATES = (
+    Template(
+        "{name} buys {a} boxes with {b} {item} each and gives {c} {item} to {friend}. "
+        "How many {item} does {name} have left?",
+        {"a": (2, 12), "b": (3, 12), "c": (2, 20)},
+        ("d = a x b {item} in the boxes", "e = d - c {item} left"),
+    ),
+    Template(
+        "{name} has {a} {item}. {friend} has {b} times as many and then finds {c} more. "
+        "How many {item} do both have together?",
+        {"a": (2, 15), "b": (2, 6), "c": (2, 20)},
+        ("d = a x b {item} at first", "e = d + c {item} for {friend}", "f = a + e {item} together"),
+    ),
+    Template(
+        "{name} earns {a} dollars an hour and works for {b} hours. Then {name} spends {c} dollars on {item}. "
+        "How many dollars are left?",
+        {"a": (8, 20), "b": (2, 8), "c": (5, 40)},
+        ("d = a x b dollars earned", "e = d - c dollars left"),
+    ),
+    Template(
+        "{name} collects {a} {item} in the morning and {b} in the afternoon and shares them equally among {c} friends. "
+        "How many {item} does each friend get?",
+        {"a": (5, 40), "b": (5, 40), "c": (2, 9)},
+        ("d = a + b {item} in all", "e = d / c {item} each"),
+    ),
+    Template(
+        "A pack of {item} costs {a} dollars and a bag costs {b} dollars. {name} buys {c} packs and one bag. "
+        "How many dollars does {name} pay?",
+        {"a": (2, 12), "b": (3, 20), "c": (2, 9)},
+        ("d = a x c dollars for the packs", "e = d + b dollars in all"),
+    ),
+    Template(
+        "{name} has to sort {a} {item} and sorts {b} of them a day. How many {item} are left to sort after {c} days?",
+        {"a": (30, 150), "b": (3, 15), "c": (2, 9)},
+        ("d = b x c {item} sorted", "e = a - d {item} left"),
+    ),
+    Template(
+        "{name} had {a} {item}, lost {b} of them and then bought {c} bags with {d} {item} each. "
+        "How many {item} does {name} have now?",
+        {"a": (10, 40), "b": (2, 15), "c": (2, 6), "d": (2, 9)},
+        ("e = a - b {item} after the loss", "f = c x d {item} bought", "g = e + f {item} now"),
+    ),
+    Template(
+        "{name} and {friend} find {a} {item} each, put them together and lay them in {b} equal rows. "
+        "Then {c} {item} are taken from the first row. How many {item} are left in that row?",
+        {"a": (6, 40), "b": (2, 8), "c": (1, 9)},
+        ("d = a + a {item} together", "e = d / b {item} a row", "f = e - c {item} left"),
+    ),
+)
+
+
+class Arithmetic(GSM8K):
+    """GSM8K's prompt, target and score on generated problems, or on `task.train_file` and `task.eval_file`.
+
+    The rows of a split depend on `task.data_seed` alone: asking for more rows adds to the end. Training and evaluation
+    problems never share a template with the same numbers, under whatever names, and not with other seeds either.
+    """
+
+    def rows(self, split: Split) -> list[Row]:
+        """As `Task.rows`; generated problems are 2000 to train on and 200 to score unless a setting says how many."""
+        if not self.generates(split):
+            return super().rows(split)
+        count = self.limit(split) or DEFAULT_ROWS[split]
+        rows = list(itertools.islice(generate(split, self.config.data_seed), count))
+        if len(rows) < count:
+            raise UserError(
+                f"task.max_{split}_samples={count}: {len(rows)} different problems can be made with task.data_seed="
+                f"{self.config.data_seed}; ask for no more than that"
+            )
+        return rows
+
+    def digest(self, split: Split) -> str:
+        """As `Task.digest`; for generated problems the digest of the rows themselves."""
+        if not self.generates(split):
+            return super().digest(split)
+        return "sha256:" + hashlib.sha256(json.dumps(self.rows(split)).encode()).hexdigest()
+
+    def generates(self, split: Split) -> bool:
+        """Whether the problems of `split` are generated: neither a local file nor a data set on the hub is given."""
+        source = self.source(split)
+        return not (source.file or source.dataset)
+
+
+def generate(split: Split, seed: int) -> Iterator[Row]:
+    """The problems of `split` under `seed`, each once, until no new one is found."""
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    misses = 0
+    while misses < _PATIENCE:
+        template = rng.choice(TEMPLATES)
+        row, numbers = _problem(template, rng)
+        misses += 1
+        if _split_of(template, numbers) == split and row["question"] not in seen:
+            seen.add(row["question"])
+            misses = 0
+            yield row
+
+
+def _problem(template: Template, rng: random.Random) -> tuple[Row, dict[str, int]]:
+    """A problem of `template` and the numbers that were drawn for it."""
+    results: dict[str, int] | None = None
+    while results is None:
+        numbers = {name: rng.randint(low, high) for name, (low, high) in template.ranges.items()}
+        results = _solve(template, numbers)
+    name, friend = rng.sample(NAMES, 2)
+    words = {"name": name, "friend": friend, "item": rng.choice(ITEMS)}
+    lines = []
+    for step in template.steps:
+        result, left, sign, right, label = _parts(step)
+        lines.append(f"{results[left]} {sign} {results[right]} = {results[result]} {label.format(**words)}.")
+    lines.append(f"#### {results[result]}")
+    return {"question": template.question.format(**words, **numbers), "answer": "\n".join(lines)}, numbers
+
+
+def _parts(step: str) -> tuple[str, str, str, str, str]:
+    """Result, left, sign, right and label of a step such as "d = a x b pens in all"."""
+    result, _, left, sign, right, label = step.split(" ", 5)
+    return result, left, sign, right, label
+
+
+def _solve(template: Template, numbers: dict[str, int]) -> dict[str, int] | None:
+    """`numbers` and the result of each step; None unless every result is a whole number from 1 to `_LARGEST`."""
+    values = dict(numbers)
+    for step in template.steps:
+        result, left, sign, right, _ = _parts(step)
+        value = _OPERATIONS[sign](values[left], values[right])
+        if value != int(value) or not 1 <= value <= _LARGEST:
+            return None
+        values[result] = int(value)
+    return values
+
+
+def _split_of(template: Template, numbers: dict[str, int]) -> Split:
+    """The one split to which a template with these numbers belongs, whatever the seed and the names."""
+    problem = json.dumps([template.question, numbers], sort_keys=True)
+    return "eval" if hashlib.sha256(problem.encode()).digest()[0] % _EVAL_SHARE == 0 else "train"

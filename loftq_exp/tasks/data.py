@@ -1,0 +1,205 @@
+"""Rows of a task, from a local .json, .jsonl or .csv file or from a data set on the hub.
+
+Local files are read by hand so that a refusal can say on which line a file is wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loftq_exp.config import TaskConfig
+from loftq_exp.errors import UserError
+
+Row = dict[str, Any]
+Split = Literal["train", "eval"]
+LocatedRow = tuple[str, Any]
+"""Where a row stands ("line 7", or "row 7" where lines are not known), and the row, not yet checked."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the rows of one split come from: `file` if it is given, `dataset` on the hub otherwise."""
+
+    split: Split
+    file: str | None
+    dataset: str | None
+    dataset_config: str | None
+    dataset_split: str
+
+    @classmethod
+    def of(cls, config: TaskConfig, split: Split) -> DataSource:
+        """The source of `split` as the task's settings say."""
+        training = split == "train"
+        return cls(
+            split=split,
+            file=config.train_file if training else config.eval_file,
+            dataset=config.dataset,
+            dataset_config=config.dataset_config,
+            dataset_split=config.train_split if training else config.eval_split,
+        )
+
+    @property
+    def file_setting(self) -> str:
+        """The name of the setting that holds `file`."""
+        return f"task.{self.split}_file"
+
+    @property
+    def label(self) -> str:
+        """The source as an error names it: setting and value."""
+        if self.file:
+            return f"{self.file_setting}={self.file}"
+        config = f", task.dataset_config={self.dataset_config}" if self.dataset_config else ""
+        return f"task.dataset={self.dataset}{config}, task.{self.split}_split={self.dataset_split}"
+
+
+def read_rows(source: DataSource, flaw: Callable[[Row], str | None]) -> list[Row]:
+    """All rows of `source`, in order; `flaw(row)` says what makes a row unusable, or None.
+
+    Raises UserError, one line that names the setting, its value, the place and what to do, for a file that is missing,
+    unreadable, empty or malformed, for a data set that cannot be loaded, and for the first row with a flaw.
+    """
+    rows = []
+    for place, row in _file_rows(source) if source.file else _hub_rows(source):
+        problem = flaw(row) if isinstance(row, dict) else f"is not an object with named columns but {row!r:.40}"
+        if problem:
+            raise UserError(
+                f"{source.label}: {place} {problem}; mend the data or give {source.file_setting}=ANOTHER_FILE"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(
+            f"{source.label}: there are no rows in it; give {source.file_setting}=FILE with one row or more"
+        )
+    return rows
+
+
+def data_digest(source: DataSource) -> str:
+    """`sha256:` and the digest of a local file's bytes, or `fingerprint:` and that of the hub's data set.
+
+    Raises UserError where the data cannot be read.
+    """
+    if source.file:
+        return "sha256:" + hashlib.sha256(_file_bytes(source)).hexdigest()
+    return f"fingerprint:{_hub_dataset(source)._fingerprint}"
+
+
+# Local files ----------------------------------------------------------------------------------------------------------
+
+
+def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
+    extension = Path(source.file or "").suffix.lower()
+    if extension not in (".json", ".jsonl", ".csv"):
+        raise UserError(f"{source.label}: the extension '{extension}' is not known; give a .json, .jsonl or .csv file")
+    text = _file_text(source)
+    if extension == ".csv":
+        return _csv_rows(source, text)
+    # Many .json files of data sets hold one object a line, as .jsonl files do; only an array is one document.
+    is_array = extension == ".json" and text.lstrip().startswith("[")
+    return _json_array_rows(source, text) if is_array else _json_line_rows(source, text)
+
+
+def _file_bytes(source: DataSource) -> bytes:
+    path = Path(source.file or "").expanduser()
+    if path.is_dir():
+        raise UserError(f"{source.label}: this is a folder; give a .json, .jsonl or .csv file in it")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{source.label}: there is no such file (looked for {path.absolute()}); give a file that exists"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{source.label}: the file cannot be read ({error.strerror}); check it and its permissions"
+        ) from None
+
+
+def _file_text(source: DataSource) -> str:
+    data = _file_bytes(source)
+    if not data.strip():
+        raise UserError(f"{source.label}: the file is empty; give a file with one row or more")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{source.label}: line {line} is not UTF-8 text; save the file as UTF-8") from None
+
+
+def _json_line_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
+    # Not splitlines(): it also breaks at U+2028 and its kin, which JSON allows within a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _parsed_json(source, line, number, "one JSON object a line")
+
+
+def _json_array_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
+    for number, row in enumerate(_parsed_json(source, text, 1, "an array of JSON objects"), start=1):
+        yield f"row {number}", row
+
+
+def _parsed_json(source: DataSource, text: str, first_line: int, expected: str) -> Any:
+    """The value of `text`, which starts on line `first_line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        line, reason = first_line, str(error)
+    raise UserError(f"{source.label}: line {line} is malformed ({reason}); {expected} is needed")
+
+
+def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            if not header:
+                header = cells
+            elif cells:  # a blank line has none
+                if len(cells) != len(header):
+                    raise csv.Error(f"{len(cells)} cells where the header has {len(header)}")
+                yield f"line {line}", dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1  # a quoted cell may span lines; a row is named by its first
+    except csv.Error as error:
+        raise UserError(
+            f"{source.label}: line {line} is malformed ({error}); give one row a line under a header line"
+        ) from None
+
+
+# The hub --------------------------------------------------------------------------------------------------------------
+
+
+def _hub_rows(source: DataSource) -> Iterator[LocatedRow]:
+    for number, row in enumerate(_hub_dataset(source), start=1):
+        yield f"row {number}", row
+
+
+def _hub_dataset(source: DataSource) -> Any:
+    """The `datasets.Dataset` of `source`, from the hub or from the library's own cache of it."""
+    remedy = f"give {source.file_setting}=FILE (.json, .jsonl or .csv) with the same columns"
+    if not source.dataset:
+        raise UserError(
+            f"{source.file_setting}=null: there is neither a local file nor a data set to read; "
+            f"{remedy}, or task.dataset=HUB_ID"
+        )
+    import datasets  # here, because it takes a second and local files do without it
+
+    try:
+        return datasets.load_dataset(source.dataset, source.dataset_config, split=source.dataset_split)
+    except ConnectionError as error:
+        raise UserError(
+            f"{source.label}: the hub cannot be reached ({error}); check the network and HF_HUB_OFFLINE, or {remedy}"
+        ) from error
+    except Exception as error:
+        # Whatever else the library raises (no such data set, configuration or split; gated; damaged) is about the data.
+        raise UserError(
+            f"{source.label}: the data set cannot be loaded ({error}); check these settings, or {remedy}"
+        ) from error

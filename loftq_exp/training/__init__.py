@@ -1,0 +1,1 @@
+"""From an initialised checkpoint to a fine-tuned adapter and its scores."""

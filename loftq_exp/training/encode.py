@@ -1,0 +1,118 @@
+"""From a task's rows to the token ids that a causal model trains on, and from rows to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from loftq_exp.config import TaskConfig
+from loftq_exp.errors import UserError
+from loftq_exp.tasks.base import Task
+from loftq_exp.tasks.data import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label that the loss skips, as torch and transformers define it."""
+
+
+def encode(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> dict[str, list[int]]:
+    """One training row: `input_ids` = prompt + target, `labels` the same with the prompt replaced by -100.
+
+    Both are made from the same two lists of ids. Tokenizing prompt + target as one string could merge tokens across the
+    seam, and the length of the prompt alone would then mask or free a few target tokens.
+
+    Returns two lists of equal length, at most `max_source_length + max_target_length`. Raises UserError if the
+    tokenizer has no end-of-sequence token.
+    """
+    prompt = encode_prompt(task, row, tokenizer, config)
+    target = encode_target(task, row, tokenizer, config)
+    return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
+
+
+def encode_prompt(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
+    """The prompt's ids, `max_source_length` at most, for training and for generation alike.
+
+    They begin with the beginning-of-sequence token where the tokenizer adds one by itself. A prompt that is too long
+    loses tokens at its start: its end holds what is asked and how to answer.
+    """
+    start = _start_ids(tokenizer)
+    ids = _ids(tokenizer, task.prompt(row))
+    room = max(0, config.max_source_length - len(start))
+    return start + ids[max(0, len(ids) - room) :]
+
+
+def encode_target(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
+    """The target's ids and the end-of-sequence token, cut after `max_target_length` ids (then without that token)."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, so that a model could "
+            "not learn to stop; use a model whose tokenizer_config.json names an eos_token"
+        )
+    return [*_ids(tokenizer, task.target(row)), tokenizer.eos_token_id][: config.max_target_length]
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's pad token, or else its end-of-sequence or unknown token.
+
+    Never a new token: it would resize the embeddings, and adapters trained with them would not load without them.
+    Raises UserError if the tokenizer has none of the three.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise UserError(
+        f"model.path={tokenizer.name_or_path}: its tokenizer has no pad, end-of-sequence or unknown token to pad with; "
+        "use a model whose tokenizer_config.json names an eos_token"
+    )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads encoded rows to one length and makes a batch of them.
+
+    Labels of padding are -100. What is padding follows from the rows' lengths and never from comparing ids with
+    `pad_token_id`, which may also be the end-of-sequence token at the end of every target.
+    """
+
+    pad_token_id: int
+    length: int | None = None
+    """Tokens to pad to; None: the batch's longest row."""
+    side: Literal["left", "right"] = "right"
+    """Where the padding goes: right for training, left for generation."""
+
+    @classmethod
+    def for_training(cls, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Collator:
+        """The collator of training batches, which heeds `task.pad_to_max_length`."""
+        length = config.max_source_length + config.max_target_length if config.pad_to_max_length else None
+        return cls(pad_token_id(tokenizer), length)
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and, where the rows have them, `labels`: each int64 of shape (rows, length)."""
+        length = self.length or max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": [self._padded(row["input_ids"], self.pad_token_id, length) for row in rows],
+            "attention_mask": [self._padded([1] * len(row["input_ids"]), 0, length) for row in rows],
+        }
+        if "labels" in rows[0]:
+            batch["labels"] = [self._padded(row["labels"], IGNORED, length) for row in rows]
+        return {name: torch.tensor(ids, dtype=torch.long) for name, ids in batch.items()}
+
+    def _padded(self, ids: list[int], filler: int, length: int) -> list[int]:
+        padding = [filler] * (length - len(ids))
+        return padding + ids if self.side == "left" else ids + padding
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence id where the tokenizer puts it before a text by itself, else nothing."""
+    if tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

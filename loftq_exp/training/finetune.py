@@ -1,0 +1,148 @@
+"""The finetune stage: `transformers.Trainer` trains the adapter on a frozen backbone; a killed run resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from loftq_exp.checkpoint.artifact import Initialised
+from loftq_exp.config import RunConfig
+from loftq_exp.device import compute_device, compute_dtype, peak_memory
+from loftq_exp.errors import UserError
+from loftq_exp.progress import Advance, progress
+from loftq_exp.tasks.base import Task
+from loftq_exp.training.encode import Collator, encode
+from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+Scalars = Callable[[int, dict[str, float]], None]
+"""Takes what the trainer logs: the optimiser step and its values by name."""
+
+
+def finetune(
+    init: Initialised, rows: Sequence[dict[str, Any]], task: Task, config: RunConfig, folder: Path, scalars: Scalars
+) -> dict[str, Any]:
+    """Trains the adapter of `init` on `rows` and saves it as `folder`/adapter, which is there only when it is whole.
+
+    Returns what is worth keeping: losses, steps, seconds. Trainer checkpoints under `folder`/checkpoints are resumed from
+    and removed at the end. Raises UserError where no row is left to train on.
+    """
+    began = time.perf_counter()
+    device = compute_device(config.device)
+    dtype = compute_dtype(device, config.train.bf16)
+    tokenizer = load_tokenizer(init, config)
+    encoded = [encode(task, row, tokenizer, config.task) for row in rows]
+    transformers.set_seed(config.seed)
+    model = load_model(init, None, config, device, dtype)
+    if config.train.gradient_checkpointing:
+        model.enable_input_require_grads()  # or no gradient would flow into a block whose inputs need none
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoints = folder / "checkpoints"
+    with progress("finetune") as advance:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(config, checkpoints, device, dtype),
+            train_dataset=encoded,
+            data_collator=Collator.for_training(tokenizer, config.task),
+            callbacks=[_Report(advance, scalars)],
+        )
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        resumed = last_whole_checkpoint(checkpoints)
+        if resumed:
+            log.info("finetune: goes on from %s", resumed.name)
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    if trainer.is_world_process_zero():
+        _save_adapter(model, folder / "adapter")
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    history = trainer.state.log_history
+    return {
+        "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "steps": trainer.state.global_step,
+        "rows": len(rows),
+        "backbone": "bnb4" if holds_four_bit(config) else "dense",
+        "dtype": str(dtype).removeprefix("torch."),
+        "resumed_from": resumed.name if resumed else None,
+        "seconds": time.perf_counter() - began,
+        "peak_memory": peak_memory(),
+    }
+
+
+def training_arguments(config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
+    """transformers' arguments from ours. The warmup is given in steps or, below 1, as a share of all steps."""
+    train = config.train
+    same_name = ("learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps",
+                 "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2",
+                 "adam_epsilon", "max_grad_norm", "logging_steps", "save_steps", "save_total_limit",
+                 "train_sampling_strategy", "dataloader_num_workers")  # fmt: skip
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            **{name: getattr(train, name) for name in same_name},
+            warmup_steps=train.warmup_steps or train.warmup_ratio,
+            seed=config.seed,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=device.type == "cpu",
+            save_strategy="steps",
+            eval_strategy="no",
+            report_to="none",  # losses go to the run's own TensorBoard log
+            disable_tqdm=True,  # progress is shown by _Report
+            logging_first_step=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=device.type == "cuda",
+        )
+    except ValueError as error:
+        raise UserError(f"train.*: transformers refuses these arguments: {error}") from None
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps that was written to its end; half-written ones of a killed run are removed.
+
+    The trainer writes trainer_state.json last, so a checkpoint with a readable one is whole.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def _save_adapter(model: PeftModel, place: Path) -> None:
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
+
+
+class _Report(TrainerCallback):
+    """Shows progress after each step and hands on what the trainer logs."""
+
+    def __init__(self, advance: Advance, scalars: Scalars) -> None:
+        self.advance, self.scalars, self.loss = advance, scalars, ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Keeps the loss for the display and hands all values on."""
+        values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        if "loss" in values:
+            self.loss = f"loss {values['loss']:.4f}"
+        if state.is_world_process_zero:
+            self.scalars(state.global_step, values)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Moves the display on by one optimiser step."""
+        if state.is_world_process_zero:
+            self.advance(state.global_step, state.max_steps, self.loss)

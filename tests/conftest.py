@@ -1,0 +1,149 @@
+"""What several tests share: real data where it is there, a tokenizer and a model small enough to make on the spot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loftq_exp.cli import SWEEP_FOLDER, main
+from loftq_exp.tasks.arithmetic import generate
+
+# The same examples each time, so that a red run means a change; `make test-all` draws new ones (HYPOTHESIS_PROFILE).
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("new", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread for torch: on tensors this small, threads wait for each other, for minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real task data beside the checkout; tests that need it are skipped where it is absent."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real task data is not there ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens that puts <s> before a text and, like many a decoder's, has no pad token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [f"{row['question']}\n{row['answer']}" for row in islice(generate("train", 0), 200)]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random two-layer Llama in float32 and `tiny_tokenizer`: 64 wide, 4 heads, 2 key-value heads."""
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,  # wide enough for what it writes to depend on all that it reads
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of the command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """The command, called in this process: torch and transformers are loaded once, and stages can be patched."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama_dir: Path
+    ) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.tiny = (
+            "model=llama-2", f"model.path={tiny_llama_dir}", "quant.rank=4", "task=arithmetic", "device=cpu",
+            "task.max_train_samples=8", "task.max_eval_samples=4", "task.max_target_length=8",
+            "train.per_device_train_batch_size=4",
+        )  # fmt: skip
+        """Overrides that make a run of seconds: a tiny llama on a few problems."""
+
+    def __call__(self, *arguments: str) -> Outcome:
+        """Exit code and output of `python -m loftq_exp ARGUMENTS`."""
+        for name in (SWEEP_FOLDER, "HYDRA_FULL_ERROR", "TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY"):
+            self._monkeypatch.setenv(name, os.environ.get(name, ""))  # the command sets them; this puts them back
+        self._monkeypatch.setattr(sys, "argv", ["loftq-exp", *arguments])
+        self._monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+        GlobalHydra.instance().clear()
+        root = logging.getLogger()
+        handlers, level = root.handlers, root.level
+        root.handlers = []  # so that the command's own logging takes hold as it does outside of pytest
+        self._capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            root.handlers = handlers
+            root.setLevel(level)
+        return Outcome(code, *self._capsys.readouterr())
+
+    def refused(self, *arguments: str, code: int = 1) -> str:
+        """The one line with which the command refuses, without its `error: `; checks that it is one, and the exit code."""
+        outcome = self(*arguments)
+        assert outcome.err.startswith("error: "), outcome
+        assert outcome.err.count("\n") == 1, outcome.err
+        assert outcome.err.endswith("\n")
+        assert "Traceback" not in outcome.out
+        assert outcome.code == code, outcome
+        return outcome.err.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama_dir: Path
+) -> Command:
+    """The command, to be called with its arguments from an empty current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return Command(monkeypatch, capsys, tiny_llama_dir)

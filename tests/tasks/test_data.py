@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loftq_exp.config import TaskConfig
+from loftq_exp.errors import UserError
+from loftq_exp.tasks import TASKS, Task, load_task
+from loftq_exp.tasks.data import DataSource, data_digest, read_rows
+
+GOOD = {"question": "How many?", "answer": "Two.\n#### 2"}
+
+
+def task_of(file: Path, **settings: object) -> Task:
+    return load_task(TaskConfig(kind="gsm8k", train_file=str(file), **settings))
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        task_of(file).rows("train")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"task.train_file={file}: ")
+    return message
+
+
+def written(folder: Path, name: str, text: str | bytes) -> Path:
+    file = folder / name
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def test_every_choice_of_task_kind_is_a_task() -> None:
+    choices = TaskConfig.__dataclass_fields__["kind"].metadata["choices"]
+    assert tuple(TASKS) == choices
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n"),
+        ("rows.JSONL", f"\ufeff{json.dumps(GOOD)}\r\n{json.dumps(GOOD)}"),
+        ("rows.json", json.dumps([GOOD, GOOD], indent=2)),
+        ("lines.json", f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n"),
+        ("rows.csv", 'question,answer\nHow many?,"Two.\n#### 2"\n\nHow many?,"Two.\n#### 2"\n'),
+    ],
+)
+def test_reads_each_format(tmp_path: Path, name: str, text: str) -> None:
+    assert task_of(written(tmp_path, name, text)).rows("train") == [GOOD, GOOD]
+
+
+@given(texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5), escape=st.booleans())
+def test_jsonl_keeps_any_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str], escape: bool) -> None:
+    rows = [{"question": text, "answer": "#### 1"} for text in texts]
+    lines = "\n".join(json.dumps(row, ensure_ascii=escape) for row in rows)
+    file = written(tmp_path_factory.getbasetemp(), "any.jsonl", lines.encode(errors="surrogatepass"))
+    assert task_of(file).rows("train") == rows
+
+
+def test_line_separators_within_a_text_do_not_break_the_line(tmp_path: Path) -> None:
+    row = GOOD | {"question": "one\u2028two\x85three"}
+    file = written(tmp_path, "rows.jsonl", json.dumps(row, ensure_ascii=False))
+    assert task_of(file).rows("train") == [row]
+
+
+def test_limits_apply_to_their_split(tmp_path: Path) -> None:
+    file = written(tmp_path, "rows.jsonl", "\n".join(json.dumps(GOOD | {"id": number}) for number in range(9)))
+    task = task_of(file, eval_file=str(file), max_train_samples=3, max_eval_samples=20)
+    assert [row["id"] for row in task.rows("train")] == [0, 1, 2]
+    assert len(task.rows("eval")) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("rows.jsonl", "", ["empty", "give"]),
+        ("rows.jsonl", " \n\n", ["empty"]),
+        ("rows.json", "[]", ["no rows"]),
+        ("rows.csv", "question,answer\n", ["no rows"]),
+        ("rows.txt", "x", ["'.txt'", ".json, .jsonl or .csv"]),
+        ("rows", "x", ["extension ''", ".json, .jsonl or .csv"]),
+        (
+            "rows.jsonl",
+            f'{json.dumps(GOOD)}\n\n{{"question": "x", }}\n',
+            ["line 3 is malformed", "one JSON object a line"],
+        ),
+        ("rows.jsonl", "[" * 100_000, ["line 1 is malformed"]),
+        ("rows.jsonl", "9" * 5000, ["line 1 is malformed"]),
+        ("rows.jsonl", f"{json.dumps(GOOD)}\n[1]", ["line 2 is not an object", "[1]"]),
+        ("rows.jsonl", json.dumps(GOOD).encode() + b"\n\xff", ["line 2 is not UTF-8"]),
+        ("rows.json", '[\n{"question": 1},\n{]', ["line 3 is malformed", "array"]),
+        ("rows.json", json.dumps([GOOD, {"question": "x"}]), ["row 2", "no column 'answer'", "found: question"]),
+        ("rows.jsonl", '{"q": "x", "a": "y"}', ["line 1", "no column 'question'", "found: q, a"]),
+        ("rows.jsonl", f"{json.dumps(GOOD)}\n{{}}", ["line 2", "no column 'question'", "found: none"]),
+        ("rows.jsonl", json.dumps(GOOD | {"answer": None}), ["line 1", "nothing in column 'answer'"]),
+        ("rows.jsonl", json.dumps(GOOD | {"question": " \n"}), ["line 1", "an empty text in column 'question'"]),
+        ("rows.jsonl", json.dumps(GOOD | {"answer": 18}), ["line 1", "18 in column 'answer'", "text is needed"]),
+        ("rows.jsonl", json.dumps(GOOD | {"answer": "18"}), ["line 1", "'#### NUMBER'"]),
+        ("rows.jsonl", json.dumps(GOOD | {"answer": "18 #### many"}), ["line 1", "'#### NUMBER'"]),
+        ("rows.csv", "q,a\nx,y\n", ["line 2", "no column 'question'", "found: q, a"]),
+        ("rows.csv", 'question,answer\n"a\nb",#### 1\nx\n', ["line 4 is malformed", "1 cells where the header has 2"]),
+        ("rows.csv", 'question,answer\n"a\nb",#### 1\nx,\n', ["line 4", "an empty text in column 'answer'"]),
+        ("rows.csv", 'question,answer\nx,"#### 1', ["line 2 is malformed"]),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, text: str | bytes, words: list[str]) -> None:
+    message = refusal(written(tmp_path, name, text))
+    for word in words:
+        assert word in message
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert "there is no such file" in refusal(tmp_path / "absent.jsonl")
+    (tmp_path / "folder.json").mkdir()
+    assert "this is a folder" in refusal(tmp_path / "folder.json")
+
+
+def test_the_eval_file_is_named_as_such(tmp_path: Path) -> None:
+    task = load_task(TaskConfig(kind="gsm8k", eval_file=str(tmp_path / "absent.jsonl")))
+    with pytest.raises(UserError, match=r"^task\.eval_file=.*absent"):
+        task.rows("eval")
+
+
+def test_no_source_at_all() -> None:
+    with pytest.raises(UserError, match=r"^task\.train_file=null: .* give task\.train_file=FILE .* or task\.dataset="):
+        load_task(TaskConfig(kind="gsm8k")).rows("train")
+
+
+HUB = TaskConfig(kind="gsm8k", dataset="openai/gsm8k", dataset_config="main")
+
+
+def test_reads_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
+        asked.append((*args, kwargs))
+        return datasets.Dataset.from_list([GOOD] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_task(HUB).rows("eval") == [GOOD] * 3
+    assert asked == [("openai/gsm8k", "main", {"split": "test"})]
+    assert load_task(HUB).digest("train").startswith("fingerprint:")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Couldn't reach the Hub (OfflineModeIsEnabled)"), ["cannot be reached", "HF_HUB_OFFLINE"]),
+        (ValueError("BuilderConfig 'main' not found.\nAvailable: ['x']"), ["cannot be loaded", "Available: ['x']"]),
+        (datasets.exceptions.DatasetNotFoundError("Dataset is gated"), ["cannot be loaded", "gated"]),
+    ],
+)
+def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str]) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError) as caught:
+        load_task(HUB).rows("train")
+    message = str(caught.value)
+    assert message.startswith("task.dataset=openai/gsm8k, task.dataset_config=main, task.train_split=train: ")
+    for word in [*words, "give task.train_file=FILE"]:
+        assert word in message
+    assert "\n" not in message
+
+
+def test_a_bad_row_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([GOOD, GOOD | {"answer": None}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(UserError, match=r"^task\.dataset=openai/gsm8k.*row 2 holds nothing in column 'answer'"):
+        load_task(HUB).rows("train")
+
+
+def test_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, "rows.jsonl", json.dumps(GOOD))
+    expected = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
+    assert task_of(file).digest("train") == expected
+    assert data_digest(DataSource("eval", str(file), None, None, "test")) == expected
+    with pytest.raises(UserError, match="no such file"):
+        task_of(tmp_path / "absent.jsonl").digest("train")
+
+
+def test_real_gsm8k_is_complete(shared_data: Path) -> None:
+    config = TaskConfig(
+        kind="gsm8k", train_file=str(shared_data / "gsm8k/train.jsonl"), eval_file=str(shared_data / "gsm8k/test.jsonl")
+    )
+    assert len(load_task(config).rows("train")) == 7473
+    assert len(load_task(config).rows("eval")) == 1319
+
+
+def test_a_row_is_read_whatever_its_other_columns(tmp_path: Path) -> None:
+    file = written(tmp_path, "rows.jsonl", json.dumps(GOOD | {"id": None}))
+    source = DataSource("train", str(file), None, None, "train")
+    assert read_rows(source, lambda row: None) == [GOOD | {"id": None}]

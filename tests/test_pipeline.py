@@ -1,0 +1,186 @@
+"""A whole run on a tiny llama: what it leaves, and that what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import loftq_exp
+from loftq_exp import RunConfig, UserError
+from loftq_exp.checkpoint.cache import DecompositionCache
+from loftq_exp.training import finetune, score
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, tiny_llama_dir: Path) -> Configure:
+    """Composes a run of the tiny llama on a few generated problems, with further overrides."""
+
+    def make(*overrides: str) -> RunConfig:
+        settings = [
+            "model=llama-2", f"model.path={tiny_llama_dir}", "quant.rank=4", "quant.iter=2", "quant.dropout=0",
+            f"output_dir={tmp_path / 'outputs'}", "task.max_train_samples=16", "task.max_eval_samples=4",
+            "task.max_source_length=48", "task.max_target_length=16", "train.per_device_train_batch_size=4",
+            "train.logging_steps=1", "device=cpu", *overrides,
+        ]  # fmt: skip
+        return loftq_exp.compose(settings)
+
+    return make
+
+
+def test_run_leaves_metrics_samples_and_log(configure: Configure) -> None:
+    config = configure()
+    result = loftq_exp.run(config)
+    metrics = json.loads((result.run_dir / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert set(metrics["scores"]) == {"nll", "accuracy"}
+    assert metrics["scored_adapter"] == "fine-tuned"
+    assert metrics["config"]["quant"]["rank"] == 4
+    assert metrics["init"]["weights"] == 14  # 7 linear layers in each of 2 blocks
+    assert metrics["init"]["mean_error"] < metrics["init"]["mean_error_quantized"]
+    assert metrics["init"]["bits_per_weight"] == 4 + 16 / 64
+    assert set(metrics["seconds"]) == set(metrics["peak_memory"]) == {"quantize", "finetune", "evaluate"}
+    assert metrics["data"]["train"] != metrics["data"]["eval"]
+    assert metrics["provenance"]["versions"]["torch"] == torch.__version__
+    assert metrics["backbone_bytes"] == (result.init_dir / "model.safetensors").stat().st_size
+    assert [step for step, _ in metrics["losses"]] == [1, 2, 3, 4]
+    samples = [json.loads(line) for line in (result.run_dir / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    assert sum(sample["correct"] for sample in samples) / 4 == metrics["scores"]["accuracy"]
+
+
+def test_tensorboard_holds_errors_losses_scores_settings(configure: Configure) -> None:
+    result = loftq_exp.run(configure())
+    log = EventAccumulator(str(result.run_dir / "tensorboard"))
+    log.Reload()
+    tags = log.Tags()
+    assert {"train/loss", "train/learning_rate", "score/nll", "score/accuracy", "init_error_mean"} <= set(
+        tags["scalars"]
+    )
+    errors = log.Scalars("init_error/model.layers.0.self_attn.q_proj")
+    assert [event.step for event in errors] == [0, 1, 2]
+    report = json.loads((result.init_dir / "init_report.json").read_text())
+    first = next(w for w in report["weights"] if w["name"] == "model.layers.0.self_attn.q_proj")
+    assert [event.value for event in errors] == pytest.approx(first["errors"], rel=1e-6)
+    assert "config/text_summary" in tags["tensors"]
+    assert "_hparams_/session_start_info" in log.summary_metadata
+
+
+def test_same_command_does_nothing_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = loftq_exp.run(configure())
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a stage whose result is there was run again")
+
+    monkeypatch.setattr(finetune, "finetune", never)
+    monkeypatch.setattr(score, "score", never)
+    monkeypatch.setattr(DecompositionCache, "put", never)
+    logs = sorted((first.run_dir / "tensorboard").iterdir())
+    again = loftq_exp.run(configure())
+    assert sorted((first.run_dir / "tensorboard").iterdir()) == logs
+    del first.metrics["provenance"], again.metrics["provenance"]
+    assert again.metrics == first.metrics
+
+
+def test_training_lowers_the_loss_and_the_score(configure: Configure) -> None:
+    more = ("task.max_train_samples=64", "train.learning_rate=1e-2", "train.num_train_epochs=2")
+    before = loftq_exp.run(configure("stages=[quantize,evaluate]", *more))
+    assert before.metrics["scored_adapter"] == "initial"
+    assert before.adapter_dir is None
+    after = loftq_exp.run(configure(*more))
+    losses = [loss for _, loss in after.metrics["losses"]]
+    assert losses[-1] < losses[0]
+    assert after.scores["nll"] < before.scores["nll"]
+
+
+def test_killed_run_resumes_to_the_same_adapter(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = ("train.save_steps=1", "stages=[quantize,finetune]")
+    whole = loftq_exp.run(configure(*often, f"output_dir={tmp_path / 'whole'}"))
+
+    class Killed(Exception):
+        pass
+
+    def kill_after_two(self: object, args: object, state: object, control: object, **_: object) -> None:
+        if getattr(state, "global_step") == 2 and not getattr(control, "should_save"):  # noqa: B009
+            raise Killed
+
+    monkeypatch.setattr(finetune._Report, "on_step_begin", kill_after_two, raising=False)
+    config = configure(*often, f"output_dir={tmp_path / 'cut'}")
+    with pytest.raises(Killed):
+        loftq_exp.run(config)
+    assert not (config.run_dir / "adapter").exists()
+    monkeypatch.undo()
+    # What a kill in the middle of writing leaves: a newer checkpoint without its last file.
+    (config.run_dir / "checkpoints" / "checkpoint-3").mkdir()
+
+    resumed = loftq_exp.run(config)
+    assert json.loads((resumed.run_dir / "finetune.json").read_text())["resumed_from"] == "checkpoint-2"
+    assert not (resumed.run_dir / "checkpoints").exists()
+    assert resumed.adapter_dir
+    assert whole.adapter_dir
+    expected, found = (load_file(d / "adapter_model.safetensors") for d in (whole.adapter_dir, resumed.adapter_dir))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backbone", ["bnb4", "dense"])
+def test_backbones_score_alike(configure: Configure, backbone: str) -> None:
+    result = loftq_exp.run(configure("stages=[quantize,evaluate]", f"train.backbone={backbone}"))
+    other = {"bnb4": "dense", "dense": "bnb4"}[backbone]
+    twin = loftq_exp.run(configure("stages=[quantize,evaluate]", f"train.backbone={other}"))
+    assert result.scores["nll"] == pytest.approx(twin.scores["nll"], rel=1e-4)
+
+
+@pytest.mark.parametrize("quant", ["quant=qlora", "quant=lora", "quant.type=uniform", "quant.bits=3", "quant.alpha=16"])
+def test_every_method_runs_from_command_to_score(configure: Configure, quant: str) -> None:
+    iterless = () if quant not in ("quant=qlora", "quant=lora") else ("quant.iter=0",)
+    result = loftq_exp.run(configure(quant, *iterless))
+    assert result.scores["nll"] > 0
+    assert result.metrics["finetune"]["backbone"] == ("bnb4" if quant in ("quant=qlora", "quant.alpha=16") else "dense")
+
+
+def test_gsm8k_from_local_files(configure: Configure, shared_data: Path) -> None:
+    files = [
+        f"task.{split}_file={shared_data / 'gsm8k' / name}"
+        for split, name in (("train", "train.jsonl"), ("eval", "test.jsonl"))
+    ]
+    result = loftq_exp.run(configure("task=gsm8k", *files, "task.pad_to_max_length=true"))
+    assert set(result.scores) == {"nll", "accuracy"}
+
+
+def test_gradient_checkpointing_changes_no_gradient(configure: Configure) -> None:
+    plain = loftq_exp.run(configure("stages=[quantize,finetune]"))
+    checkpointed = loftq_exp.run(configure("stages=[quantize,finetune]", "train.gradient_checkpointing=true"))
+    assert [loss for _, loss in checkpointed.metrics["losses"]] == pytest.approx(
+        [loss for _, loss in plain.metrics["losses"]], rel=1e-4
+    )
+
+
+def test_finetune_without_checkpoint_is_refused(configure: Configure) -> None:
+    with pytest.raises(UserError, match="add quantize to stages"):
+        loftq_exp.run(configure("stages=[finetune]"))
+
+
+def test_task_and_model_that_do_not_fit_are_refused(configure: Configure) -> None:
+    with pytest.raises(UserError, match="needs a causal model"):
+        loftq_exp.run(configure("model=bert"))
+
+
+def test_accumulation_divides_the_steps_and_the_schedule(configure: Configure) -> None:
+    """16 rows in batches of 4, two a step: 2 steps an epoch, and the rate falls to zero over just these."""
+    more = ("stages=[quantize,finetune]", "train.gradient_accumulation_steps=2", "train.num_train_epochs=2")
+    result = loftq_exp.run(configure(*more, "train.warmup_ratio=0", "train.lr_scheduler_type=linear"))
+    assert result.metrics["finetune"]["steps"] == 4
+    log = EventAccumulator(str(result.run_dir / "tensorboard"))
+    log.Reload()
+    rates = [event.value for event in log.Scalars("train/learning_rate")]
+    assert rates == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 0.75e-4], rel=1e-4)

@@ -1,0 +1,274 @@
+"""The model that trains: 4-bit and dense layers compute the same function, and only the adapter moves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from loftq_exp.checkpoint.artifact import Initialised
+from loftq_exp.checkpoint.convert import initialise
+from loftq_exp.checkpoint.source import locate
+from loftq_exp.config import RunConfig
+from loftq_exp.errors import UserError
+from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def settings(model: Path, root: Path, **changes: Any) -> RunConfig:
+    """LoftQ NF4 of `model` into `root`, but for the `changes`, where __ stands for a dot."""
+    values: dict[str, Any] = {
+        "model": {"path": str(model), "kind": "causal"},
+        "quant": {"method": "loftq", "type": "nf", "bits": 4, "rank": 8, "iter": 1},
+        "task": {"kind": "gsm8k"}, "train": {}, "stages": ["quantize"], "device": "cpu",
+        "save_dir": str(root / "saved"), "cache_dir": str(root / "cache"),
+    }  # fmt: skip
+    for name, value in changes.items():
+        group, _, key = name.rpartition("__")
+        (values[group] if group else values)[key] = value
+    return RunConfig.from_mapping(values)
+
+
+def made(config: RunConfig) -> Initialised:
+    return initialise(locate(config.model, config.cache_path), config)
+
+
+def loaded(config: RunConfig, adapter: Path | None = None) -> PeftModel:
+    return load_model(made(config), adapter, config, CPU, torch.float32)
+
+
+def logits(model: PeftModel) -> torch.Tensor:
+    ids = torch.arange(3, 43).remainder(model.config.vocab_size).reshape(2, 20)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def targets(model: PeftModel, init: Initialised) -> dict[str, nn.Module]:
+    """The backbone's layers below the adapter's, by name."""
+    base = model.base_model.model
+    return {weight["name"]: base.get_submodule(weight["name"]).base_layer for weight in init.report["weights"]}
+
+
+def dequantized(layer: nn.Module) -> torch.Tensor:
+    assert isinstance(layer, Linear4bit)
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+@pytest.mark.parametrize("save_format", ["dense", "bnb4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_four_bit_and_dense_backbones_compute_the_same(
+    tiny_llama_dir: Path, tmp_path: Path, bits: int, dtype: torch.dtype, save_format: str
+) -> None:
+    common = {"quant__bits": bits, "save_dtype": str(dtype).removeprefix("torch.")}
+    dense = settings(tiny_llama_dir, tmp_path / "dense", **common, train__backbone="dense")
+    packed = settings(tiny_llama_dir, tmp_path / "packed", **common, save_format=save_format, train__backbone="bnb4")
+    init, other_init = made(dense), made(packed)
+    one, other = (load_model(x, None, config, CPU, dtype) for x, config in ((init, dense), (other_init, packed)))
+    assert not any(isinstance(layer, Linear4bit) for layer in targets(one, init).values())
+    values = load_file(init.folder / "model.safetensors")
+    for name, layer in targets(other, other_init).items():
+        assert torch.equal(dequantized(layer), values[f"{name}.weight"])
+        assert isinstance(layer, Linear4bit)
+        assert layer.compute_dtype == dtype
+    expected, found = logits(one).float(), logits(other).float()
+    assert expected.std() > 0.1
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float((found - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("save_format", ["dense", "bnb4"])
+def test_in_float32_four_bit_layers_leave_out_the_rounding_to_bfloat16(
+    tiny_llama_dir: Path, tmp_path: Path, save_format: str
+) -> None:
+    dense = settings(tiny_llama_dir, tmp_path / "dense", train__backbone="dense")
+    packed = settings(tiny_llama_dir, tmp_path / "packed", save_format=save_format)
+    one, other = loaded(dense), loaded(packed)
+    values = load_file(made(dense).folder / "model.safetensors")
+    for name, layer in targets(other, made(packed)).items():
+        assert torch.equal(dequantized(layer).bfloat16(), values[f"{name}.weight"])
+    expected, found = logits(one), logits(other)
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+
+
+def test_what_loads_is_close_to_the_pretrained_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    source = hf.AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    expected = logits(source)
+    error = {}
+    for rank in (1, 8, 32):
+        found = logits(loaded(settings(tiny_llama_dir, tmp_path, quant__rank=rank, quant__alpha=5.5)))
+        error[rank] = float((found - expected).norm() / expected.norm())
+    assert error[32] < error[8] < error[1] < 0.5
+    lora = {"quant__method": "lora", "quant__type": "none", "quant__bits": 16, "quant__iter": 0}
+    exact = logits(loaded(settings(tiny_llama_dir, tmp_path, **lora, save_dtype="float32")))
+    torch.testing.assert_close(exact, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["bnb4", "dense"])
+def test_only_the_adapter_is_trainable_and_in_float32(tiny_llama_dir: Path, tmp_path: Path, backbone: str) -> None:
+    config = settings(tiny_llama_dir, tmp_path, train__backbone=backbone)
+    init = made(config)
+    model = load_model(init, None, config, CPU, torch.float32)
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    factors = load_file(init.folder / "loftq_init" / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in trainable} == set(factors)
+    for name, weight in trainable.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, factors[name.replace(".default", "")]), "PEFT draws no others"
+    ids = torch.arange(3, 23)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in trainable.values())
+    assert all(weight.grad is None for name, weight in model.named_parameters() if name not in trainable)
+
+
+def test_an_adapter_that_was_saved_is_loaded_in_place_of_the_first(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_dir, tmp_path)
+    model = loaded(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    again = loaded(config, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    assert not torch.equal(logits(again), logits(loaded(config)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"quant__bits": 2}, True),
+        ({"train__backbone": "dense"}, False),
+        ({"train__backbone": "bnb4"}, True),
+        ({"quant__bits": 3}, False),
+        ({"quant__block_size": 32}, False),
+        ({"quant__type": "uniform"}, False),
+    ],
+    ids=str,
+)
+def test_auto_takes_four_bit_layers_where_they_hold_the_values(
+    tiny_llama_dir: Path, tmp_path: Path, changes: dict[str, Any], expected: bool
+) -> None:
+    config = settings(tiny_llama_dir, tmp_path, **changes)
+    assert holds_four_bit(config) is expected
+    layers = targets(loaded(config), made(config)).values()
+    assert {isinstance(layer, Linear4bit) for layer in layers} == {expected}
+
+
+def a_model(model: hf.PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+FALCON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}],
+    ids=["old", "new, with biases"],
+)
+def test_falcons_layers_become_four_bit_by_our_loader(tmp_path: Path, bits: int, options: dict[str, Any]) -> None:
+    model = hf.FalconForCausalLM(hf.FalconConfig(**FALCON, initializer_range=0.2, **options))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    folder = a_model(model, tmp_path / "falcon")
+    common = {"quant__bits": bits, "save_dtype": "float32"}
+    config = settings(folder, tmp_path, **common)
+    init = made(config)
+    packed = load_model(init, None, config, CPU, torch.float32)
+    layers = targets(packed, init)
+    assert len(layers) == 8
+    values = load_file(init.folder / "model.safetensors")
+    for name, layer in layers.items():
+        assert torch.equal(dequantized(layer), values[f"{name}.weight"])
+        assert layer.weight.dtype == torch.uint8
+        assert (layer.bias is not None) == bool(options)
+    assert not any(weight.requires_grad for name, weight in packed.named_parameters() if "lora_" not in name)
+    dense = load_model(init, None, settings(folder, tmp_path, **common, train__backbone="dense"), CPU, torch.float32)
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_t5_keeps_its_wo_and_computes_the_same(tmp_path: Path, feed_forward: str) -> None:
+    config = hf.T5Config(
+        vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj=feed_forward,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    folder = a_model(hf.T5ForConditionalGeneration(config), tmp_path / "t5")
+    ids = torch.arange(3, 43).reshape(2, 20)
+    found = {}
+    for backbone in ("bnb4", "dense"):
+        run = settings(folder, tmp_path, model__kind="seq2seq", train__backbone=backbone, save_dtype="float32")
+        init = made(run)
+        model = load_model(init, None, run, CPU, torch.float32).eval()
+        layers = targets(model, init)
+        four_bit = {name for name, layer in layers.items() if isinstance(layer, Linear4bit)}
+        assert four_bit == ({name for name in layers if not name.endswith(".wo")} if backbone == "bnb4" else set())
+        with torch.no_grad():
+            found[backbone] = model(input_ids=ids, labels=ids).logits
+    torch.testing.assert_close(found["bnb4"], found["dense"], rtol=1e-4, atol=1e-5)
+
+
+ENCODER: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="PEFT wants the head's values in a classifier's adapter")
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: hf.BertForPreTraining(hf.BertConfig(**ENCODER)),
+        lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**ENCODER)),
+        lambda: hf.DebertaV2ForMaskedLM(
+            hf.DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True)
+        ),
+    ],
+    ids=["bert", "roberta", "deberta"],
+)
+def test_an_encoder_trains_its_head_beside_the_adapter(tmp_path: Path, model: Callable[[], hf.PreTrainedModel]) -> None:
+    folder = a_model(model(), tmp_path / "encoder")
+    config = settings(folder, tmp_path, model__kind="classification")
+    init = made(config)
+    loaded = load_model(init, None, config, CPU, torch.float32)
+    layers = targets(loaded, init)
+    assert all(isinstance(layer, Linear4bit) for layer in layers.values())
+    fours = [name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)]
+    assert len(fours) == len(layers), "the head and the pooler stay dense"
+    trainable = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
+    assert all(".lora_" in name or "classifier.modules_to_save" in name for name in trainable)
+    assert any("classifier.modules_to_save" in name for name in trainable)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = a_model(hf.FalconForCausalLM(hf.FalconConfig(**FALCON)), tmp_path / "falcon")
+    config = settings(folder, tmp_path)
+    with pytest.raises(UserError, match=f"model.path={folder}: no tokenizer to be read") as caught:
+        load_tokenizer(made(config), config)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_is_the_sources(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_dir, tmp_path)
+    init = made(config)
+    text = "Tom has 3 apples, and buys 4 more."
+    expected = hf.AutoTokenizer.from_pretrained(tiny_llama_dir)(text)["input_ids"]
+    assert load_tokenizer(init, config)(text)["input_ids"] == expected
+    assert json.loads((init.folder / "config.json").read_text())["vocab_size"] == 512
