@@ -101,6 +101,8 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         limit = metadata.get(bound)
         if limit is not None and not holds(limit):
             raise UserError(f"{path}={value}: out of range; give a value {words} {limit}")
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise UserError(f"{path}={value}: out of range; give a value that fits 64 bits")
     return value
 
 
@@ -119,8 +121,6 @@ def _converted(path: str, value: Any, hint: Any) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint in (int, float) and (number := _number(value, hint)) is not None:
-        if hint is int and not -(2**63) <= number < 2**63:
-            raise UserError(f"{path}: the number is too large; give one that fits 64 bits")
         return number
     kind = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}[hint]
     shown = "null" if value is None else value
