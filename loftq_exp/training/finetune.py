@@ -70,7 +70,7 @@ def finetune(
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "steps": trainer.state.global_step,
         "rows": len(rows),
-        "backbone": "bnb4" if holds_four_bit(config) else "dense",
+        "backbone": "bnb4" if holds_four_bit(init, config, device) else "dense",
         "dtype": str(dtype).removeprefix("torch."),
         "resumed_from": resumed.name if resumed else None,
         "seconds": time.perf_counter() - began,

@@ -26,7 +26,7 @@ def load_model(
 
     The adapter's parameters are trainable, in float32; everything else is frozen. Activations are computed in `dtype`.
     """
-    load = _load_four_bit if holds_four_bit(config) else _load_dense
+    load = _load_four_bit if holds_four_bit(init, config, device) else _load_dense
     with _without_bars():
         backbone = load(init, config, device, dtype)
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
@@ -42,9 +42,19 @@ def load_tokenizer(init: Initialised, config: RunConfig) -> transformers.PreTrai
         raise UserError(f"model.path={config.model.path}: no tokenizer to be read ({first}); add its files") from None
 
 
-def holds_four_bit(config: RunConfig) -> bool:
-    """Whether the run's backbone is held in bitsandbytes 4-bit layers rather than dense ones."""
-    return config.train.backbone == "bnb4" or (config.train.backbone == "auto" and config.fits_bnb4)
+def holds_four_bit(init: Initialised, config: RunConfig, device: torch.device) -> bool:
+    """Whether the run's backbone is held in bitsandbytes 4-bit layers rather than dense ones.
+
+    Raises UserError where it must be and cannot: bitsandbytes 0.50 reads rows that are not whole blocks wrongly on a
+    processor with AVX-512, so that no processor is trusted with them.
+    """
+    broken = [weight for weight in init.report["weights"] if weight["shape"][1] % 64] if device.type == "cpu" else []
+    forced = config.train.backbone == "bnb4" or config.save_format == "bnb4"
+    if forced and broken:
+        name, shape = broken[0]["name"], broken[0]["shape"]
+        raise UserError(f"train.backbone=bnb4: {name} has rows of {shape[1]} values, and on a processor bitsandbytes reads only "
+                        "whole blocks of 64 right; use train.backbone=dense and save_format=dense")  # fmt: skip
+    return forced or (config.train.backbone == "auto" and config.fits_bnb4 and not broken)
 
 
 @contextmanager
@@ -85,6 +95,9 @@ def _load_four_bit(init: Initialised, config: RunConfig, device: torch.device, d
             module = _packed(module, dtype)
             model.set_submodule(weight["name"], module)
         module.compute_dtype = dtype
+        if dtype != torch.bfloat16:
+            # On a processor with AVX512_BF16 the layer would compute in bfloat16 while scoring, whatever it was told.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -311,6 +311,8 @@ def shifted(tensor):
 def bnb_round_trip(weight, num_bits):
     """bitsandbytes' quantized values, as peft.utils.loftq_utils.loftq_init takes them."""
     if num_bits == 4:
-        return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64))
+        # Flat, because with AVX-512 it dequantizes rows that are not whole blocks with other blocks' scales.
+        flat = bnb.dequantize_4bit(*bnb.quantize_4bit(weight.flatten(), quant_type="nf4", blocksize=64))
+        return flat.reshape(weight.shape)
     codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
     return bnb.int8_vectorwise_dequant(codes, absmax)

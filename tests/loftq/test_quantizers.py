@@ -29,7 +29,8 @@ def normal(*shape, seed=0, scale=1.0):
 
 def bnb_nf4(weight):
     """bitsandbytes' NF4 codes (unpacked), absmax and values."""
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    # Flat, because with AVX-512 it dequantizes rows that are not whole blocks with other blocks' scales.
+    packed, state = bnb.quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4")
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: weight.numel()]
     # dequantize_4bit turns a result round whose packed codes are a single byte.
     return codes.reshape(weight.shape), state.absmax, bnb.dequantize_4bit(packed, state).reshape(weight.shape)

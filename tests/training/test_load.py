@@ -163,9 +163,19 @@ def test_auto_takes_four_bit_layers_where_they_hold_the_values(
     tiny_llama_dir: Path, tmp_path: Path, changes: dict[str, Any], expected: bool
 ) -> None:
     config = settings(tiny_llama_dir, tmp_path, **changes)
-    assert holds_four_bit(config) is expected
+    assert holds_four_bit(made(config), config, CPU) is expected
     layers = targets(loaded(config), made(config)).values()
     assert {isinstance(layer, Linear4bit) for layer in layers} == {expected}
+
+
+def test_rows_that_are_not_whole_blocks_stay_dense_on_a_processor(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    folder = a_model(hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, **sizes)), tmp_path / "tiny")
+    config = settings(folder, tmp_path)
+    assert not any(isinstance(layer, Linear4bit) for layer in targets(loaded(config), made(config)).values())
+    assert holds_four_bit(made(config), config, torch.device("cuda"))
+    with pytest.raises(UserError, match=r"train.backbone=bnb4: model\.layers\.0\S+ has rows of 96 values"):
+        loaded(settings(folder, tmp_path, train__backbone="bnb4"))
 
 
 def a_model(model: hf.PreTrainedModel, folder: Path) -> Path:
