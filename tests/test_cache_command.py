@@ -170,7 +170,7 @@ def test_prune_by_size_removes_what_was_used_longest_ago(tmp_path: Path, entries
     assert run(tmp_path, "prune", "--max-gb", repr((nf4 + uniform3 + int8 - 1) / 1e9)) == 0
     assert kept(entries) == {"nf4", "uniform3"}
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    DecompositionCache(tmp_path).find(RECIPES["uniform3"], weight_digest(weight))  # a job uses it
+    DecompositionCache(tmp_path).find(RECIPES["uniform3"], weight_digest(weight), weight.shape)  # a job uses it
     assert run(tmp_path, "prune", "--max-gb", repr(max(nf4, uniform3) / 1e9)) == 0
     assert kept(entries) == {"uniform3"}
     assert run(tmp_path, "prune", "--max-gb", "0") == 0
@@ -244,7 +244,7 @@ def keep_putting(folder: Path, seconds: float) -> None:
     results = [decompose(weight, recipe.quantizer, recipe.rank, recipe.steps) for weight in weights]
     while time.monotonic() < until:
         seed = (seed + 1) % len(weights)
-        if cache.find(recipe, weight_digest(weights[seed])) is None:
+        if cache.find(recipe, weight_digest(weights[seed]), weights[seed].shape) is None:
             cache.put(recipe, weight_digest(weights[seed]), results[seed])
 
 

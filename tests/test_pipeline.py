@@ -134,9 +134,13 @@ def test_killed_run_resumes_to_the_same_adapter(
 
 @pytest.mark.parametrize("backbone", ["bnb4", "dense"])
 def test_backbones_score_alike(configure: Configure, backbone: str) -> None:
-    result = loftq_exp.run(configure("stages=[quantize,evaluate]", "train.bf16=false", f"train.backbone={backbone}"))
+    result = loftq_exp.run(
+        configure("stages=[quantize,evaluate]", "train.bf16=false", "save_dtype=float32", f"train.backbone={backbone}")
+    )
     other = {"bnb4": "dense", "dense": "bnb4"}[backbone]
-    twin = loftq_exp.run(configure("stages=[quantize,evaluate]", "train.bf16=false", f"train.backbone={other}"))
+    twin = loftq_exp.run(
+        configure("stages=[quantize,evaluate]", "train.bf16=false", "save_dtype=float32", f"train.backbone={other}")
+    )
     assert result.scores["nll"] == pytest.approx(twin.scores["nll"], rel=1e-4)
 
 

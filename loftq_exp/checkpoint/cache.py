@@ -12,6 +12,7 @@ time of modification, so that pruning (loftq_exp.cache) knows what was of use la
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -31,11 +32,11 @@ import torch
 
 from loftq_exp.checkpoint.writer import tensor_bytes
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Quantized, Quantizer
+from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Quantized, Quantizer, first_rank
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Counted up whenever the meaning of a key or an entry changes."""
 
 _DAY = 24 * 3600.0
@@ -63,20 +64,28 @@ class Recipe:
     steps: int
     solver: str
 
-    def key(self, digest: str, steps: int | None = None) -> str:
-        """The address of the result for the weight with this digest, after `steps` steps instead of the recipe's own."""
-        text = json.dumps(self.shaping(digest, self.steps if steps is None else steps), sort_keys=True)
+    def after(self, steps: int, shape: tuple[int, ...]) -> Recipe:
+        """The recipe of the entry from which a weight of this shape is had after `steps` steps.
+
+        One step is kept at the rank that it was solved at, see `first_rank`: one entry serves all smaller ranks.
+        """
+        rank = first_rank(self.rank, shape, self.solver) if steps == 1 else self.rank
+        return dataclasses.replace(self, rank=rank, steps=steps)
+
+    def key(self, digest: str) -> str:
+        """The address of the result for the weight with this digest."""
+        text = json.dumps(self.shaping(digest), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
-    def shaping(self, digest: str, steps: int) -> dict[str, Any]:
+    def shaping(self, digest: str) -> dict[str, Any]:
         """What a key is the digest of, in plain containers. An entry holds it too, to tell people what it is."""
         shaping: dict[str, Any] = {
             "format": FORMAT,
             "weight": digest,
-            "steps": steps,
+            "steps": self.steps,
             "quantizer": self.quantizer.identity,
         }
-        if steps:  # quantization alone depends on neither rank nor solver
+        if self.steps:  # quantization alone depends on neither rank nor solver
             shaping |= {"rank": self.rank, "solver": self.solver, "solver_version": SOLVER_VERSION}
         return shaping
 
@@ -87,13 +96,13 @@ class DecompositionCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "decompositions"
 
-    def find(self, recipe: Recipe, digest: str) -> Decomposition | None:
+    def find(self, recipe: Recipe, digest: str, shape: tuple[int, ...]) -> Decomposition | None:
         """The result with the most steps up to the recipe's; a shorter one can be continued. None where there is none.
 
         Raises UserError where an entry is there and must not be read.
         """
         for steps in range(recipe.steps, 0 if recipe.steps else -1, -1):
-            path = self.path(recipe.key(digest, steps))
+            path = self.path(recipe.after(steps, shape).key(digest))
             try:
                 found = read_entry(path)
             except FileNotFoundError:
@@ -107,16 +116,16 @@ class DecompositionCache:
                                 "mend that or set another cache_dir") from None  # fmt: skip
             with contextlib.suppress(OSError):  # pruned meanwhile, or somebody else's
                 os.utime(path)
-            return found
+            return found.truncated(recipe.rank) if steps == 1 else found
         return None
 
     def put(self, recipe: Recipe, digest: str, result: Decomposition) -> None:
-        """Keeps a result. Raises UserError where the folder cannot be written."""
+        """Keeps the result of this very recipe. Raises UserError where the folder cannot be written."""
         path = self.path(recipe.key(digest))
         beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(_encoded(path.stem, recipe.shaping(digest, recipe.steps), result))
+            beside.write_bytes(_encoded(path.stem, recipe.shaping(digest), result))
             beside.replace(path)
         except OSError as error:
             raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "

@@ -31,6 +31,7 @@ from loftq_exp.checkpoint.cache import FORMAT, DecompositionCache, Recipe, weigh
 from loftq_exp.checkpoint.layout import Layout, Target, find_layout
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
+from loftq_exp.checkpoint.workers import side_by_side
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, peak_memory
@@ -136,19 +137,25 @@ def _write_weights(folder: Path, tensors: CheckpointTensors, layout: Layout, con
         SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, config), "adapter_model") as adapter,
         progress("quantize") as advance,
     ):
-        for name in names:
+
+        def one(name: str) -> WeightReport | None:
             weight = tensors.read(name)
             if name not in targets:
                 out.write(name, weight)
-                continue
+                return None
             values, lora_A, lora_B, report = worker.initialise(targets[name], weight)
             for stored, tensor in _stored(name, values, config).items():
                 out.write(stored, tensor)
             adapter.write(_adapter_name(targets[name], "A"), lora_A)
             adapter.write(_adapter_name(targets[name], "B"), lora_B)
-            reports.append(report)
-            _tell(advance, reports, len(targets))
-    return reports
+            return report
+
+        for report in side_by_side(one, names, worker.device):
+            if report is not None:
+                reports.append(report)
+                _tell(advance, reports, len(targets))
+    order = {target.module: position for position, target in enumerate(layout.targets)}
+    return sorted(reports, key=lambda report: order[report.name])
 
 
 class _Worker:
@@ -178,7 +185,7 @@ class _Worker:
             errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
         else:
             result, hit, computed = self._decomposed(target, weight, digest, self.quantizer)
-            values = self.quantizer.decode(result.quantized).to(self.dtype)
+            values = result.backbone(self.quantizer, self.dtype)
             errors = result.errors
             if quant.iter:
                 share = math.sqrt(
@@ -195,15 +202,17 @@ class _Worker:
         self, target: Target, weight: torch.Tensor, digest: str, quantizer: Quantizer
     ) -> tuple[Decomposition, bool, int]:
         recipe = Recipe(quantizer, self.quant.rank, self.quant.iter, self.quant.solver)
-        found = self.cache.find(recipe, digest)
+        found = self.cache.find(recipe, digest, target.shape)
         if found and found.steps == recipe.steps:
             return found, True, 0
+        kept = recipe.after(recipe.steps, target.shape)
         try:
-            result = decompose(weight.to(self.device), quantizer, recipe.rank, recipe.steps, recipe.solver, start=found)
+            result = decompose(weight.to(self.device), quantizer, kept.rank, kept.steps, kept.solver, start=found)
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
-        self.cache.put(recipe, digest, result)
-        return result, False, recipe.steps - (found.steps if found else 0)
+        self.cache.put(kept, digest, result)
+        computed = recipe.steps - (found.steps if found else 0)
+        return result.truncated(recipe.rank) if kept.rank > recipe.rank else result, False, computed
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """LoftQ on one weight: W in, (Q, A, B) out. Knows nothing of models or files."""
 
-from loftq_exp.loftq.decompose import Decomposition, decompose, kaiming_uniform_A, loftq_init
+from loftq_exp.loftq.alternation import Decomposition
+from loftq_exp.loftq.decompose import decompose, first_rank, kaiming_uniform_A, loftq_init
 from loftq_exp.loftq.lowrank import SOLVER_VERSION, truncated_svd
 from loftq_exp.loftq.quantizers import QUANTIZER_VERSION, Quantized, Quantizer, make_quantizer
 
@@ -11,6 +12,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "decompose",
+    "first_rank",
     "kaiming_uniform_A",
     "loftq_init",
     "make_quantizer",

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.lowrank import check_svd_settings, truncated_svd
-from loftq_exp.loftq.quantizers import Quantized, Quantizer, make_quantizer
+from loftq_exp.loftq.alternation import Alternation, Decomposition
+from loftq_exp.loftq.lowrank import check_svd_settings
+from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
+
+SHARED_RANK = 64
+"""Rank of the first step's factors for all smaller ranks, see `first_rank`."""
 
 
-@dataclass(frozen=True)
-class Decomposition:
-    """A weight W (out, in) as a quantized backbone Q and low-rank factors: W is about Q + B A."""
+def first_rank(rank: int, shape: tuple[int, ...], solver: str) -> int:
+    """The rank at which the first step is solved; its factors are truncated to `rank`.
 
-    quantized: Quantized
-    """Codes and scales of Q, for the quantizer that made them."""
-    lora_A: torch.Tensor
-    """(rank, in) float32; zeros without steps."""
-    lora_B: torch.Tensor
-    """(out, rank) float32; zeros without steps."""
-    errors: tuple[float, ...]
-    """Relative Frobenius errors: ||W - quantize(W)|| / ||W||, then ||W - Q_t - B_t A_t|| / ||W|| after each step t."""
-    norm: float
-    """Frobenius norm of W."""
-
-    @property
-    def steps(self) -> int:
-        """Alternating steps taken."""
-        return len(self.errors) - 1
+    The first step's backbone does not depend on the rank, so that one solution serves every smaller one: a sweep over
+    ranks solves once.
+    """
+    return rank if solver == "exact" else max(rank, min(SHARED_RANK, *shape))
 
 
 @torch.no_grad()
@@ -57,7 +48,7 @@ def decompose(
         quantizer: from `make_quantizer`.
         rank: r, from 1 to min(out, in).
         num_iter: steps T. 0 is QLoRA's backbone with zero factors.
-        solver: `randomized` or `exact`, see `truncated_svd`.
+        solver: `randomized` or `exact`, see `truncated_svd` and `leading_factors`.
         start: a decomposition of the same weight with the same settings and at most T steps, on any device. It is
             continued, and the result has the same bytes as one from scratch.
 
@@ -68,33 +59,26 @@ def decompose(
         UserError: for a weight that is not a finite floating-point matrix, or a setting that does not exist or fit.
         ValueError: for a `start` of another shape or rank, or of more steps.
     """
-    target = _checked(weight, num_iter)
-    check_svd_settings(target.shape, rank, solver)
-    if start is None:
-        start = _quantize_only(target, quantizer, rank)
-    elif start.quantized.codes.shape != target.shape or len(start.lora_A) != rank or start.steps > num_iter:
+    if num_iter < 0:
+        raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
+    alternation = Alternation(weight, quantizer)
+    check_svd_settings(weight.shape, rank, solver)
+    if start is not None and (
+        start.quantized.codes.shape != weight.shape or len(start.lora_A) != rank or start.steps > num_iter
+    ):
         raise ValueError("start is a decomposition of another shape or rank, or one of more steps than num_iter")
-    # Copies, because a tensor that maps a file may lie at an address for which matrix products round differently.
-    quantized = Quantized(*(tensor.to(target.device, copy=True) for tensor in start.quantized))
-    lora_B, lora_A = (factor.to(target.device, torch.float32, copy=True) for factor in (start.lora_B, start.lora_A))
-    errors = list(start.errors)
-    for step in range(start.steps, num_iter):
-        if step > 0:
-            quantized = quantizer.encode(target - lora_B @ lora_A)
-        residual = target - quantizer.decode_stored(quantized)
-        factors = (lora_B, lora_A) if step > 0 else None
-        lora_B, lora_A = truncated_svd(residual, rank, solver, start=factors)
-        errors.append(_relative(residual.sub_(lora_B @ lora_A), start.norm))
-    return Decomposition(quantized, lora_A, lora_B, tuple(errors), start.norm)
-
-
-def _quantize_only(target: torch.Tensor, quantizer: Quantizer, rank: int) -> Decomposition:
-    """The decomposition without steps: Q = quantize(W), A = B = 0."""
-    norm = _frobenius(target)
-    quantized = quantizer.encode(target)
-    error = _relative(target - quantizer.decode_stored(quantized), norm)
-    rows, columns = target.shape
-    return Decomposition(quantized, target.new_zeros(rank, columns), target.new_zeros(rows, rank), (error,), norm)
+    if start is not None and start.steps:
+        alternation.resume(start)
+    else:
+        alternation.quantize()
+        if num_iter:
+            alternation.fit(first_rank(rank, weight.shape, solver), solver)
+            if alternation.rank > rank:
+                alternation.resume(alternation.result().truncated(rank))
+    for _ in range(alternation.steps, num_iter):
+        alternation.quantize()
+        alternation.fit(rank, solver)
+    return alternation.result() if num_iter else alternation.result(rank)
 
 
 @overload
@@ -181,7 +165,7 @@ def loftq_init(
     else:
         root = math.sqrt(1.0 if alpha is None else alpha / reduced_rank)
         lora_A, lora_B = result.lora_A / root, result.lora_B / root
-    backbone = quantizer.decode(result.quantized).to(weight.dtype)
+    backbone = result.backbone(quantizer, weight.dtype)
     return (backbone, lora_A, lora_B, result.errors) if return_errors else (backbone, lora_A, lora_B)
 
 
@@ -189,33 +173,3 @@ def kaiming_uniform_A(shape: torch.Size | tuple[int, int], seed: int) -> torch.T
     """LoRA's random A (rank, in), float32 on the CPU: Kaiming uniform with a = sqrt(5), within +- 1 / sqrt(in)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
-
-
-def _checked(weight: torch.Tensor, num_iter: int) -> torch.Tensor:
-    """The weight as contiguous float32, or UserError."""
-    name = f"weight of shape {tuple(weight.shape)}"
-    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
-        raise UserError(f"{name} and {weight.dtype}: not a floating-point matrix; pass one of shape (out, in)")
-    if num_iter < 0:
-        raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
-    target = weight.detach().to(torch.float32).contiguous()
-    finite = int(torch.isfinite(target).sum())
-    if finite < target.numel():
-        lost = target.numel() - finite
-        raise UserError(
-            f"{name}: {lost} of {target.numel()} values are NaN or infinite in float32; get the weight again"
-        )
-    return target
-
-
-def _frobenius(matrix: torch.Tensor) -> float:
-    """The Frobenius norm: rows in float32 relative to the largest value, which keeps squares in range, then float64."""
-    peak = matrix.abs().amax()
-    if peak == 0:
-        return 0.0
-    rows = torch.linalg.vector_norm(matrix / peak, dim=1).cpu().to(torch.float64)
-    return float(torch.linalg.vector_norm(rows)) * float(peak)
-
-
-def _relative(residual: torch.Tensor, norm: float) -> float:
-    return _frobenius(residual) / norm if norm else 0.0

@@ -8,7 +8,7 @@ from loftq_exp.errors import UserError
 
 SOLVERS = ("randomized", "exact")
 
-SOLVER_VERSION = "1"
+SOLVER_VERSION = "2"
 """Part of every cache key: change it when a solver's results change."""
 
 OVERSAMPLING = 16
@@ -19,6 +19,18 @@ PASSES = 8
 
 WARM_PASSES = 4
 """Subspace iterations from the factors of a nearby matrix."""
+
+SWEEPS = 3
+"""Iterations of `leading_factors` from a random start."""
+
+WARM_SWEEPS = 1
+"""Iterations of `leading_factors` from the factors of the step before."""
+
+SHIFT = 0.3
+"""Share of the smallest squared singular value by which `leading_factors` shifts the spectrum."""
+
+STEEPEST = 64.0
+"""Largest quotient of two leading singular values that products in bfloat16 and float32 squares are trusted with."""
 
 
 def truncated_svd(
@@ -60,6 +72,86 @@ def truncated_svd(
     return _balanced(left[:, :rank], singular[:rank], right[:, :rank], peak)
 
 
+def leading_factors(
+    matrix: torch.Tensor, fast: torch.Tensor, rank: int, solver: str, start: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (B, A) as `truncated_svd` has them, at the price that one step of an alternation is worth.
+
+    What a quantizer leaves has a flat spectrum, on which no few iterations find the singular vectors to many digits, and the
+    next step moves them anyway. So this takes few products, in bfloat16 where that is fast, and gets more out of each:
+
+        V = M' U,   U <- orth(M V - c U),   c = SHIFT * (smallest squared singular value in V)
+
+    The shift c takes away the same amount of every squared singular value, so that the quotients, by which the iteration
+    converges, grow. From a warm start it also steps beyond the last solution. On a spectrum that is too steep for
+    bfloat16 and a Cholesky factor, on a small matrix and for `exact`, this is `truncated_svd`.
+
+    Args:
+        matrix: M (m, n), finite, float32, near 1 in magnitude, any device.
+        fast: M again, in the type that products are taken in.
+        rank: r, from 1 to min(m, n).
+        solver: `randomized` or `exact`.
+        start: B (m, r) of a nearby matrix; none: random.
+    """
+    if solver != "exact" and 2 * (rank + OVERSAMPLING) <= min(matrix.shape):
+        if start is None:
+            left = _orthonormal(_random(matrix.shape[0], rank).to(matrix.device))
+        else:
+            left = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+        if left is None:
+            found = None
+        elif (
+            start is None
+        ):  # the last product in float32: these factors may be truncated, which adds up exact components
+            found = _sweep(fast, left, SWEEPS, last=matrix)
+        else:
+            found = _sweep(fast, left, WARM_SWEEPS, last=fast)
+        if found is not None:
+            return _balanced(*found, scale=matrix.new_ones(()))
+    return truncated_svd(matrix, rank, solver)
+
+
+def _sweep(
+    matrix: torch.Tensor, left: torch.Tensor, sweeps: int, last: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Left vectors, singular values and right vectors after so many sweeps; None where the spectrum is too steep.
+
+    `last` is the matrix in the type of the last product. The vectors are turned to the singular ones of their subspace each
+    time, so that rounding a large component does not drown the small ones.
+    """
+    for sweep in range(sweeps + 1):
+        right = _times((matrix if sweep < sweeps else last).T, left)
+        squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(right.T @ right))
+        if not squares[0] <= STEEPEST**2 * squares[-1]:
+            return None
+        singular = squares.sqrt()
+        left, right = left @ vectors, right @ vectors / singular
+        if sweep < sweeps:
+            better = _orthonormal(_times(matrix, right) - left * (SHIFT * squares[-1] / singular))
+            if better is None:
+                return None
+            left = better
+    return left, singular, right
+
+
+def _times(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
+    return (matrix @ thin.to(matrix.dtype)).to(torch.float32)
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor | None:
+    """An orthonormal basis of the columns by way of the Cholesky factor of their products; None where they are dependent."""
+    factor, failed = torch.linalg.cholesky_ex((columns.T @ columns).to(torch.float64))
+    if failed:
+        return None
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return columns @ inverse.T.to(torch.float32)
+
+
+def _random(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
 def check_svd_settings(shape: torch.Size, rank: int, solver: str) -> None:
     """Raise UserError for an unknown solver or a rank that does not fit a matrix of this shape."""
     if solver not in SOLVERS:
@@ -83,8 +175,7 @@ def _subspace_svd(
     directions apart that float32 would let collapse into the largest one.
     """
     width = rank + OVERSAMPLING
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(matrix.shape[0], width, generator=generator).to(matrix.device)
+    random = _random(matrix.shape[0], width).to(matrix.device)
     guess = random if start is None else torch.cat([start, random[:, : width - start.shape[1]]], dim=1)
     left = torch.linalg.qr(guess).Q
     for _ in range(PASSES if start is None else WARM_PASSES):

@@ -16,24 +16,23 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from loftq_exp.config import BITS_OF_TYPE
 from loftq_exp.errors import UserError
+from loftq_exp.loftq.kernels import SMALLEST_ABSMAX, fused
 
 QUANTIZER_VERSION = 1
 """Part of every cache key: raise it when a quantizer's results change."""
 
 NORMAL_OFFSET = 0.9677083
 """Probability of the outermost normal quantile of NormalFloat; bitsandbytes' and the paper's value."""
-
-SMALLEST_ABSMAX = 1e-38
-"""bitsandbytes divides by no less than this, so that a block of zeros stays finite."""
 
 
 class Quantized(NamedTuple):
@@ -80,9 +79,83 @@ class Quantizer(ABC):
         """What `decode` gives once it was stored in `scale_dtype` and read again: float32, the weight's shape."""
         return self.decode(quantized).to(self.scale_dtype).to(torch.float32)
 
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Groups of a weight of this shape, and the numbers that `Quantized.scales` has for each."""
+        return -(-math.prod(shape) // self._group_size(shape)), self.numbers
+
+    def aligned_rows(self, shape: tuple[int, ...]) -> int:
+        """The fewest rows of a matrix of this shape that are whole groups; all of them where no fewer are."""
+        size = self._group_size(shape)
+        return min(size // math.gcd(size, shape[1]), shape[0])
+
+    def groups_of(self, shape: tuple[int, ...], rows: slice) -> slice:
+        """Which rows of `Quantized.scales` belong to these rows of the weight, a multiple of `aligned_rows` or its end."""
+        size = self._group_size(shape)
+        return slice(rows.start * shape[1] // size, -(-rows.stop * shape[1] // size))
+
+    def requantize(
+        self,
+        weight: torch.Tensor,
+        product: torch.Tensor | None,
+        unit: float,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        """Q = encode(W - P), and what it leaves of the weight: (W - decode_stored(Q)) * unit.
+
+        Args:
+            weight: W, float32, contiguous: whole blocks, or all of a weight.
+            product: P, of the same shape, or None for zero.
+            unit: a power of two.
+            codes: written: uint8, W's shape.
+            scales: written: the rows of these blocks.
+            residual: written: float32, W's shape.
+        """
+        whole = weight.numel() - weight.numel() % self.block_size
+        kernel = fused(self) if weight.device.type == "cpu" and whole else None
+        done = 0
+        if kernel:
+            flat = [
+                tensor.view(-1)[:whole]
+                for tensor in (weight, weight[:0] if product is None else product, codes, residual)
+            ]
+            kernel(flat[0], flat[1], unit, flat[2], scales[: whole // self.block_size], flat[3])
+            done = whole
+        if done < weight.numel():
+            rest = weight.view(-1)[done:] if kernel else weight
+            less = rest if product is None else rest - product.view(-1)[done:].view(rest.shape)
+            quantized = self.encode(less)
+            codes.view(-1)[done:] = quantized.codes.view(-1)
+            scales[len(scales) - len(quantized.scales) :] = quantized.scales
+            left = rest - self.decode_stored(quantized)
+            residual.view(-1)[done:] = left.mul_(unit).view(-1)
+
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight's stored quantized values, decode_stored(encode(weight)): float32, the weight's shape."""
         return self.decode_stored(self.encode(weight))
+
+    numbers: ClassVar[int] = 1
+    """Numbers a group in `Quantized.scales`."""
+    kernel_family: ClassVar[str | None] = None
+    """Which of `loftq_exp.loftq.kernels` does this quantizer's arithmetic: `levels`, `uniform`, or none."""
+
+    def levels(self) -> torch.Tensor:
+        """The ascending levels in [-1, 1] of a quantizer that has a table of them: float32, (2**bits,)."""
+        raise NotImplementedError(f"{self.type} has no table of levels")
+
+    def thresholds(self) -> torch.Tensor:
+        """Where the next level becomes the nearest, the middle of two: float32, (2**bits - 1,)."""
+        levels = self.levels()
+        return (levels[:-1] + levels[1:]) / 2
+
+    def _nearest(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Index (uint8) of the nearest level; a value halfway between two takes the lower, as in bitsandbytes."""
+        return torch.bucketize(scaled, self.thresholds().to(scaled.device), out_int32=True).to(torch.uint8)
+
+    def _look_up(self, codes: torch.Tensor) -> torch.Tensor:
+        indices = codes.reshape(-1).to(torch.int32)
+        return self.levels().to(codes.device).index_select(0, indices).reshape(codes.shape)
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -95,7 +168,7 @@ class Quantizer(ABC):
             "version": QUANTIZER_VERSION,
         }
 
-    def _group_size(self, shape: torch.Size) -> int:
+    def _group_size(self, shape: tuple[int, ...]) -> int:
         return self.block_size
 
     def _round(self, scales: torch.Tensor) -> torch.Tensor:
@@ -119,6 +192,11 @@ class NormalFloat(Quantizer):
     absmax and values, ties (to the lower level) and a short last block included.
     """
 
+    kernel_family = "levels"
+
+    def levels(self) -> torch.Tensor:
+        return normal_float_levels(self.type, self.bits)
+
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = groups.abs().amax(dim=1, keepdim=True)
         if groups.shape[1] < self.block_size:
@@ -129,10 +207,10 @@ class NormalFloat(Quantizer):
         else:
             absmax = self._round(absmax)
             scaled = groups * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX))
-        return _nearest(scaled.clamp_(-1, 1), normal_float_levels(self.type, self.bits)), absmax
+        return self._nearest(scaled.clamp_(-1, 1)), absmax
 
     def _decode_groups(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return _look_up(codes, normal_float_levels(self.type, self.bits)).mul_(scales)
+        return self._look_up(codes).mul_(scales)
 
 
 class UniformSigma(Quantizer):
@@ -142,17 +220,17 @@ class UniformSigma(Quantizer):
     That may be negative, which only turns the levels round. Values beyond the scale take the outermost level.
     """
 
-    def _levels(self) -> torch.Tensor:
+    def levels(self) -> torch.Tensor:
         return torch.linspace(-1, 1, 2**self.bits)
 
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, deviation = _mean_and_deviation(groups)
         scale = self._round(mean + 2.5 * deviation)
         scaled = torch.where(scale == 0, 0.0, groups / scale)
-        return _nearest(scaled.clamp_(-1, 1), self._levels()), scale
+        return self._nearest(scaled.clamp_(-1, 1)), scale
 
     def _decode_groups(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return _look_up(codes, self._levels()).mul_(scales)
+        return self._look_up(codes).mul_(scales)
 
 
 class Uniform(Quantizer):
@@ -163,10 +241,13 @@ class Uniform(Quantizer):
     as its minimum.
     """
 
+    numbers = 2
+    kernel_family: ClassVar[str | None] = "uniform"
+
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self._range(groups)
         top = 2**self.bits - 1
-        minimum = self._round(low)
+        minimum = self._round(low) + 0.0  # which of two zeros is the smaller one is left open: take the positive one
         # From the rounded minimum, so that the topmost level still reaches the maximum.
         step = self._round(((high - minimum) / top).clamp_(min=0))
         codes = ((groups - minimum) / torch.where(step == 0, torch.inf, step)).round_().clamp_(0, top)
@@ -188,12 +269,14 @@ class UniformClipped(Uniform):
     unbiased one). The official code adds 1e-8 to the range against a division by zero; here the range is not changed.
     """
 
+    kernel_family = None
+
     @property
     def identity(self) -> dict[str, str | int]:
         return _without_block_size(super().identity)
 
-    def _group_size(self, shape: torch.Size) -> int:
-        return shape.numel()
+    def _group_size(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape)
 
     def _range(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = super()._range(groups)
@@ -212,7 +295,7 @@ class RowInt(Quantizer):
     def identity(self) -> dict[str, str | int]:
         return _without_block_size(super().identity)
 
-    def _group_size(self, shape: torch.Size) -> int:
+    def _group_size(self, shape: tuple[int, ...]) -> int:
         return shape[-1]
 
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,16 +374,6 @@ def _split(values: torch.Tensor, size: int) -> list[torch.Tensor]:
     flat = values.reshape(-1)
     full = flat.numel() - flat.numel() % size
     return [part for part in (flat[:full].reshape(-1, size), flat[full:].reshape(1, -1)) if part.numel()]
-
-
-def _nearest(scaled: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Index (uint8) of the nearest level; a value halfway between two takes the lower, as in bitsandbytes."""
-    thresholds = ((levels[:-1] + levels[1:]) / 2).to(scaled.device)
-    return torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
-
-
-def _look_up(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    return levels.to(codes.device).index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
 
 def _mean_and_deviation(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

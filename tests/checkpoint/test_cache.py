@@ -82,7 +82,7 @@ def test_each_setting_that_shapes_a_result_shapes_the_key() -> None:
     }
     keys = {"itself": RECIPE.key(digest)} | {what: recipe.key(digest) for what, recipe in others.items()}
     assert len(set(keys.values())) == len(keys)
-    assert RECIPE.key(digest, 3) == keys["steps"]
+    assert dataclasses.replace(RECIPE, steps=3).key(digest) == keys["steps"]
 
 
 def test_every_quantizer_has_its_own_key() -> None:
@@ -107,7 +107,7 @@ def test_keys_and_digests_are_the_same_in_every_version_and_process() -> None:
     # Written down: a change of any of these loses everybody's cache, so it must be meant, and FORMAT counted up.
     digest = weight_digest(torch.arange(12.0).reshape(3, 4))
     assert digest == "6087759502a63fc8576b602185189f02c3824fd8"
-    assert RECIPE.key(digest) == "f6e219178445e6c96d2eb9f391a1639a85e86cb5"
+    assert RECIPE.key(digest) == "188be6eaa840d4fa5ec459e72c3dfc18f7002018"
 
 
 @settings(deadline=None)
@@ -144,9 +144,10 @@ def test_a_result_comes_back_byte_for_byte(tmp_path: Path, quantizer: Quantizer,
     weight = a_weight(9, 35)  # an odd number of values, and a last block that is short
     result = computed(weight, recipe)
     cache = DecompositionCache(tmp_path)
-    assert cache.find(recipe, weight_digest(weight)) is None
-    cache.put(recipe, weight_digest(weight), result)
-    found = cache.find(recipe, weight_digest(weight))
+    assert cache.find(recipe, weight_digest(weight), weight.shape) is None
+    kept = recipe.after(steps, weight.shape)
+    cache.put(kept, weight_digest(weight), computed(weight, kept))
+    found = cache.find(recipe, weight_digest(weight), weight.shape)
     assert found is not None
     assert identical(found, result)
     assert torch.equal(quantizer.decode(found.quantized), quantizer.decode(result.quantized))
@@ -159,22 +160,25 @@ def test_the_same_weight_under_another_name_hits(tmp_path: Path) -> None:
     weight = a_weight()
     cache = DecompositionCache(tmp_path)
     cache.put(RECIPE, weight_digest(weight), computed(weight))
-    assert DecompositionCache(tmp_path).find(dataclasses.replace(RECIPE), weight_digest(weight.clone())) is not None
+    assert (
+        DecompositionCache(tmp_path).find(dataclasses.replace(RECIPE), weight_digest(weight.clone()), weight.shape)
+        is not None
+    )
     changed = weight.clone()
     changed[3, 5] += 1e-6
-    assert cache.find(RECIPE, weight_digest(changed)) is None
+    assert cache.find(RECIPE, weight_digest(changed), changed.shape) is None
 
 
 def test_the_longest_result_that_is_not_too_long_is_found(tmp_path: Path) -> None:
     weight, cache = a_weight(), DecompositionCache(tmp_path)
     digest = weight_digest(weight)
     for steps in (0, 1, 3, 5):
-        recipe = dataclasses.replace(RECIPE, steps=steps)
+        recipe = RECIPE.after(steps, weight.shape)
         cache.put(recipe, digest, computed(weight, recipe))
     found = {
         steps: result.steps
         for steps in range(7)
-        if (result := cache.find(dataclasses.replace(RECIPE, steps=steps), digest))
+        if (result := cache.find(dataclasses.replace(RECIPE, steps=steps), digest, weight.shape))
     }
     assert found == {0: 0, 1: 1, 2: 1, 3: 3, 4: 3, 5: 5, 6: 5}
 
@@ -188,10 +192,28 @@ def test_a_longer_result_continues_from_a_shorter_one_with_the_same_bytes(
     digest = weight_digest(weight)
     short, long = (Recipe(quantizer, 8, steps, solver) for steps in (2, 5))
     cache.put(short, digest, computed(weight, short))
-    start = cache.find(long, digest)
+    start = cache.find(long, digest, weight.shape)
     assert start is not None
     assert start.steps == 2
     assert identical(computed(weight, long, start), computed(weight, long))
+
+
+@pytest.mark.parametrize("quantizer", [RECIPE.quantizer, make_quantizer("uniform", 2, 64, torch.float32)], ids=name)
+def test_one_step_at_one_rank_serves_every_smaller_rank(tmp_path: Path, quantizer: Quantizer) -> None:
+    weight, cache = a_weight(200, 160), DecompositionCache(tmp_path)
+    digest = weight_digest(weight)
+    kept = Recipe(quantizer, 8, 1, "randomized").after(1, weight.shape)
+    cache.put(kept, digest, computed(weight, kept))
+    for rank in (1, 8, 16, 64):
+        recipe = Recipe(quantizer, rank, 1, "randomized")
+        found = cache.find(recipe, digest, weight.shape)
+        assert found is not None
+        assert identical(found, computed(weight, recipe))
+        left = weight - quantizer.decode_stored(found.quantized) - found.lora_B @ found.lora_A
+        assert found.errors[1] == pytest.approx(float(left.norm() / weight.norm()), rel=1e-5)
+    assert cache.find(Recipe(quantizer, 65, 1, "randomized"), digest, weight.shape) is None
+    assert cache.find(Recipe(quantizer, 8, 1, "exact"), digest, weight.shape) is None
+    assert len(list(cache.entries())) == 1
 
 
 def test_an_entry_tells_its_recipe(tmp_path: Path) -> None:
@@ -200,7 +222,7 @@ def test_an_entry_tells_its_recipe(tmp_path: Path) -> None:
     cache.put(RECIPE, weight_digest(weight), result)
     (path,) = cache.entries()
     told = describe_entry(path)
-    assert told["recipe"] == RECIPE.shaping(weight_digest(weight), RECIPE.steps)
+    assert told["recipe"] == RECIPE.shaping(weight_digest(weight))
     assert told["recipe"]["quantizer"] == RECIPE.quantizer.identity
     assert (told["recipe"]["rank"], told["recipe"]["steps"], told["recipe"]["solver"]) == (4, 2, "randomized")
     assert told["shape"] == [32, 64]
@@ -220,7 +242,7 @@ def test_an_entry_that_does_not_tell_its_recipe_is_taken(tmp_path: Path, monkeyp
     monkeypatch.undo()
     (path,) = cache.entries()
     assert "recipe" not in describe_entry(path)
-    found = cache.find(RECIPE, weight_digest(weight))
+    found = cache.find(RECIPE, weight_digest(weight), weight.shape)
     assert found is not None
     assert identical(found, result)
 
@@ -233,7 +255,7 @@ def test_taking_an_entry_renews_its_time_and_reading_it_does_not(tmp_path: Path)
     read_entry(path)
     describe_entry(path)
     assert path.stat().st_mtime == 1e9
-    cache.find(RECIPE, weight_digest(weight))
+    cache.find(RECIPE, weight_digest(weight), weight.shape)
     assert time.time() - path.stat().st_mtime < 60
 
 
@@ -279,7 +301,7 @@ def test_a_damaged_entry_is_dropped_told_and_computed_again(
     with pytest.raises(DamagedEntry):
         read_entry(path)
     with caplog.at_level(logging.WARNING):
-        assert cache.find(RECIPE, digest) is None
+        assert cache.find(RECIPE, digest, weight.shape) is None
     assert f"{path} is damaged" in caplog.text
     assert "computed again" in caplog.text
     assert not path.exists()
@@ -324,18 +346,18 @@ def test_an_entry_in_the_place_of_another_is_damage(tmp_path: Path) -> None:
     other.write_bytes(one.read_bytes())
     with pytest.raises(DamagedEntry):
         read_entry(other)
-    assert cache.find(RECIPE, weight_digest(weights[0])) is not None
-    assert cache.find(RECIPE, weight_digest(weights[1])) is None
+    assert cache.find(RECIPE, weight_digest(weights[0]), weights[0].shape) is not None
+    assert cache.find(RECIPE, weight_digest(weights[1]), weights[1].shape) is None
 
 
 def test_a_damaged_longer_result_leaves_the_shorter_one_to_continue_from(tmp_path: Path) -> None:
     weight, cache = a_weight(), DecompositionCache(tmp_path)
     digest = weight_digest(weight)
-    short = dataclasses.replace(RECIPE, steps=1)
+    short = RECIPE.after(1, weight.shape)
     cache.put(short, digest, computed(weight, short))
     cache.put(RECIPE, digest, computed(weight))
     cache.path(RECIPE.key(digest)).write_bytes(b"")
-    found = cache.find(RECIPE, digest)
+    found = cache.find(RECIPE, digest, weight.shape)
     assert found is not None
     assert found.steps == 1
 
@@ -347,7 +369,7 @@ def test_entries_of_another_format_are_not_seen_and_not_touched(
     monkeypatch.setattr(module, "FORMAT", 0)
     cache.put(RECIPE, weight_digest(weight), computed(weight))
     monkeypatch.undo()
-    assert cache.find(RECIPE, weight_digest(weight)) is None
+    assert cache.find(RECIPE, weight_digest(weight), weight.shape) is None
     (old,) = cache.entries()
     cache.put(RECIPE, weight_digest(weight), computed(weight))
     assert old in set(cache.entries())
@@ -365,7 +387,7 @@ def put_and_find(folder: Path, seeds: list[int], times: int) -> None:
         for seed in seeds:
             digest = weight_digest(a_weight(seed=seed))
             cache.put(RECIPE, digest, expected[seed])
-            found = cache.find(RECIPE, digest)
+            found = cache.find(RECIPE, digest, a_weight().shape)
             assert found is not None
             assert identical(found, expected[seed])
 
@@ -402,7 +424,7 @@ def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("mine")
     cache, weight = DecompositionCache(tmp_path / "cache"), a_weight()
     with pytest.raises(UserError, match="cannot be read"):
-        cache.find(RECIPE, weight_digest(weight))
+        cache.find(RECIPE, weight_digest(weight), weight.shape)
     with pytest.raises(UserError, match="cannot be written"):
         cache.put(RECIPE, weight_digest(weight), computed(weight))
     assert (tmp_path / "cache").read_text() == "mine"
@@ -419,7 +441,7 @@ def test_an_entry_that_must_not_be_read_is_an_error_and_not_dropped(
 
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
-        cache.find(RECIPE, weight_digest(weight))
+        cache.find(RECIPE, weight_digest(weight), weight.shape)
     assert len(list(cache.entries())) == 1
 
 
@@ -433,7 +455,7 @@ def test_an_entry_of_somebody_else_is_taken_though_its_time_cannot_be_renewed(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "utime", refused)
-    assert cache.find(RECIPE, weight_digest(weight)) is not None
+    assert cache.find(RECIPE, weight_digest(weight), weight.shape) is not None
 
 
 def test_leftovers_are_what_dead_processes_were_writing(tmp_path: Path) -> None:

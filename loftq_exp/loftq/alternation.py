@@ -1,0 +1,217 @@
+"""One weight on its way between backbone and factors: what the alternating algorithm holds, and its two moves.
+
+Nothing of the weight's size is made but the residual, in float32 and in the type of the solver's products, and the codes.
+The rest goes by tiles of rows that fit a processor's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from loftq_exp.device import compute_dtype
+from loftq_exp.errors import UserError
+from loftq_exp.loftq.lowrank import leading_factors
+from loftq_exp.loftq.quantizers import Quantized, Quantizer
+
+T = TypeVar("T")
+
+TILE_VALUES = 2**18
+"""Values of a weight that are worked on at a time on a processor: 1 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A weight W (out, in) as a quantized backbone Q and low-rank factors: W is about Q + B A."""
+
+    quantized: Quantized
+    """Codes and scales of Q, for the quantizer that made them."""
+    lora_A: torch.Tensor
+    """(rank, in) float32; zeros without steps."""
+    lora_B: torch.Tensor
+    """(out, rank) float32; zeros without steps."""
+    errors: tuple[float, ...]
+    """Relative Frobenius errors: ||W - quantize(W)|| / ||W||, then ||W - Q_t - B_t A_t|| / ||W|| after each step t."""
+    norm: float
+    """Frobenius norm of W."""
+
+    @property
+    def steps(self) -> int:
+        """Alternating steps taken."""
+        return len(self.errors) - 1
+
+    def backbone(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
+        """Q's values (out, in) in `dtype`, which must be the quantizer's `scale_dtype` or wider to hold them exactly."""
+        codes, scales = self.quantized
+        shape = tuple(codes.shape)
+        values = torch.empty(shape, dtype=dtype, device=codes.device)
+        for tile in _tiles(shape, quantizer.aligned_rows(shape), codes.device):
+            values[tile] = quantizer.decode(Quantized(codes[tile], scales[quantizer.groups_of(shape, tile)]))
+        return values
+
+    def truncated(self, rank: int) -> Decomposition:
+        """The decomposition after one step at a smaller rank: the same backbone, the leading part of the factors.
+
+        What the dropped components weigh, sigma_i = |b_i| |a_i|, is added to the squared error.
+        """
+        if self.steps != 1 or not 1 <= rank <= len(self.lora_A):
+            raise ValueError("only one step can be truncated, to a rank that is not larger")
+        sizes = torch.linalg.vector_norm(self.lora_B.double(), dim=0) * torch.linalg.vector_norm(
+            self.lora_A.double(), dim=1
+        )
+        dropped = float(torch.linalg.vector_norm(sizes[rank:])) / self.norm if self.norm else 0.0
+        errors = (self.errors[0], math.hypot(self.errors[1], dropped))
+        lora_A, lora_B = self.lora_A[:rank].contiguous(), self.lora_B[:, :rank].contiguous()
+        return Decomposition(self.quantized, lora_A, lora_B, errors, self.norm)
+
+
+class Alternation:
+    """The alternation on one weight. `quantize` and `fit` are the two halves of a step; `result` is where it stands.
+
+    The residual W - Q is held in units of a power of two near the weight's largest value, which keeps the squares of very
+    large or small values in range and changes no digit.
+    """
+
+    def __init__(self, weight: torch.Tensor, quantizer: Quantizer) -> None:
+        """Raises UserError for a weight that is not a finite floating-point matrix."""
+        self.weight = weight.detach().contiguous()
+        self.quantizer = quantizer
+        self.unit = _unit(weight)
+        device, self.shape = weight.device, tuple(weight.shape)
+        groups, numbers = quantizer.scales_shape(self.shape)
+        self.codes = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        self.scales = torch.empty(groups, numbers, dtype=torch.float32, device=device)
+        self.residual = torch.empty(self.shape, dtype=torch.float32, device=device)
+        fast = compute_dtype(device, None)
+        self.fast = self.residual if fast == torch.float32 else torch.empty(self.shape, dtype=fast, device=device)
+        self.lora_A: torch.Tensor | None = None
+        self.lora_B: torch.Tensor | None = None
+        self._unmeasured = False
+        self.errors: list[float] = []
+        self.norm = 0.0
+        self._tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), device)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors at hand; 0 before the first."""
+        return 0 if self.lora_A is None else len(self.lora_A)
+
+    @property
+    def steps(self) -> int:
+        """Factors fitted so far."""
+        return max(len(self.errors) - 1, 0) + self._unmeasured
+
+    def quantize(self) -> None:
+        """Q = quantize(W - B A), and the residual W - Q. Tells the error of the factors before, which costs little here."""
+        first = not self.errors
+        sums = self._over_tiles(self._quantize_tile)
+        if first:
+            self.norm = math.sqrt(sum(norm for _, norm in sums)) / self.unit
+        if first or self._unmeasured:
+            self._measured(sum(left for left, _ in sums))
+
+    def _quantize_tile(self, tile: slice) -> tuple[float, float]:
+        """What the tile adds to the squared error and, in the first pass, to the squared norm of W; both in units."""
+        first, left, norm = not self.errors, 0.0, 0.0
+        product = self._product(tile)
+        if self._unmeasured:
+            left = self._left_squares(tile, product)
+        weight, residual = self.weight[tile].to(torch.float32), self.residual[tile]
+        scales = self.scales[self.quantizer.groups_of(self.shape, tile)]
+        self.quantizer.requantize(weight, product, self.unit, self.codes[tile], scales, residual)
+        if self.fast is not self.residual:
+            self.fast[tile] = residual
+        if first:
+            left, norm = _squares(residual), _squares(weight * self.unit)
+        return left, norm
+
+    def fit(self, rank: int, solver: str) -> None:
+        """B A = svd_r(W - Q), started from the factors at hand."""
+        start = self.lora_B if self.rank == rank else None
+        lora_B, lora_A = leading_factors(self.residual, self.fast, rank, solver, start)
+        share = math.sqrt(1 / self.unit)
+        self.lora_B, self.lora_A = lora_B.mul_(share), lora_A.mul_(share)
+        self._unmeasured = True
+
+    def resume(self, start: Decomposition) -> None:
+        """Takes up where `start` left off; the residual is not known until the next `quantize`."""
+        # Copies, because a tensor that maps a file may lie at an address for which matrix products round differently.
+        codes, scales, self.lora_B, self.lora_A = (
+            tensor.to(self.weight.device, copy=True) for tensor in (*start.quantized, start.lora_B, start.lora_A)
+        )
+        self.codes, self.scales = codes, scales
+        self.errors, self.norm, self._unmeasured = list(start.errors), start.norm, False
+
+    def result(self, rank: int = 0) -> Decomposition:
+        """The decomposition as it stands. `rank` is that of the zero factors where none were fitted."""
+        if self._unmeasured:
+            self._measured(sum(self._over_tiles(lambda tile: self._left_squares(tile, self._product(tile)))))
+        rows, columns = self.shape
+        lora_A = self.residual.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
+        lora_B = self.residual.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
+        return Decomposition(Quantized(self.codes, self.scales), lora_A, lora_B, tuple(self.errors), self.norm)
+
+    def _measured(self, squares: float) -> None:
+        """Notes an error from the sum of squares, in units, of what is left of the weight."""
+        self.errors.append(math.sqrt(squares) / self.unit / self.norm if self.norm else 0.0)
+        self._unmeasured = False
+
+    def _over_tiles(self, work: Callable[[slice], T]) -> list[T]:
+        """`work` on every tile, in order; on a processor side by side, on as many threads as torch uses."""
+        threads = min(torch.get_num_threads(), len(self._tiles))
+        return list(map(work, self._tiles) if threads == 1 else _pool(threads).map(work, self._tiles))
+
+    def _product(self, tile: slice) -> torch.Tensor | None:
+        """These rows of B A; None where there are no factors."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return self.lora_B[tile] @ self.lora_A
+
+    def _left_squares(self, tile: slice, product: torch.Tensor | None) -> float:
+        """The sum of squares of these rows of W - Q - B A, in units."""
+        residual = self.residual[tile]
+        return _squares(residual if product is None else torch.sub(residual, product, alpha=self.unit))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch's operations take one thread each: tiles do not wait for each other, operations would."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles", initializer=torch.set_num_threads, initargs=(1,))
+    usual = torch.get_num_threads()
+    list(pool.map(lambda _: time.sleep(0.01), range(threads)))
+    torch.set_num_threads(usual)  # what threads to come start with
+    return pool
+
+
+def _tiles(shape: tuple[int, ...], aligned: int, device: torch.device) -> list[slice]:
+    """The rows of a matrix in tiles of a multiple of `aligned` rows, but for the last."""
+    rows, columns = shape
+    most = TILE_VALUES if device.type == "cpu" else rows * columns
+    size = min(max(most // columns // aligned, 1) * aligned, rows)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def _unit(weight: torch.Tensor) -> float:
+    """The power of two that brings the largest value near 1; UserError for a weight that is no finite matrix."""
+    name = f"weight of shape {tuple(weight.shape)}"
+    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
+        raise UserError(f"{name} and {weight.dtype}: not a floating-point matrix; pass one of shape (out, in)")
+    low, high = (float(end.to(torch.float32)) for end in torch.aminmax(weight.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        lost = weight.numel() - int(torch.isfinite(weight.to(torch.float32)).sum())
+        raise UserError(
+            f"{name}: {lost} of {weight.numel()} values are NaN or infinite in float32; get the weight again"
+        )
+    return 2.0 ** -min(max(math.frexp(max(-low, high))[1], -126), 126)
+
+
+def _squares(values: torch.Tensor) -> float:
+    """The sum of squares: rows in float32, their sum in float64."""
+    return float(torch.linalg.vector_norm(values, dim=1).to(torch.float64).square().sum())
