@@ -60,8 +60,8 @@ class QuantConfig:
     """How each weight W becomes a quantized backbone Q and LoRA factors A, B with Q + s B A close to W."""
 
     method: str = setting(
-        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits",
-        choices=("loftq", "qlora", "lora"),
+        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits; off-the-shelf: taken as published",
+        choices=("loftq", "qlora", "lora", "off-the-shelf"),
     )
     type: str = setting("quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE))
     bits: int = setting("bits a weight; which are allowed depends on the type", 4)
@@ -73,8 +73,16 @@ class QuantConfig:
     solver: str = setting(
         "truncated SVD: randomized, or exact as the reference", "randomized", choices=("randomized", "exact")
     )
+    path: str | None = setting(
+        "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.checkpoint.published lists it",
+        None,
+    )
+    revision: str | None = setting(
+        "off-the-shelf: its branch, tag or commit on the hub; none: the default branch", None
+    )
 
     def __post_init__(self) -> None:
+        self._check_off_the_shelf()
         allowed = BITS_OF_TYPE[self.type]
         if self.bits not in allowed:
             widths = ", ".join(map(str, allowed))
@@ -94,6 +102,19 @@ class QuantConfig:
             raise UserError(
                 f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
             )
+
+    def _check_off_the_shelf(self) -> None:
+        if self.method != "off-the-shelf":
+            for name, value in (("path", self.path), ("revision", self.revision)):
+                if value is not None:
+                    raise UserError(f"quant.{name}={value}: names a published checkpoint; add quant=off-the-shelf, "
+                                    f"or set model.{name} for the pre-trained one")  # fmt: skip
+            return
+        published = {"type": "nf", "block_size": 64, "alpha": None}
+        for name, kept in published.items():
+            if (value := getattr(self, name)) != kept:
+                raise UserError(f"quant.{name}={value}: off-the-shelf takes a checkpoint as it was published; "
+                                f"leave quant.{name} out, or use quant=loftq")  # fmt: skip
 
     @property
     def lora_alpha(self) -> float:
@@ -201,6 +222,9 @@ class RunConfig:
         if not self.stages or len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
         for option, chosen in (("save_format", self.save_format), ("train.backbone", self.train.backbone)):
+            if chosen == "bnb4" and self.quant.method == "off-the-shelf" and option == "save_format":
+                raise UserError("save_format=bnb4: off-the-shelf keeps the published values, which are dense; "
+                                "use save_format=dense")  # fmt: skip
             if chosen == "bnb4" and not self.fits_bnb4:
                 raise UserError(
                     f"{option}=bnb4: bitsandbytes' NF4 with blocks of 64 cannot hold {self.quant.type} at {self.quant.bits} bits "
