@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from loftq_exp.schema import build, setting
 
 KINDS = ("causal", "seq2seq", "classification")
 STAGES = ("quantize", "finetune", "evaluate")
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+"""OWNER/NAME of a repository on the model hub, as a regular expression."""
 
 BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
     "nf": (2, 3, 4),
@@ -197,6 +200,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """Whether and where the initialised checkpoint is published. The token comes from the environment (HF_TOKEN)."""
+
+    push: bool = setting("publish the initialised checkpoint on the model hub after the quantize stage", False)
+    repo_id: str | None = setting("repository to publish it in, OWNER/NAME; made where it is not there", None)
+    private: bool | None = setting("whether a new repository is private; none: as its owner's default says", None)
+    revision: str | None = setting("branch to publish on, made where it is not there; none: the default branch", None)
+
+    def __post_init__(self) -> None:
+        if self.repo_id is not None and not re.fullmatch(HUB_ID, self.repo_id):
+            raise UserError(f"hub.repo_id={self.repo_id}: not a repository's name; give hub.repo_id=OWNER/NAME")
+        if self.push and self.repo_id is None:
+            raise UserError("hub.push=true: no repository is named; give hub.repo_id=OWNER/NAME")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: a model, a quantization, a task, how to train, and where things go."""
 
@@ -204,6 +223,7 @@ class RunConfig:
     quant: QuantConfig
     task: TaskConfig
     train: TrainConfig
+    hub: HubConfig = HubConfig()
     stages: tuple[str, ...] = setting("what to run, in this order", STAGES, choices=STAGES)
     output_dir: str = setting("where runs, sweeps and the defaults below go", "outputs")
     save_dir: str | None = setting("where initialised checkpoints go; none: into the run's own folder", None)
@@ -221,6 +241,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages or len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
+        if self.hub.push and "quantize" not in self.stages:
+            raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
         for option, chosen in (("save_format", self.save_format), ("train.backbone", self.train.backbone)):
             if chosen == "bnb4" and self.quant.method == "off-the-shelf" and option == "save_format":
                 raise UserError("save_format=bnb4: off-the-shelf keeps the published values, which are dense; "
@@ -265,7 +287,7 @@ class RunConfig:
     def run_dir(self) -> Path:
         """The run's folder. It follows from the settings, so that the same command comes back to its own results."""
         shaping = self.to_dict()
-        for name in ("stages", "output_dir", "save_dir", "cache_dir", "published"):
+        for name in ("hub", "stages", "output_dir", "save_dir", "cache_dir", "published"):
             del shaping[name]
         return local_path(self.output_dir) / "runs" / f"{self.label}-{digest_of(shaping)[:8]}"
 

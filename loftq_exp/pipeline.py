@@ -19,6 +19,7 @@ from loftq_exp.checkpoint.artifact import Initialised, read_artifact
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.packaged import UNWRITABLE
 from loftq_exp.checkpoint.published import locate_published
+from loftq_exp.checkpoint.push import check_push, push
 from loftq_exp.checkpoint.source import Source, locate
 from loftq_exp.checkpoint.take import take
 from loftq_exp.config import RunConfig, digest_of
@@ -60,6 +61,7 @@ def _run(config: RunConfig) -> RunResult:
     # What can be refused is refused before the long work and before a folder is made.
     folder = config.run_dir
     _check_machine(config)
+    check_push(config)
     data = _read_data(config)
     source = _locate(config) if "quantize" in config.stages else None
     if source is None:
@@ -126,6 +128,8 @@ def _quantize(source: Source | None, config: RunConfig, recorder: Recorder) -> I
     if _is_main_process() and recorder.empty:
         recorder.config(config)
         recorder.errors(init)
+    if config.hub.push and _is_main_process():
+        push(init, config)
     return init
 
 
