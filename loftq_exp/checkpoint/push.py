@@ -60,14 +60,13 @@ def push(init: Initialised, config: RunConfig) -> str:
 
 
 def _operations(init: Initialised, config: RunConfig) -> list[CommitOperationAdd]:
-    base_model = _base_model(config)
     adapter_config = f"{ADAPTER}/adapter_config.json"
+    settings = json.loads((init.folder / adapter_config).read_text())
+    told = _without_places(init)
     changed = {
-        "README.md": model_card(init, config, base_model).encode(),
-        REPORT: _json(init.report | {"model": init.report["model"] | {"requested": _without_place(init, config)}}),
-        adapter_config: _json(
-            json.loads((init.folder / adapter_config).read_text()) | {"base_model_name_or_path": config.hub.repo_id}
-        ),
+        "README.md": model_card(told, config, _base_model(config)).encode(),
+        REPORT: _json(told.report),
+        adapter_config: _json(settings | {"base_model_name_or_path": config.hub.repo_id}),
     }
     files = [path for path in sorted(init.folder.rglob("*")) if path.is_file()]
     names = {path.relative_to(init.folder).as_posix(): path for path in files}
@@ -85,10 +84,14 @@ def _base_model(config: RunConfig) -> str | None:
     return path if _is_hub_id(path) else None
 
 
-def _without_place(init: Initialised, config: RunConfig) -> str:
-    """What the checkpoint was made of; of a folder on this machine only its name."""
-    requested: str = init.report["model"]["requested"]
-    return requested if _is_hub_id(requested) or requested.startswith(SCHEME) else config.model.basename
+def _without_places(init: Initialised) -> Initialised:
+    """The checkpoint with a report that names folders of this machine by their last part alone."""
+    report = json.loads(json.dumps(init.report))
+    for group, name in (("model", "requested"), ("quant", "path"), ("off_the_shelf", "taken_from")):
+        place = report.get(group, {}).get(name)
+        if place and not _is_hub_id(place) and not place.startswith(SCHEME):
+            report[group][name] = Path(place).name
+    return Initialised(init.folder, report)
 
 
 def _is_hub_id(path: str) -> bool:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +44,8 @@ from loftq_exp.provenance import provenance
 
 log = logging.getLogger(__name__)
 
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
+_BEYOND_PLAIN = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 _BLOCKS_LOOKED_AT = 1024
 """Blocks of each weight in which values are counted: enough to tell 2 bits from 4, and 4 bits from none."""
 
@@ -133,6 +133,9 @@ def _read_adapter(source: Source, layout: Layout, config: RunConfig) -> _Adapter
             pickle.UnpicklingError) as error:  # fmt: skip
         raise UserError(f"quant.path={source.requested}: the adapter in {weights.parent} cannot be read "
                         f"({type(error).__name__}); download it again") from error  # fmt: skip
+    if beyond := [name for name in _BEYOND_PLAIN if settings.get(name)]:
+        raise UserError(f"quant.path={source.requested}: its adapter uses {beyond[0]}, which changes what its factors mean; "
+                        "give a checkpoint with a plain LoRA adapter")  # fmt: skip
     if rank != config.quant.rank:
         raise UserError(f"quant.rank={config.quant.rank}: the adapter of {source.requested} has rank {rank}; "
                         f"set quant.rank={rank}")  # fmt: skip
@@ -189,9 +192,6 @@ def _write(
     place = folder / ADAPTER / "adapter_config.json"
     ours = json.loads(place.read_text())
     ours |= {"lora_alpha": adapter.settings["lora_alpha"], "target_modules": _target_modules(layout, adapter)}
-    LoraConfig(
-        **{name: ours[name] for name in ("r", "lora_alpha", "target_modules")}
-    )  # what PEFT would refuse ends here
     place.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
 
 

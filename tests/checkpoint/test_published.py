@@ -131,6 +131,11 @@ def test_every_stage_runs_on_a_published_checkpoint(cli: Any, fake_hub: Any, mis
     assert len(fake_hub.asked("/resolve/|/large/")) == fetched
     assert not (run / "Mistral-7B-v0.1-4bit-64rank" / "README.md").exists()
 
+    asked = len(fake_hub.requests)
+    alone = cli("quant=off-the-shelf", "model=mistral", *quick, "task.max_source_length=48", "stages=[evaluate]")
+    assert alone.code == 0, alone
+    assert len(fake_hub.requests) == asked
+
 
 @pytest.mark.slow
 def test_the_address_of_a_hub_comes_from_the_environment(fake_hub: Any, mistral: Files, tmp_path: Path) -> None:
@@ -338,6 +343,10 @@ def test_an_adapter_that_does_not_fit(mistral_dir: Path, tmp_path: Path) -> None
     weights, out = place / "loftq_init" / "adapter_model.safetensors", tmp_path / "out"
     given = f"quant.path={place}"
     assert refused(out, given, "quant.rank=8") == f"quant.rank=8: the adapter of {place} has rank 64; set quant.rank=64"
+    plain = (place / "loftq_init" / "adapter_config.json").read_text()
+    (place / "loftq_init" / "adapter_config.json").write_text(json.dumps(json.loads(plain) | {"use_rslora": True}))
+    assert "its adapter uses use_rslora, which changes what its factors mean" in refused(out, given)
+    (place / "loftq_init" / "adapter_config.json").write_text(plain)
     factors = load_file(weights)
     first, *others = factors
     for wrong, message in (

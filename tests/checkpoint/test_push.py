@@ -45,7 +45,7 @@ def latest(hub: Any, name: str = "main") -> dict[str, bytes]:
     return files
 
 
-def test_a_push_arrives_whole_and_loads(cli: Any, writer: Any, tmp_path: Path) -> None:
+def test_a_push_arrives_whole_and_loads(cli: Any, writer: Any, tmp_path: Path, tiny_llama_dir: Path) -> None:
     outcome = cli(*cli.tiny, *QUANTIZE, *PUSH, "hub.private=true")
     assert outcome.code == 0, outcome
     assert f"push: {REPOSITORY}: {writer.endpoint}/{REPOSITORY}/commit/" in outcome.out
@@ -58,6 +58,7 @@ def test_a_push_arrives_whole_and_loads(cli: Any, writer: Any, tmp_path: Path) -
     assert adapter == json.loads(local["loftq_init/adapter_config.json"]) | {"base_model_name_or_path": REPOSITORY}
     for name, data in there.items():
         assert str(tmp_path).encode() not in data, name
+        assert str(tiny_llama_dir.parent).encode() not in data, name
     for place in (Path("out"), Path("outputs")):
         assert not any(b"hf_writer" in path.read_bytes() for path in place.rglob("*") if path.is_file())
     assert "hf_writer" not in outcome.out + outcome.err
@@ -89,6 +90,15 @@ def test_what_was_pushed_can_be_taken_off_the_shelf(cli: Any, writer: Any) -> No
     assert outcome.code == 0, outcome
     assert f"14 weights taken off the shelf from {REPOSITORY} at commit" in outcome.out
     assert "does not match" not in outcome.out
+
+
+def test_a_pushed_mirror_names_no_folder_of_this_machine(cli: Any, writer: Any, tmp_path: Path) -> None:
+    assert cli(*cli.tiny, *QUANTIZE).code == 0
+    mirror = checkpoint().rename(tmp_path / "mirror")
+    outcome = cli(*cli.tiny, "quant=off-the-shelf", f"quant.path={mirror}", "stages=[quantize]", *PUSH)
+    assert outcome.code == 0, outcome
+    assert b"| taken from | mirror |" in latest(writer)["README.md"]
+    assert not any(str(tmp_path).encode() in data for data in latest(writer).values())
 
 
 def test_the_card_says_what_it_is(cli: Any) -> None:
