@@ -33,7 +33,7 @@ pre-trained model.
 ## Load it
 
 ```python
-{_code(config)}
+{_code(config, report)}
 ```
 """
 
@@ -42,7 +42,9 @@ def _front_matter(config: RunConfig, base_model: str | None) -> str:
     tags = ["loftq_exp", config.quant.method, "lora", "peft", f"{config.quant.bits}-bit"]
     lines = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[config.model.kind]}"]
     if base_model:
-        lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
+        lines += [f"base_model: {base_model}"]
+        if config.quant.type != "none":
+            lines += ["base_model_relation: quantized"]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"])
 
 
@@ -90,10 +92,10 @@ def _errors(report: dict[str, Any]) -> str:
     )
 
 
-def _code(config: RunConfig) -> str:
+def _code(config: RunConfig, report: dict[str, Any]) -> str:
     """Loading with transformers, bitsandbytes and PEFT alone, in the way that changes no quantized value."""
     model_class = AUTO_CLASSES[config.model.kind].__name__
-    dtype = f"torch.{config.save_dtype}"
+    dtype = f"torch.{report.get('off_the_shelf', {}).get('stored_dtype', config.save_dtype)}"
     packs = config.save_format == "dense" and config.fits_bnb4
     lines = ["import torch", "from peft import PeftModel",
              f"from transformers import {', '.join([model_class, *(['BitsAndBytesConfig'] if packs else [])])}", "",
@@ -102,8 +104,16 @@ def _code(config: RunConfig) -> str:
     if config.hub.revision:
         arguments.append(f'revision="{config.hub.revision}"')
     if packs:
-        lines += ['four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-                  f"bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype={dtype})"]  # fmt: skip
+        settings = [
+            "load_in_4bit=True",
+            'bnb_4bit_quant_type="nf4"',
+            "bnb_4bit_use_double_quant=False",
+            f"bnb_4bit_compute_dtype={dtype}",
+        ]
+        # transformers packs every linear layer but a language model's output.
+        if set(report["other_linears"]) - {"lm_head"}:
+            settings.append(f"llm_int8_skip_modules={report['other_linears']}")
+        lines += ["four_bit = BitsAndBytesConfig(", *(f"    {setting}," for setting in settings), ")"]
         arguments.append("quantization_config=four_bit")
     lines += [f"model = {model_class}.from_pretrained(REPO, {', '.join(arguments)})",
               f'model = PeftModel.from_pretrained(model, REPO, subfolder="{ADAPTER}", is_trainable=True'

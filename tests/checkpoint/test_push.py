@@ -141,6 +141,16 @@ def test_the_code_on_the_card_runs(cli: Any, overrides: tuple[str, ...]) -> None
     assert len(trainable) == 28
 
 
+def test_the_code_on_the_card_leaves_a_head_dense(cli: Any) -> None:
+    """transformers would pack it, and PEFT, which trains a copy of it, fails on a packed one."""
+    cli(*cli.tiny, *QUANTIZE, "model.kind=classification")
+    init = read_artifact(checkpoint())
+    assert init is not None
+    card = model_card(init, compose([*cli.tiny, *QUANTIZE, *PUSH, "model.kind=classification"]), None)
+    assert "    llm_int8_skip_modules=['score'],\n" in card
+    assert "AutoModelForSequenceClassification.from_pretrained(REPO, dtype=torch.bfloat16, quantization" in card
+
+
 def test_the_card_of_what_was_taken_off_the_shelf(cli: Any) -> None:
     cli(*cli.tiny, *QUANTIZE)
     made = read_artifact(checkpoint())
