@@ -9,6 +9,7 @@ from loftq_exp.checkpoint.layout import AUTO_CLASSES
 from loftq_exp.config import RunConfig
 
 _PIPELINES = {"causal": "text-generation", "seq2seq": "text2text-generation", "classification": "text-classification"}
+"""The hub's name for each kind of model; another kind goes by its own."""
 
 
 def model_card(init: Initialised, config: RunConfig, base_model: str | None) -> str:
@@ -40,7 +41,8 @@ pre-trained model.
 
 def _front_matter(config: RunConfig, base_model: str | None) -> str:
     tags = ["loftq_exp", config.quant.method, "lora", "peft", f"{config.quant.bits}-bit"]
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[config.model.kind]}"]
+    kind = config.model.kind
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES.get(kind, kind)}"]
     if base_model:
         lines += [f"base_model: {base_model}"]
         if config.quant.type != "none":
