@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from loftq_exp.schema import build, setting
 
 KINDS = ("causal", "seq2seq", "classification")
 STAGES = ("quantize", "finetune", "evaluate")
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+"""OWNER/NAME of a repository on the model hub, as a regular expression."""
 
 BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
     "nf": (2, 3, 4),
@@ -60,8 +63,8 @@ class QuantConfig:
     """How each weight W becomes a quantized backbone Q and LoRA factors A, B with Q + s B A close to W."""
 
     method: str = setting(
-        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits",
-        choices=("loftq", "qlora", "lora"),
+        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits; off-the-shelf: taken as published",
+        choices=("loftq", "qlora", "lora", "off-the-shelf"),
     )
     type: str = setting("quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE))
     bits: int = setting("bits a weight; which are allowed depends on the type", 4)
@@ -73,8 +76,16 @@ class QuantConfig:
     solver: str = setting(
         "truncated SVD: randomized, or exact as the reference", "randomized", choices=("randomized", "exact")
     )
+    path: str | None = setting(
+        "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.checkpoint.published lists it",
+        None,
+    )
+    revision: str | None = setting(
+        "off-the-shelf: its branch, tag or commit on the hub; none: the default branch", None
+    )
 
     def __post_init__(self) -> None:
+        self._check_off_the_shelf()
         allowed = BITS_OF_TYPE[self.type]
         if self.bits not in allowed:
             widths = ", ".join(map(str, allowed))
@@ -94,6 +105,19 @@ class QuantConfig:
             raise UserError(
                 f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
             )
+
+    def _check_off_the_shelf(self) -> None:
+        if self.method != "off-the-shelf":
+            for name, value in (("path", self.path), ("revision", self.revision)):
+                if value is not None:
+                    raise UserError(f"quant.{name}={value}: names a published checkpoint; add quant=off-the-shelf, "
+                                    f"or set model.{name} for the pre-trained one")  # fmt: skip
+            return
+        published = {"type": "nf", "block_size": 64, "alpha": None}
+        for name, kept in published.items():
+            if (value := getattr(self, name)) != kept:
+                raise UserError(f"quant.{name}={value}: off-the-shelf takes a checkpoint as it was published; "
+                                f"leave quant.{name} out, or use quant=loftq")  # fmt: skip
 
     @property
     def lora_alpha(self) -> float:
@@ -176,6 +200,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """Whether and where the initialised checkpoint is published. The token comes from the environment (HF_TOKEN)."""
+
+    push: bool = setting("publish the initialised checkpoint on the model hub after the quantize stage", False)
+    repo_id: str | None = setting("repository to publish it in, OWNER/NAME; made where it is not there", None)
+    private: bool | None = setting("whether a new repository is private; none: as its owner's default says", None)
+    revision: str | None = setting("branch to publish on, made where it is not there; none: the default branch", None)
+
+    def __post_init__(self) -> None:
+        if self.repo_id is not None and not re.fullmatch(HUB_ID, self.repo_id):
+            raise UserError(f"hub.repo_id={self.repo_id}: not a repository's name; give hub.repo_id=OWNER/NAME")
+        if self.push and self.repo_id is None:
+            raise UserError("hub.push=true: no repository is named; give hub.repo_id=OWNER/NAME")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: a model, a quantization, a task, how to train, and where things go."""
 
@@ -183,6 +223,7 @@ class RunConfig:
     quant: QuantConfig
     task: TaskConfig
     train: TrainConfig
+    hub: HubConfig = HubConfig()
     stages: tuple[str, ...] = setting("what to run, in this order", STAGES, choices=STAGES)
     output_dir: str = setting("where runs, sweeps and the defaults below go", "outputs")
     save_dir: str | None = setting("where initialised checkpoints go; none: into the run's own folder", None)
@@ -200,7 +241,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages or len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
+        if self.hub.push and "quantize" not in self.stages:
+            raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
         for option, chosen in (("save_format", self.save_format), ("train.backbone", self.train.backbone)):
+            if chosen == "bnb4" and self.quant.method == "off-the-shelf" and option == "save_format":
+                raise UserError("save_format=bnb4: off-the-shelf keeps the published values, which are dense; "
+                                "use save_format=dense")  # fmt: skip
             if chosen == "bnb4" and not self.fits_bnb4:
                 raise UserError(
                     f"{option}=bnb4: bitsandbytes' NF4 with blocks of 64 cannot hold {self.quant.type} at {self.quant.bits} bits "
@@ -241,7 +287,7 @@ class RunConfig:
     def run_dir(self) -> Path:
         """The run's folder. It follows from the settings, so that the same command comes back to its own results."""
         shaping = self.to_dict()
-        for name in ("stages", "output_dir", "save_dir", "cache_dir", "published"):
+        for name in ("hub", "stages", "output_dir", "save_dir", "cache_dir", "published"):
             del shaping[name]
         return local_path(self.output_dir) / "runs" / f"{self.label}-{digest_of(shaping)[:8]}"
 

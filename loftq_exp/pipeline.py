@@ -18,7 +18,10 @@ from safetensors import SafetensorError
 from loftq_exp.checkpoint.artifact import Initialised, read_artifact
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.packaged import UNWRITABLE
+from loftq_exp.checkpoint.published import locate_published
+from loftq_exp.checkpoint.push import check_push, push
 from loftq_exp.checkpoint.source import Source, locate
+from loftq_exp.checkpoint.take import take
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
@@ -58,8 +61,9 @@ def _run(config: RunConfig) -> RunResult:
     # What can be refused is refused before the long work and before a folder is made.
     folder = config.run_dir
     _check_machine(config)
+    check_push(config)
     data = _read_data(config)
-    source = locate(config.model, config.cache_path) if "quantize" in config.stages else None
+    source = _locate(config) if "quantize" in config.stages else None
     if source is None:
         _kept(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,13 +115,21 @@ def _read_data(config: RunConfig) -> _Data:
     )
 
 
+def _locate(config: RunConfig) -> Source:
+    """The local files of the pre-trained model or, off the shelf, of the published checkpoint."""
+    off_the_shelf = config.quant.method == "off-the-shelf"
+    return locate_published(config) if off_the_shelf else locate(config.model, config.cache_path)
+
+
 def _quantize(source: Source | None, config: RunConfig, recorder: Recorder) -> Initialised:
     if source is None:
         return _kept(config)
-    init = initialise(source, config)
+    init = (take if config.quant.method == "off-the-shelf" else initialise)(source, config)
     if _is_main_process() and recorder.empty:
         recorder.config(config)
         recorder.errors(init)
+    if config.hub.push and _is_main_process():
+        push(init, config)
     return init
 
 
@@ -177,7 +189,7 @@ def _evaluate(
         from loftq_exp.training.score import score
 
         result = score(init, adapter, data.eval, data.task, config, folder / "samples.jsonl")
-        recorder.scores(config, result["scores"])
+        recorder.scores(config, init, result["scores"])
         return result | {"adapter": "fine-tuned" if adapter else "initial", "data": {"eval": data.task.digest("eval")}}
 
     return _once("evaluate", record, key, work)

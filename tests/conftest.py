@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -109,6 +110,10 @@ class Command:
 
     def __call__(self, *arguments: str) -> Outcome:
         """Exit code and output of `python -m loftq_exp ARGUMENTS`."""
+        return self.call(main, *arguments)
+
+    def call(self, program: Callable[[], None], *arguments: str) -> Outcome:
+        """Exit code and output of a program that ends in the command."""
         for name in (SWEEP_FOLDER, "HYDRA_FULL_ERROR", "TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY"):
             self._monkeypatch.setenv(name, os.environ.get(name, ""))  # the command sets them; this puts them back
         self._monkeypatch.setattr(sys, "argv", ["loftq-exp", *arguments])
@@ -120,7 +125,7 @@ class Command:
         self._capsys.readouterr()
         code = 0
         try:
-            main()
+            program()
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:

