@@ -241,7 +241,6 @@ ENCODER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="PEFT wants the head's values in a classifier's adapter")
 @pytest.mark.parametrize(
     "model",
     [
@@ -263,8 +262,10 @@ def test_an_encoder_trains_its_head_beside_the_adapter(tmp_path: Path, model: Ca
     fours = [name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)]
     assert len(fours) == len(layers), "the head and the pooler stay dense"
     trainable = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
-    assert all(".lora_" in name or "classifier.modules_to_save" in name for name in trainable)
-    assert any("classifier.modules_to_save" in name for name in trainable)
+    head = {name.split(".")[2] for name in trainable if ".lora_" not in name}
+    # deberta's pooler is part of its head: no pre-trained checkpoint has one, and a random one that stays is of no use.
+    assert head == ({"classifier", "pooler"} if loaded.config.model_type == "deberta-v2" else {"classifier"})
+    assert all(".modules_to_save.default." in name for name in trainable if ".lora_" not in name)
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
