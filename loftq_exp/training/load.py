@@ -50,6 +50,11 @@ def load_model(
     load = _load_four_bit if holds_four_bit(init, config, device) else _load_dense
     with _without_bars():
         backbone = load(init, config, device, dtype, options)
+    for name, value in backbone.named_parameters():
+        if name.endswith(("q_bias", "v_bias")):
+            value.data = value.data.to(
+                dtype
+            )  # deberta v1: transformers leaves them in float32 whatever type it is told
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
     for name in init.report.get("head", ()):
         # PEFT trains a copy of it. In bfloat16 small steps would be lost.
@@ -72,7 +77,8 @@ def _with_resized_head(backbone: Any, init: Initialised, config: RunConfig, num_
         if values[PREFIX + name].shape != value.shape:
             values[PREFIX + name] = value
     # Not by PEFT's own `ignore_mismatched_sizes`: it takes one output in place of two for a packed 4-bit weight.
-    adapter = PeftConfig.from_pretrained(str(init.folder / ADAPTER), inference_mode=False)
+    adapter = PeftConfig.from_pretrained(str(init.folder / ADAPTER))
+    adapter.inference_mode = False  # or nothing would be trainable
     adapted = get_peft_model(backbone, adapter)
     set_peft_model_state_dict(adapted, values)
     return adapted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -231,8 +232,8 @@ def test_peft_takes_every_value_of_the_adapter_and_misses_none(case: Case) -> No
 
 
 @pytest.fixture(scope="module")
-def loaded_plain(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
-    """What the check says of each family: it runs in a process of its own, with one import for all."""
+def loaded_plain(cases: dict[str, Case]) -> dict[str, tuple[dict[str, Any], str]]:
+    """What the check prints of each family and how it ends: in a process of its own, with one import for all."""
     check = Path(__file__).parents[3] / "shared" / "checks" / "load_plain.py"
     if not check.is_file():
         pytest.skip(f"the check is not there ({check})")
@@ -240,25 +241,52 @@ def loaded_plain(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
         "import runpy, sys\nfor call in sys.argv[1:]:\n"
         f"  sys.argv = [{str(check)!r}, *call.split('|')]\n"
         "  try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "  except SystemExit as end: assert end.code == 0, (call, end.code)"
+        "  except SystemExit as end: code = end.code\n"
+        "  except BaseException as error: code = repr(error)\n"
+        "  print('ended with', code)"
     )
     calls = [f"{case.init.folder}|--class|{case.family.kind}" for case in cases.values()]
     result = subprocess.run([sys.executable, "-c", command, *calls], capture_output=True, text=True, timeout=300,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(cases, lines, strict=True))
+    ends = re.findall(r"^(?:(\{.*\})\n)?ended with (.*)$", result.stdout, re.MULTILINE)
+    return {name: (json.loads(told or "{}"), end) for name, (told, end) in zip(cases, ends, strict=True)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+IN_BFLOAT16 = "transformers 5.23 leaves q_bias and v_bias in float32 whatever type it is told, and then cannot compute"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=IN_BFLOAT16)] * (name == "deberta v1"))
+     for name in FAMILIES],
+)  # fmt: skip
 def test_others_load_it_without_loftq_exp(
-    name: str, cases: dict[str, Case], loaded_plain: dict[str, dict[str, Any]]
+    name: str, cases: dict[str, Case], loaded_plain: dict[str, tuple[dict[str, Any], str]]
 ) -> None:
-    case, seen = cases[name], loaded_plain[name]
+    case, (seen, end) = cases[name], loaded_plain[name]
+    assert end == "0"
     assert seen["lora_layers"] == case.family.linears
     assert seen["four_bit_layers"] == case.family.linears - case.family.left_dense
     assert seen["trainable"] == sum(value.numel() for value in case.adapter.values())
     assert seen["digests"].keys() == {weight["name"] for weight in case.init.report["weights"]}
+
+
+def test_it_trains_in_bfloat16(case: Case) -> None:
+    config = RunConfig.from_mapping({
+        "model": {"path": str(case.folder), "kind": case.family.kind}, "quant": LOFTQ, "task": {"kind": "gsm8k"}, "train": {},
+    })  # fmt: skip
+    model = load_model(case.init, None, config, torch.device("cpu"), torch.bfloat16)
+    ids = torch.arange(3, 43).reshape(2, 20)
+    loss = model(input_ids=ids, labels=torch.tensor([0, 1]) if case.family.head else ids).loss
+    loss.backward()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    assert len(trained) == len(case.adapter)
+    assert all(value.dtype == torch.float32 for value in trained)
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in trained)
+    four_bit = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    kept = case.family.left_dense if case.source.config.model_type == "t5" else 0
+    assert len(four_bit) == case.family.linears - kept, "falcon's too"
 
 
 def test_with_the_weights_as_they_are_it_computes_what_the_pretrained_model_does(case: Case, tmp_path: Path) -> None:
