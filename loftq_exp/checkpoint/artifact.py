@@ -42,7 +42,7 @@ class Initialised:
 
     @property
     def adapter_bytes(self) -> int:
-        """Size of the stored factors."""
+        """Size of the stored factors, and of the head where one is trained."""
         return (self.folder / ADAPTER / "adapter_model.safetensors").stat().st_size
 
 

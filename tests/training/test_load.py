@@ -21,7 +21,7 @@ from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.source import locate
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
-from loftq_exp.training.finetune import _save_adapter
+from loftq_exp.training.finetune import _save_adapter, training_arguments
 from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -377,6 +377,24 @@ def test_a_trained_head_comes_back_with_its_adapter(
     with torch.no_grad():
         one, other = (m.eval()(input_ids=ids)[0] for m in (model, again))
     assert torch.equal(one, other)
+
+
+def test_training_moves_the_head_and_a_resumed_run_ends_with_the_same_one(tmp_path: Path) -> None:
+    config = settings(a_model(MAKES["deberta"](), tmp_path / "encoder"), tmp_path, model__kind="classification",
+                      train={"max_steps": 4, "save_steps": 2, "save_total_limit": 2})  # fmt: skip
+    init = made(config)
+    rows = [{"input_ids": torch.arange(3 + i, 11 + i), "labels": torch.tensor(i % 3)} for i in range(16)]
+    ends = []
+    for resumed in (None, str(tmp_path / "checkpoints" / "checkpoint-2")):
+        hf.set_seed(config.seed)
+        model = load_model(init, None, config, CPU, torch.float32, 3)
+        before = {name: value.clone() for name, value in trained_head(model).items()}
+        arguments = training_arguments(config, tmp_path / "checkpoints", CPU, torch.float32)
+        hf.Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=resumed)
+        ends.append(trained_head(model))
+    assert len(before) == 4
+    assert all(not torch.equal(value, before[name]) for name, value in ends[0].items())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
