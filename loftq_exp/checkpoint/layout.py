@@ -184,20 +184,15 @@ def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: 
 
 
 def _foreign(model: transformers.PreTrainedModel, head: Iterable[str], tensors: Iterable[str]) -> tuple[str, ...]:
-    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know. In
-    # the head it does neither: there, another class's head may have the same first part (roberta's `classifier`).
+    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know. But
+    # not in a head, where another class's may have the same first part (roberta's `classifier`), nor a pooler.
     prefix, own = model.base_model_prefix, set(model.state_dict())
-    inner_model = getattr(model, prefix, nn.Module())
-    base = {name.split(".")[0] for name in (*inner_model.state_dict(), *dict(inner_model.named_children()))}
-    known = {prefix, *base, *(name.split(".")[0] for name in own)}
-    heads = tuple(module + "." for module in head)
-
-    def is_foreign(name: str) -> bool:
-        first, _, rest = name.partition(".")
-        left_out = bool(base) and first == prefix and rest.split(".")[0] not in base  # such as a pooler
-        return first not in known or left_out or (name.startswith(heads) and name not in own)
-
-    return tuple(name for name in tensors if is_foreign(name))
+    parts = [prefix, *own, *getattr(model, prefix, nn.Module()).state_dict()]
+    known = {name.split(".")[0] for name in parts}
+    exact = tuple(f"{module}." for module in (*head, f"{prefix}.pooler"))
+    return tuple(
+        name for name in tensors if name.split(".")[0] not in known or (name.startswith(exact) and name not in own)
+    )
 
 
 def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
