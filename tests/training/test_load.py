@@ -319,6 +319,21 @@ def test_a_task_of_another_number_of_classes_gets_its_head_from_the_seed(
     assert all(torch.equal(value, initial[name]) and value.requires_grad for name, value in factors.items())
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_packed_checkpoint_takes_a_head_of_another_size(tmp_path: Path, labels: int) -> None:
+    folder = a_model(MAKES["trained"](), tmp_path / "encoder")
+    found = []
+    for save_format in ("bnb4", "dense"):
+        config = settings(
+            folder, tmp_path / save_format, model__kind="classification", save_format=save_format, save_dtype="float32"
+        )
+        model = load_model(made(config), None, config, CPU, torch.float32, labels)
+        assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 12
+        found.append(logits(model))
+    assert found[0].shape == (2, labels)
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 def test_the_number_of_classes_is_the_checkpoints_own_where_the_task_says_none(
     tmp_path: Path, make: Callable[[], hf.PreTrainedModel]
