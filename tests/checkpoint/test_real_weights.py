@@ -19,9 +19,8 @@ from loftq_exp.training.load import load_model
 METHODS = {"QLoRA": ["quant=qlora"], "LoftQ, 1 step": ["quant.iter=1"], "LoftQ, 5 steps": ["quant.iter=5"]}
 CPU = torch.device("cpu")
 
-NOT_NEARER = pytest.mark.xfail(
-    strict=True, reason="measured: QLoRA 1.165, LoftQ 1.202 after 1 step and 1.168 after 5; none is near at 2 bits"
-)
+# Nearer as distributions: the divergence from the pre-trained model's next token is 18.5, 6.9 and 6.5 nats.
+NOT_NEARER = pytest.mark.xfail(strict=True, reason="measured: QLoRA 1.165, LoftQ 1.202 after 1 step, 1.168 after 5")
 
 
 def paragraphs(shared_data: Path) -> list[str]:
