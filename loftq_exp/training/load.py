@@ -10,27 +10,73 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from loftq_exp.checkpoint.artifact import ADAPTER, Initialised, bnb4_config
-from loftq_exp.checkpoint.layout import AUTO_CLASSES
+from loftq_exp.checkpoint.head import PREFIX, draw_head
+from loftq_exp.checkpoint.layout import AUTO_CLASSES, load_config, skeleton
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 
 
 def load_model(
-    init: Initialised, adapter: Path | None, config: RunConfig, device: torch.device, dtype: torch.dtype
+    init: Initialised,
+    adapter: Path | None,
+    config: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_labels: int | None = None,
 ) -> PeftModel:
     """The backbone of `init` with an adapter: the one in the folder `adapter`, or where it is None the initial factors.
 
-    The adapter's parameters are trainable, in float32; everything else is frozen. Activations are computed in `dtype`.
+    The adapter's parameters, and with them the head of a classifier, are trainable, in float32; everything else is frozen.
+    Activations are computed in `dtype`. `num_labels` is the number of outputs that a classification task needs (1: a
+    regression; None: the checkpoint's own). Where the initial head has another number, those of its parameters whose shape
+    depends on it are drawn anew from `config.seed`; an adapter that was saved brings its own. Raises UserError where `init`
+    was made for another `model.kind`.
     """
+    made_for = init.report["model"]["kind"]
+    if made_for != config.model.kind:
+        raise UserError(f"model.kind={config.model.kind}: the checkpoint at {init.folder} was made for {made_for}; "
+                        "add quantize to stages, or set another save_dir")  # fmt: skip
+    options: dict[str, Any] = {}
+    resized = False
+    if num_labels is not None and config.model.kind == "classification":
+        resized = num_labels != load_config(init.folder, config.model.trust_remote_code).num_labels
+        # No problem_type: a checkpoint may name that of the task it was trained on before.
+        options = {"num_labels": num_labels, "problem_type": None, "ignore_mismatched_sizes": resized}
     load = _load_four_bit if holds_four_bit(init, config, device) else _load_dense
     with _without_bars():
-        backbone = load(init, config, device, dtype)
+        backbone = load(init, config, device, dtype, options)
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
+    for name in init.report.get("head", ()):
+        # PEFT trains a copy of it. In bfloat16 small steps would be lost.
+        backbone.get_submodule(name).float().register_forward_pre_hook(_widen)
+    if resized and adapter is None:
+        return _with_resized_head(backbone, init, config, num_labels)
     return PeftModel.from_pretrained(backbone, str(adapter or init.folder / ADAPTER), is_trainable=True)
+
+
+def _widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The head's inputs in float32, as its parameters are."""
+    return tuple(value.float() if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)
+
+
+def _with_resized_head(backbone: Any, init: Initialised, config: RunConfig, num_labels: int | None) -> PeftModel:
+    """The initial adapter on `backbone`, with those parameters of the head drawn whose shape in it is another."""
+    model = skeleton(init.folder, config.model.kind, config.model.trust_remote_code, num_labels)
+    values = load_file(init.folder / ADAPTER / "adapter_model.safetensors")
+    for name, value in draw_head(model, init.report["head"], config.seed).items():
+        if values[PREFIX + name].shape != value.shape:
+            values[PREFIX + name] = value
+    # Not by PEFT's own `ignore_mismatched_sizes`: it takes one output in place of two for a packed 4-bit weight.
+    adapter = PeftConfig.from_pretrained(str(init.folder / ADAPTER))
+    adapter.inference_mode = False  # or nothing would be trainable
+    adapted = get_peft_model(backbone, adapter)
+    set_peft_model_state_dict(adapted, values)
+    return adapted
 
 
 def load_tokenizer(init: Initialised, config: RunConfig) -> transformers.PreTrainedTokenizerBase:
@@ -69,24 +115,26 @@ def _without_bars() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _load_dense(init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    return AUTO_CLASSES[config.model.kind].from_pretrained(
-        init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code
+def _load_dense(
+    init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
+    model = AUTO_CLASSES[config.model.kind].from_pretrained(
+        init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code, **options
     )
+    for name, value in model.named_parameters():
+        if name.endswith((".q_bias", ".v_bias")):  # deberta v1: float32 to transformers, whatever type it is told
+            value.data = value.data.to(dtype)
+    return model
 
 
-def _load_four_bit(init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_four_bit(
+    init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
+) -> Any:
     # A packed checkpoint brings its own, which even a None here would hide from transformers; a dense one is quantized to
     # the very same values while it loads. (In a wider type than the stored one, 4-bit layers leave out its rounding.)
     packed = config.save_format == "bnb4"
     quantization = {} if packed else {"quantization_config": bnb4_config(init.report["other_linears"], dtype)}
-    model = AUTO_CLASSES[config.model.kind].from_pretrained(
-        init.folder,
-        dtype=dtype,
-        device_map={"": device},
-        trust_remote_code=config.model.trust_remote_code,
-        **quantization,
-    )
+    model = _load_dense(init, config, device, dtype, options | quantization)
     for weight in init.report["weights"]:
         module = model.get_submodule(weight["name"])
         if type(module) is nn.Linear:  # kept in float32 by its model class, which reads its type: t5's wo

@@ -21,6 +21,7 @@ from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.source import locate
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.training.finetune import _save_adapter, training_arguments
 from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -241,7 +242,6 @@ ENCODER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="PEFT wants the head's values in a classifier's adapter")
 @pytest.mark.parametrize(
     "model",
     [
@@ -263,8 +263,163 @@ def test_an_encoder_trains_its_head_beside_the_adapter(tmp_path: Path, model: Ca
     fours = [name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)]
     assert len(fours) == len(layers), "the head and the pooler stay dense"
     trainable = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
-    assert all(".lora_" in name or "classifier.modules_to_save" in name for name in trainable)
-    assert any("classifier.modules_to_save" in name for name in trainable)
+    head = {name.split(".")[2] for name in trainable if ".lora_" not in name}
+    # deberta's pooler is part of its head: no pre-trained checkpoint has one, and a random one that stays is of no use.
+    assert head == ({"classifier", "pooler"} if loaded.config.model_type == "deberta-v2" else {"classifier"})
+    assert all(".modules_to_save.default." in name for name in trainable if ".lora_" not in name)
+
+
+MAKES: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(**ENCODER)),
+    "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**ENCODER)),
+    "deberta": lambda: hf.DebertaV2ForMaskedLM(
+        hf.DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True)
+    ),
+    "trained": lambda: hf.RobertaForSequenceClassification(
+        hf.RobertaConfig(**ENCODER, num_labels=2, problem_type="multi_label_classification")
+    ),
+}
+
+
+def trained_head(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The parameters that are trained beside the factors, by their name in an adapter file."""
+    values = {name: value.detach() for name, value in model.named_parameters() if ".modules_to_save." in name}
+    return {name.replace(".modules_to_save.default", ""): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_a_task_of_another_number_of_classes_gets_its_head_from_the_seed(
+    tmp_path: Path, make: Callable[[], hf.PreTrainedModel], labels: int
+) -> None:
+    folder = a_model(make(), tmp_path / "encoder")
+    heads = []
+    for seed in (11, 11, 12):
+        config = settings(folder, tmp_path, model__kind="classification", seed=seed)
+        init = made(config)
+        torch.rand(3)  # whatever was drawn before does not matter
+        model = load_model(init, None, config, CPU, torch.float32, labels)
+        heads.append(trained_head(model))
+    assert logits(model).shape == (2, labels)
+    assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+    initial = load_file(init.folder / "loftq_init" / "adapter_model.safetensors")
+    sized = {name for name, value in heads[0].items() if value.shape != initial[name].shape}
+    assert {name.rpartition(".")[2] for name in sized} == {"weight", "bias"}
+    assert len(sized) == 2
+    for name, value in heads[2].items():
+        if name not in sized:
+            assert torch.equal(value, initial[name]), "what does not depend on the number stays as it was"
+        elif name.endswith("weight"):
+            assert not torch.equal(value, heads[0][name])
+            assert float(value.std()) == pytest.approx(0.02, rel=0.3)
+        else:
+            assert not value.any()
+    factors = {name.replace(".default", ""): value for name, value in model.named_parameters() if ".lora_" in name}
+    assert len(factors) == 2 * len(init.report["weights"])
+    assert all(torch.equal(value, initial[name]) and value.requires_grad for name, value in factors.items())
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_packed_checkpoint_takes_a_head_of_another_size(tmp_path: Path, labels: int) -> None:
+    folder = a_model(MAKES["trained"](), tmp_path / "encoder")
+    found = []
+    for save_format in ("bnb4", "dense"):
+        config = settings(
+            folder, tmp_path / save_format, model__kind="classification", save_format=save_format, save_dtype="float32"
+        )
+        model = load_model(made(config), None, config, CPU, torch.float32, labels)
+        assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 12
+        found.append(logits(model))
+    assert found[0].shape == (2, labels)
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_the_number_of_classes_is_the_checkpoints_own_where_the_task_says_none(
+    tmp_path: Path, make: Callable[[], hf.PreTrainedModel]
+) -> None:
+    config = settings(a_model(make(), tmp_path / "encoder"), tmp_path, model__kind="classification")
+    init = made(config)
+    initial = load_file(init.folder / "loftq_init" / "adapter_model.safetensors")
+    for labels in (None, 2):
+        head = trained_head(load_model(init, None, config, CPU, torch.float32, labels))
+        assert head.keys() == {name for name in initial if ".lora_" not in name}
+        assert all(torch.equal(value, initial[name]) for name, value in head.items())
+
+
+@pytest.mark.parametrize(
+    ("labels", "target", "kind"),
+    [(1, torch.tensor([0.5, 3.0]), "regression"), (3, torch.tensor([0, 2]), "single_label_classification")],
+)
+def test_the_loss_is_the_tasks_and_not_that_of_the_checkpoints_last_one(
+    tmp_path: Path, labels: int, target: torch.Tensor, kind: str
+) -> None:
+    config = settings(a_model(MAKES["trained"](), tmp_path / "encoder"), tmp_path, model__kind="classification")
+    model = load_model(made(config), None, config, CPU, torch.float32, labels).eval()
+    out = model(input_ids=torch.arange(3, 43).reshape(2, 20), labels=target)
+    expected = (
+        nn.functional.mse_loss(out.logits[:, 0], target)
+        if labels == 1
+        else nn.functional.cross_entropy(out.logits, target)
+    )
+    torch.testing.assert_close(out.loss, expected)
+    assert model.config.problem_type == kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "kind", "labels"),
+    [("bert", "classification", 1), ("roberta", "classification", 3), ("deberta", "classification", 2),
+     ("trained", "classification", None), ("deberta", "question-answering", None)],
+)  # fmt: skip
+def test_a_trained_head_comes_back_with_its_adapter(
+    tmp_path: Path, name: str, kind: str, labels: int | None, dtype: torch.dtype
+) -> None:
+    config = settings(a_model(MAKES[name](), tmp_path / "encoder"), tmp_path, model__kind=kind)
+    init = made(config)
+    model = load_model(init, None, config, CPU, dtype, labels)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn_like(value), alpha=0.03)
+    _save_adapter(model, tmp_path / "adapter")
+    again = load_model(init, tmp_path / "adapter", config, CPU, dtype, labels)
+    assert all(value.dtype == torch.float32 for value in trained_head(model).values())
+    before, after = ({n: v for n, v in m.named_parameters() if v.requires_grad} for m in (model, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    ids = torch.arange(3, 43).reshape(2, 20)
+    with torch.no_grad():
+        one, other = (m.eval()(input_ids=ids)[0] for m in (model, again))
+    assert torch.equal(one, other)
+
+
+def test_training_moves_the_head_and_a_resumed_run_ends_with_the_same_one(tmp_path: Path) -> None:
+    config = settings(a_model(MAKES["deberta"](), tmp_path / "encoder"), tmp_path, model__kind="classification",
+                      train={"max_steps": 4, "save_steps": 2, "save_total_limit": 2})  # fmt: skip
+    init = made(config)
+    rows = [{"input_ids": torch.arange(3 + i, 11 + i), "labels": torch.tensor(i % 3)} for i in range(16)]
+    ends = []
+    for resumed in (None, str(tmp_path / "checkpoints" / "checkpoint-2")):
+        hf.set_seed(config.seed)
+        model = load_model(init, None, config, CPU, torch.float32, 3)
+        before = {name: value.clone() for name, value in trained_head(model).items()}
+        arguments = training_arguments(config, tmp_path / "checkpoints", CPU, torch.float32)
+        hf.Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=resumed)
+        ends.append(trained_head(model))
+    assert len(before) == 4
+    assert all(not torch.equal(value, before[name]) for name, value in ends[0].items())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
+    folder = a_model(MAKES["bert"](), tmp_path / "encoder")
+    init = made(settings(folder, tmp_path, model__kind="classification"))
+    other = settings(folder, tmp_path, model__kind="question-answering")
+    with pytest.raises(
+        UserError, match=r"model\.kind=question-answering: the checkpoint at .* was made for classification"
+    ):
+        load_model(init, None, other, CPU, torch.float32)
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
