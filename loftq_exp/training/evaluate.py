@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from loftq_exp.tasks.base import Generated, Generation, Likelihood, Nll, Outputs, Request, Task
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Collator, Features, pad_token_id
+from loftq_exp.training.positions import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ def evaluate(
     report = progress or (lambda done, total, what: None)
     started = time.perf_counter()
     requests = task.requests(rows, tokenizer)
+    for request in requests:
+        check_positions(model, request.features)
     with _scoring(model):
         answers = [_answers(model, tokenizer, request, batch_size, report) for request in requests]
     scored = task.score(rows, requests, answers)

@@ -22,6 +22,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
+from loftq_exp.training.positions import check_positions
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def finetune(
     encoded = task.encode(rows, tokenizer)
     transformers.set_seed(config.seed)
     model = load_model(init, None, config, device, dtype, task.num_labels)
+    check_positions(model, encoded)
     if config.train.gradient_checkpointing:
         model.enable_input_require_grads()  # or no gradient would flow into a block whose inputs need none
         model.gradient_checkpointing_enable({"use_reentrant": False})
