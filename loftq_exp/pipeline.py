@@ -104,7 +104,7 @@ def _read_data(config: RunConfig) -> _Data:
     stages = set(config.stages)
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
-                        f"these fit: {pairs_that_fit()}; choose another model or task, or model.kind= of an encoder")  # fmt: skip
+                        f"these fit: {pairs_that_fit()}; choose another model or task, or for an encoder another model.kind")  # fmt: skip
     return _Data(
         task,
         task.rows("train") if "finetune" in stages else [],

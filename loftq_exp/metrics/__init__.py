@@ -5,6 +5,7 @@ Each is a class of its own: `Accuracy().compute(predictions=..., references=...)
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ METRICS: dict[str, type[Module]] = {
 def compute(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
     """All scores of the metrics of these names, by the score's own name: `rouge` gives four."""
     scores: dict[str, float] = {}
-    for name in names:
-        # In memory, or evaluate would keep what is compared in a file under the home folder.
-        metric = METRICS[name](keep_in_memory=True)
-        scores |= metric.compute(predictions=predictions, references=references) or {}
+    # In memory and with a folder of its own, or evaluate would leave folders and files under the home folder.
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            metric = METRICS[name](keep_in_memory=True, cache_dir=folder)
+            scores |= metric.compute(predictions=predictions, references=references) or {}
     return scores

@@ -58,7 +58,10 @@ class Summarization(Task):
             return source
         data = self.data
         return dataclasses.replace(
-            source, dataset=data.dataset, dataset_config=data.config, dataset_revision=data.revision
+            source,
+            dataset=data.dataset,
+            dataset_config=source.dataset_config or data.config,
+            dataset_revision=source.dataset_revision or data.revision,
         )
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:

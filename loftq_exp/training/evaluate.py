@@ -126,7 +126,7 @@ def _generated(
         max_new_tokens=request.max_new_tokens,
         length_penalty=request.length_penalty,
         no_repeat_ngram_size=request.no_repeat_ngram_size,
-        early_stopping=request.num_beams > 1,
+        early_stopping=request.num_beams > 1,  # once there are so many finished texts, as bart's own settings have it
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token_id(tokenizer),
         use_cache=True,
