@@ -26,9 +26,9 @@ from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.report.metrics import assemble, write_json
-from loftq_exp.report.table import COLUMNS, cells, print_table
+from loftq_exp.report.table import cells, columns, print_table
 from loftq_exp.report.tensorboard import Recorder
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,12 @@ def _run(config: RunConfig) -> RunResult:
         evaluated = _evaluate(config, init, data, folder, recorder)
     finally:
         recorder.close()
-    metrics = assemble(config, init, finetuned, evaluated)
+    metrics = assemble(config, init, finetuned, evaluated, data.task.table)
     adapter = folder / "adapter"
     if _is_main_process():
         write_json(folder / "metrics.json", metrics)
-        print_table(config.label, COLUMNS, [cells(metrics)])
+        headings = columns([metrics])
+        print_table(config.label, headings, [cells(metrics, headings)])
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
     return RunResult(folder, init.folder, adapter if adapter.is_dir() else None, metrics["scores"], metrics)
 
@@ -107,7 +108,7 @@ def _read_data(config: RunConfig) -> _Data:
     stages = set(config.stages)
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
-                        "choose another model or task, or stages=[quantize]")  # fmt: skip
+                        f"these fit: {pairs_that_fit()}; choose another model or task, or for an encoder another model.kind")  # fmt: skip
     return _Data(
         task,
         task.rows("train") if "finetune" in stages else [],

@@ -178,9 +178,11 @@ def test_an_unknown_device(cli: Any, device: str) -> None:
 
 def test_a_task_that_does_not_fit_the_model(cli: Any) -> None:
     message = cli.refused("model=bert", "task=gsm8k")
-    assert message.startswith(
-        "task=gsm8k: needs a causal model, model.kind is classification; choose another model or task"
-    )
+    assert message.startswith("task=gsm8k: needs a causal model, model.kind is classification; these fit: ")
+    assert "causal with gsm8k, arithmetic, wikitext; " in message
+    assert "classification with glue, anli; question-answering with squad; choose another" in message
+    message = cli.refused("model=llama-2", "task=glue", "task.name=rte")
+    assert message.startswith("task=glue: needs a classification model, model.kind is causal; these fit: ")
     assert not Path("outputs").exists()
 
 
@@ -461,3 +463,40 @@ def test_sigint_to_a_real_process(cli: Any) -> None:
     (run,) = Path("outputs/runs").iterdir()
     assert not (run / "adapter").exists()
     assert half_written(Path("outputs")) == []
+
+
+# Tasks ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "message"), [
+    (["task=glue", "task.name=sst"], "task.name=sst: not a data set of task glue; choose from: cola, sst2, mrpc"),
+    (["task=glue", "task.name=null"], "task.name=null: not a data set of task glue; choose from: cola"),
+    (["task=summarization", "task.name=cnn"], "task.name=cnn: not a data set of task summarization; choose from: xsum, cnn_"),
+    (["task=gsm8k", "task.name=main"], "task.name=main: task gsm8k is one data set and has no names; leave it out"),
+    (["task=glue"], "task=glue: needs a classification model, model.kind is causal; these fit: causal with gsm8k"),
+    (["task=squad"], "task=squad: needs a question-answering model, model.kind is causal; these fit: causal"),
+    (["task=summarization"], "task=summarization: needs a seq2seq model, model.kind is causal; these fit: causal"),
+    (["task=wikitext", "task.block_size=1"], "task.block_size=1: out of range; give a value at least 2"),
+    (["task=summarization", "task.num_beams=0"], "task.num_beams=0: out of range"),
+    (["task=squad", "task.doc_stride=-1"], "task.doc_stride=-1: out of range"),
+])  # fmt: skip
+def test_a_task_that_cannot_be(cli: Any, task: list[str], message: str) -> None:
+    assert cli.refused(*cli.tiny, *task).startswith(message)
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(("task", "text", "message"), [
+    (["model=bert", "task=glue", "task.name=rte"], '{"sentence1": "x", "label": 0}', "line 1 has no column 'sentence2'"),
+    (["model=bert", "task=glue", "task.name=rte"], '{"sentence1": "x", "sentence2": "y", "label": 2}', "line 1 holds 2 in column"),
+    (["model=bert", "task=glue", "task.name=cola"], '{"sentence": "x", "label": "bad"}', "line 1 holds 'bad' in column 'label'"),
+    (["model=bert", "task=anli"], "", "the file is empty"),
+    (["model=bert", "model.kind=question-answering", "task=squad"], '{"id": "1", "context": "x", "question": "y"}',
+     "line 1 has no column 'answers'"),
+    (["model=bart", "task=summarization"], '{"article": "x", "highlights": "y"}', "line 1 has no column 'document'"),
+    (["task=wikitext"], '{"line": "x"}', "line 1 has no column 'text'"),
+])  # fmt: skip
+def test_rows_that_a_task_cannot_use(cli: Any, tmp_path: Path, task: list[str], text: str, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    told = cli.refused(*cli.tiny, *task, f"task.eval_file={file}", "stages=[quantize,evaluate]")
+    assert told.startswith(f"task.eval_file={file}: {message}")

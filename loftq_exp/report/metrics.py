@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from loftq_exp.checkpoint.artifact import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.provenance import provenance
+from loftq_exp.tasks.base import Column
 
 
 def assemble(
-    config: RunConfig, init: Initialised, finetuned: dict[str, Any] | None, evaluated: dict[str, Any] | None
+    config: RunConfig,
+    init: Initialised,
+    finetuned: dict[str, Any] | None,
+    evaluated: dict[str, Any] | None,
+    table: Sequence[Column],
 ) -> dict[str, Any]:
-    """The run's metrics from what each stage left; a stage that was not run again keeps the figures of when it was."""
+    """The run's metrics from what each stage left; a stage that was not run again keeps the figures of when it was.
+
+    `table` is how the task shows its scores; it is kept, so that a sweep's table can be made from the metrics alone.
+    """
     totals = init.report["totals"]
     stages = {"quantize": totals, "finetune": finetuned, "evaluate": evaluated}
     return {
         "label": config.label,
         "config": config.to_dict(),
         "scores": evaluated["scores"] if evaluated else {},
+        "table": [dataclasses.asdict(column) for column in table],
         "scored_adapter": evaluated["adapter"] if evaluated else None,
         "published": config.published,
         "init": {name: value for name, value in totals.items() if name not in ("seconds", "peak_memory")},

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_exp.errors import UserError
 from loftq_exp.report.metrics import write_json
 from loftq_exp.report.plot import plot_losses
-from loftq_exp.report.table import COLUMNS, cells, markdown, print_table
+from loftq_exp.report.table import cells, columns, markdown, print_table
 
 if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult
@@ -55,21 +55,22 @@ def report_sweep(folder: Path) -> bool:
     if not jobs:
         return False
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    headings = columns([job["metrics"] for job in jobs if job["metrics"]])
     rows = []
     losses, names = {}, {}
     for job in jobs:
         own = " ".join(override for override in job["overrides"] if override not in common)
-        result = cells(job["metrics"]) if job["metrics"] else ["-"] * len(COLUMNS)
+        result = cells(job["metrics"], headings) if job["metrics"] else ["-"] * len(headings)
         rows.append([str(job["number"]), own, *result, "failed" if job["error"] else "done"])
         if job["metrics"]:
             losses[own] = job["metrics"]["losses"]
             names[own] = result[0]
     failures = [f"job {job['number']} failed: {job['error']}" for job in jobs if job["error"]]
-    columns = ("job", "overrides", *COLUMNS, "state")
-    print_table(f"{len(jobs)} jobs", columns, rows)
+    headings = ("job", "overrides", *headings, "state")
+    print_table(f"{len(jobs)} jobs", headings, rows)
     for failure in failures:
         log.info("%s", failure)
-    (folder / "table.md").write_text(markdown(columns, rows) + "".join(f"\n{failure}\n" for failure in failures))
+    (folder / "table.md").write_text(markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures))
     if any(losses.values()):
         told_apart = len(set(names.values())) == len(names)  # else by what was overridden
         plot_losses(folder / "losses.png", {names[own] if told_apart else own: pairs for own, pairs in losses.items()})

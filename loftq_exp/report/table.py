@@ -9,26 +9,43 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-COLUMNS = ("run", "bits", "rank", "weight error", "NLL", "accuracy", "init s", "train s", "backbone MB", "adapter MB")
+BEFORE = ("run", "bits", "rank", "weight error")
+AFTER = ("init s", "train s", "backbone MB", "adapter MB")
 
 
-def cells(metrics: dict[str, Any]) -> list[str]:
-    """One run's row, in the order of COLUMNS."""
-    quant, scores, seconds = metrics["config"]["quant"], metrics["scores"], metrics["seconds"]
-    published = metrics["published"]
-    accuracy = _shown(scores.get("accuracy"), "{:.1%}") + (f" (published {published:g}%)" if published else "")
-    return [
-        _name(metrics["config"]),
-        f"{metrics['init']['bits_per_weight']:.2f}",
-        str(quant["rank"]),
-        _shown(metrics["init"]["mean_error"], "{:.4f}"),
-        _shown(scores.get("nll"), "{:.4f}"),
-        accuracy,
-        _shown(seconds.get("quantize"), "{:.1f}"),
-        _shown(seconds.get("finetune"), "{:.0f}"),
-        f"{metrics['backbone_bytes'] / 1e6:.0f}",
-        f"{metrics['adapter_bytes'] / 1e6:.1f}",
-    ]
+def columns(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The headings for the metrics of these runs: the scores of every task among them stand in the middle."""
+    scores = dict.fromkeys(column["title"] for metrics in runs for column in metrics["table"])
+    return (*BEFORE, *scores, *AFTER)
+
+
+def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
+    """One run's row, in the order of `headings`; a score of another task is left out."""
+    seconds, init = metrics["seconds"], metrics["init"]
+    row = {
+        "run": _name(metrics["config"]),
+        "bits": f"{init['bits_per_weight']:.2f}",
+        "rank": str(metrics["config"]["quant"]["rank"]),
+        "weight error": _shown(init["mean_error"], "{:.4f}"),
+        "init s": _shown(seconds.get("quantize"), "{:.1f}"),
+        "train s": _shown(seconds.get("finetune"), "{:.0f}"),
+        "backbone MB": f"{metrics['backbone_bytes'] / 1e6:.0f}",
+        "adapter MB": f"{metrics['adapter_bytes'] / 1e6:.1f}",
+    }
+    row |= {column["title"]: _scores(metrics, column) for column in metrics["table"]}
+    return [row.get(heading, "-") for heading in headings]
+
+
+def _scores(metrics: dict[str, Any], column: dict[str, Any]) -> str:
+    """The scores of one column, as "90.4/90.5"; the published one stands beside the main column's."""
+    found = [metrics["scores"].get(name) for name in column["scores"]]
+    if all(score is None for score in found):
+        shown = "-"
+    else:
+        shown = "/".join(_shown(None if score is None else score * column["scale"], column["form"]) for score in found)
+    published = metrics["published"] if column["main"] else None
+    percent = "%" if column["form"].endswith("%}") else ""
+    return shown + (f" (published {published:g}{percent})" if published else "")
 
 
 def _name(config: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ class Recorder:
         quant, train = config.quant, config.train
         hparams: dict[str, Any] = {
             "model": config.model.basename, "method": quant.method, "type": quant.type, "bits": quant.bits,
-            "rank": quant.rank, "iter": quant.iter, "alpha": init.report["quant"]["scaling"] * quant.rank, "task": config.task.kind,
+            "rank": quant.rank, "iter": quant.iter, "alpha": init.report["quant"]["scaling"] * quant.rank, "task": config.task.label,
             "learning_rate": train.learning_rate, "seed": config.seed,
         }  # fmt: skip
         self._writer.add_hparams(hparams, {f"score/{name}": score for name, score in scores.items()}, run_name=".")

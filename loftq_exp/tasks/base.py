@@ -1,76 +1,190 @@
-"""What a task is: rows of data, a prompt and a target for each, and a judgement of what a model wrote."""
+"""What a task is: rows of data, what a model is trained on and asked of them, and the scores of its answers.
+
+Tasks differ in shape (a target to generate, a label, a span, running text), and a shape is a subclass of `Task` that says
+three things: `encode` (rows to training features), `requests` (what a model is asked when it is scored) and `score` (answers
+to numbers). Fine-tuning and evaluation know only these. No task touches a model: it asks through one of three requests.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loftq_exp.config import TaskConfig
 from loftq_exp.tasks.data import DataSource, Row, Split, data_digest, read_rows
+from loftq_exp.tasks.encode import Collator, Features, pad_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PART = "part"
+"""The key under which a row of several joined splits or files carries the name of its own."""
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A model's answer beside the gold one. `predicted` is None where the model's text holds no answer."""
+class Request:
+    """Something asked of a model, once for each of `features`; the answers come back in their order."""
 
-    predicted: float | None
-    gold: float | None
-    correct: bool
+    what: str
+    """What is being done, in a few words for the progress display."""
+    features: list[Features]
+    notes: list[Any] = field(default_factory=list)
+    """What `Task.score` needs to know of each feature, where it is more than the row; the model does not see it."""
+
+
+@dataclass(frozen=True)
+class Likelihood(Request):
+    """The negative log-likelihood of each feature's `labels`. Answers: `Nll`."""
+
+
+@dataclass(frozen=True)
+class Generation(Request):
+    """The text that the model writes for each feature's `input_ids`, without sampling. Answers: `Generated`."""
+
+    max_new_tokens: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+
+@dataclass(frozen=True)
+class Outputs(Request):
+    """The model's outputs of the given names, such as `logits`. Answers: a tuple of float32 arrays, one for each name."""
+
+    names: tuple[str, ...] = ("logits",)
+
+
+@dataclass(frozen=True)
+class Nll:
+    """The negative log-likelihood of one feature's labels: its sum in nats over `tokens` tokens."""
+
+    total: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote, special tokens left out, and how many tokens that took, the end of sequence included."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a split by name, and the samples that made them: predictions beside gold."""
+
+    scores: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the results table: one score, or a few that are read together, as in "90.4/90.5"."""
+
+    title: str
+    scores: tuple[str, ...]
+    form: str = "{:.1%}"
+    """How a score is written, as `str.format` takes it."""
+    scale: float = 1.0
+    """What a score is multiplied by before it is written; 100 for scores that are published in points."""
+    main: bool = False
+    """Whether this is the column that the published score of a row belongs to."""
 
 
 class Task(ABC):
-    """One task. A subclass names its columns and says how a row becomes a prompt, a target and a judgement."""
+    """One task: its data, and how a model learns it and is scored on it."""
 
-    model_kind: ClassVar[str] = "causal"
+    model_kind: ClassVar[str]
     """The `model.kind` that the task needs."""
-    columns: ClassVar[tuple[str, ...]]
+    columns: tuple[str, ...]
     """The columns that every row must fill with text."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
 
-    def rows(self, split: Split) -> list[Row]:
-        """The rows to train on or to score, `task.max_train_samples` or `task.max_eval_samples` at most, in file order.
+    # The data ---------------------------------------------------------------------------------------------------------
 
-        Raises UserError, one line, for data that cannot be read or used.
+    def rows(self, split: Split) -> list[Row]:
+        """The rows to train on or to score, in order: of each part, those that `limit` allows.
+
+        Where `+` joins several splits or files, each row carries the name of its own under `PART`. Raises UserError, one
+        line, for data that cannot be read or used.
         """
-        return read_rows(self.source(split), self.flaw)[: self.limit(split)]
+        parts = self.source(split).parts()
+        rows = []
+        for part in parts:
+            found = read_rows(part, self.flaw, self.limit(split))
+            rows += found if len(parts) == 1 else [row | {PART: part.name} for row in found]
+        return rows
 
     def digest(self, split: Split) -> str:
         """What identifies the data behind `rows(split)`, before the limit is applied; for provenance."""
-        return data_digest(self.source(split))
+        return "+".join(data_digest(part) for part in self.source(split).parts())
 
     def source(self, split: Split) -> DataSource:
         """Where the rows of `split` come from."""
         return DataSource.of(self.config, split)
 
     def limit(self, split: Split) -> int | None:
-        """The most rows of `split` to use; None: all."""
+        """The most rows of each part of `split` to use; None: all."""
         return self.config.max_train_samples if split == "train" else self.config.max_eval_samples
 
     def flaw(self, row: Row) -> str | None:
         """What makes `row` unusable, in words that go on from "line 7 ..."; None for a sound row."""
         for column in self.columns:
             if column not in row:
-                return f"has no column '{column}' (found: {', '.join(map(str, row)) or 'none'})"
+                return missing_column(row, column)
             value = row[column]
             if value is None:
                 return f"holds nothing in column '{column}'"
             if not isinstance(value, str):
-                return f"holds {value!r} in column '{column}' where text is needed"
+                return f"holds {value!r:.40} in column '{column}' where text is needed"
             if not value.strip():
                 return f"holds an empty text in column '{column}'"
         return None
 
-    @abstractmethod
-    def prompt(self, row: Row) -> str:
-        """The text that the model is given."""
+    # The model --------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs of the classification head that the task needs: 1 is regression; None: the task needs no such head."""
+        return None
 
     @abstractmethod
-    def target(self, row: Row) -> str:
-        """The text that the model should go on with, without the end-of-sequence token."""
+    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        """What a model is trained on: features with labels, not necessarily one for each row. May raise UserError."""
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        """What makes batches of `encode`'s features; heeds `task.pad_to_max_length`."""
+        return Collator(pad_token_id(tokenizer), self.lengths if self.config.pad_to_max_length else {})
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The length of a feature at most, for `input_ids` and, where they have another one, for `labels`."""
+        return {"input_ids": self.config.max_source_length}
 
     @abstractmethod
-    def judge(self, row: Row, generated: str) -> Judgement:
-        """The model's own continuation `generated` (without the prompt) against the row's gold answer."""
+    def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """What a model is asked in order to score it on `rows`. May raise UserError."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
+        """The scores of a model that gave `answers`: a list for each of `requests`, an answer for each of its features."""
+
+    @property
+    @abstractmethod
+    def table(self) -> tuple[Column, ...]:
+        """The columns of the results table that show the task's scores."""
+
+
+def missing_column(row: Row, column: str) -> str:
+    """The flaw of a row without `column`."""
+    return f"has no column '{column}' (found: {', '.join(map(str, row)) or 'none'})"
+
+
+def mean_nll(answers: Sequence[Nll]) -> float:
+    """Nats a token over all answers, so that a long one weighs more than a short one."""
+    return sum(answer.total for answer in answers) / sum(answer.tokens for answer in answers)

@@ -1,4 +1,4 @@
-"""Rows of a task, from a local .json, .jsonl or .csv file or from a data set on the hub.
+"""Rows of a task, from a local .json, .jsonl, .csv or plain text file or from a data set on the hub.
 
 Local files are read by hand so that a refusal can say on which line a file is wrong.
 """
@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ class DataSource:
     dataset: str | None
     dataset_config: str | None
     dataset_split: str
+    dataset_revision: str | None = None
+    text_column: str | None = None
+    """The column that the lines of a .txt file fill; None: the task reads no plain text."""
 
     @classmethod
     def of(cls, config: TaskConfig, split: Split) -> DataSource:
@@ -43,7 +47,37 @@ class DataSource:
             dataset=config.dataset,
             dataset_config=config.dataset_config,
             dataset_split=config.train_split if training else config.eval_split,
+            dataset_revision=config.dataset_revision,
         )
+
+    def parts(self) -> list[DataSource]:
+        """The sources that `+` joins in this one, in order; a single file whose name holds a `+` stays one source.
+
+        Raises UserError where two of them have the same name, or one has none.
+        """
+        whole = self.file or self.dataset_split
+        if "+" not in whole or (self.file and Path(self.file).expanduser().exists()):
+            return [self]
+        pieces = [piece.strip() for piece in whole.split("+")]
+        parts = [replace(self, file=piece) if self.file else replace(self, dataset_split=piece) for piece in pieces]
+        names = [part.name for part in parts]
+        if len(set(names)) < len(names) or "" in names:
+            name = self.file_setting if self.file else f"task.{self.split}_split"
+            raise UserError(
+                f"{name}={whole}: its parts are told apart by the last word of their names, here "
+                f"{', '.join(names)}; give parts with different ones, such as x_matched+x_mismatched"
+            )
+        return parts
+
+    @property
+    def name(self) -> str:
+        """The source among those that it is joined with: the last word of its split or file ("r1" of "test_r1")."""
+        return (self.dataset_split if self.file is None else Path(self.file).stem).rpartition("_")[2]
+
+    @property
+    def formats(self) -> str:
+        """The files that can be read, as an error lists them."""
+        return ".json, .jsonl, .csv or .txt" if self.text_column else ".json, .jsonl or .csv"
 
     @property
     def file_setting(self) -> str:
@@ -59,14 +93,14 @@ class DataSource:
         return f"task.dataset={self.dataset}{config}, task.{self.split}_split={self.dataset_split}"
 
 
-def read_rows(source: DataSource, flaw: Callable[[Row], str | None]) -> list[Row]:
-    """All rows of `source`, in order; `flaw(row)` says what makes a row unusable, or None.
+def read_rows(source: DataSource, flaw: Callable[[Row], str | None], limit: int | None = None) -> list[Row]:
+    """The first `limit` rows of `source`, or all; `flaw(row)` says what makes a row unusable, or None.
 
     Raises UserError, one line that names the setting, its value, the place and what to do, for a file that is missing,
     unreadable, empty or malformed, for a data set that cannot be loaded, and for the first row with a flaw.
     """
     rows = []
-    for place, row in _file_rows(source) if source.file else _hub_rows(source):
+    for place, row in islice(_file_rows(source) if source.file else _hub_rows(source), limit):
         problem = flaw(row) if isinstance(row, dict) else f"is not an object with named columns but {row!r:.40}"
         if problem:
             raise UserError(
@@ -95,9 +129,11 @@ def data_digest(source: DataSource) -> str:
 
 def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
     extension = Path(source.file or "").suffix.lower()
-    if extension not in (".json", ".jsonl", ".csv"):
-        raise UserError(f"{source.label}: the extension '{extension}' is not known; give a .json, .jsonl or .csv file")
+    if extension not in (".json", ".jsonl", ".csv") and not (extension == ".txt" and source.text_column):
+        raise UserError(f"{source.label}: the extension '{extension}' is not known; give a {source.formats} file")
     text = _file_text(source)
+    if extension == ".txt":
+        return ((f"line {n}", {source.text_column: line}) for n, line in enumerate(text.split("\n"), start=1))
     if extension == ".csv":
         return _csv_rows(source, text)
     # Many .json files of data sets hold one object a line, as .jsonl files do; only an array is one document.
@@ -108,7 +144,7 @@ def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
 def _file_bytes(source: DataSource) -> bytes:
     path = Path(source.file or "").expanduser()
     if path.is_dir():
-        raise UserError(f"{source.label}: this is a folder; give a .json, .jsonl or .csv file in it")
+        raise UserError(f"{source.label}: this is a folder; give a {source.formats} file in it")
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -184,7 +220,7 @@ def _hub_rows(source: DataSource) -> Iterator[LocatedRow]:
 
 def _hub_dataset(source: DataSource) -> Any:
     """The `datasets.Dataset` of `source`, from the hub or from the library's own cache of it."""
-    remedy = f"give {source.file_setting}=FILE (.json, .jsonl or .csv) with the same columns"
+    remedy = f"give {source.file_setting}=FILE ({source.formats}) with the same columns"
     if not source.dataset:
         raise UserError(
             f"{source.file_setting}=null: there is neither a local file nor a data set to read; "
@@ -193,7 +229,9 @@ def _hub_dataset(source: DataSource) -> Any:
     import datasets  # here, because it takes a second and local files do without it
 
     try:
-        return datasets.load_dataset(source.dataset, source.dataset_config, split=source.dataset_split)
+        return datasets.load_dataset(
+            source.dataset, source.dataset_config, split=source.dataset_split, revision=source.dataset_revision
+        )
     except ConnectionError as error:
         raise UserError(
             f"{source.label}: the hub cannot be reached ({error}); check the network and HF_HUB_OFFLINE, or {remedy}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from loftq_exp.tasks.base import Judgement, Task
 from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.generation import Judgement, PromptTask
 
 INSTRUCTION = "Think about this step by step, and give the final number at the end."
 ANSWER_MARK = "The final answer is: "
@@ -15,7 +15,7 @@ GOLD_MARK = "####"
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
-class GSM8K(Task):
+class GSM8K(PromptTask):
     """Rows of a `question` and an `answer`: the worked solution, its last line `#### N`.
 
     The target keeps the solution as it is, its `<<48/2=24>>` annotations included, as the official code does.

@@ -1,27 +1,26 @@
-"""From a model to its scores: the log-likelihood of the gold targets, and what the model writes by itself."""
+"""From a model to its scores: what a task asks of it, batch by batch, and what it answers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
-from loftq_exp.config import TaskConfig
-from loftq_exp.tasks.base import Task
+from loftq_exp.tasks.base import Generated, Generation, Likelihood, Nll, Outputs, Request, Task
 from loftq_exp.tasks.data import Row
-from loftq_exp.training.encode import IGNORED, Collator, encode, encode_prompt, pad_token_id
+from loftq_exp.tasks.encode import IGNORED, Collator, Features, pad_token_id
+from loftq_exp.training.positions import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int, str], None]
-"""Told after each batch: rows done, rows in all, and what is being done."""
-Encoded = dict[str, list[int]]
+"""Told after each batch: features done, features in all, and what is being done."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +28,13 @@ class Evaluation:
     """The scores of a model on one split, and the samples that made them, in the order of the rows."""
 
     scores: dict[str, float]
-    """`nll`: mean negative log-likelihood of a gold target token, in nats. `accuracy`: share of rows answered right."""
+    """As the task names them."""
     samples: list[dict[str, Any]]
-    """A row each: prompt, target, generated, predicted, gold, correct, and nll (nats a token of its own target)."""
+    """What the task keeps of each row: predictions beside gold."""
     tokens_generated: int
     """End-of-sequence tokens included, padding not."""
     seconds: float
     """Wall-clock time of the whole evaluation."""
-
-
-@dataclass(frozen=True)
-class _Likelihood:
-    """The negative log-likelihood of one row's target: its sum in nats over `tokens` tokens."""
-
-    total: float
-    tokens: int
 
 
 def evaluate(
@@ -51,97 +42,118 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[Row],
-    config: TaskConfig,
     batch_size: int,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The scores of `model`, a causal language model with or without an adapter, on `rows`.
+    """The scores of `model`, of the kind that `task` needs and with or without an adapter, on `rows`.
 
-    `nll` averages over all target tokens of the split, so that a long solution weighs more than a short one; targets
-    are cut as in training. `accuracy` judges greedy continuations, at most `max_target_length` tokens, of the prompts
-    that training saw. The model comes back in the mode it was in. Raises ValueError if there are no rows.
+    The model comes back in the mode it was in. Raises ValueError if there are no rows, and UserError where the tokenizer or
+    the settings do not go with the task.
     """
     if not rows:
         raise ValueError("there are no rows to score")
     report = progress or (lambda done, total, what: None)
     started = time.perf_counter()
+    requests = task.requests(rows, tokenizer)
+    for request in requests:
+        check_positions(model, request.features)
     with _scoring(model):
-        encoded = [encode(task, row, tokenizer, config) for row in rows]
-        likelihoods = _likelihoods(model, encoded, tokenizer, batch_size, report)
-        prompts = [encode_prompt(task, row, tokenizer, config) for row in rows]
-        continuations = _continuations(model, prompts, tokenizer, config, batch_size, report)
-
-    samples = []
-    for row, likelihood, ids in zip(rows, likelihoods, continuations, strict=True):
-        # No clean-up: it closes blanks before punctuation, and the text judged is to be the model's own.
-        generated = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        sample = {"prompt": task.prompt(row), "target": task.target(row), "generated": generated}
-        samples.append({**sample, **asdict(task.judge(row, generated)), "nll": likelihood.total / likelihood.tokens})
-    scores = {
-        "nll": sum(item.total for item in likelihoods) / sum(item.tokens for item in likelihoods),
-        "accuracy": sum(sample["correct"] for sample in samples) / len(samples),
-    }
-    return Evaluation(scores, samples, sum(map(len, continuations)), time.perf_counter() - started)
+        answers = [_answers(model, tokenizer, request, batch_size, report) for request in requests]
+    scored = task.score(rows, requests, answers)
+    tokens = sum(answer.tokens for given in answers for answer in given if isinstance(answer, Generated))
+    return Evaluation(scored.scores, scored.samples, tokens, time.perf_counter() - started)
 
 
-def _likelihoods(
-    model: Any, encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, batch_size: int, report: Progress
-) -> list[_Likelihood]:
-    """The likelihood of each row's labels, in the order of `encoded`."""
-    collate = Collator(pad_token_id(tokenizer))
-    found: dict[int, _Likelihood] = {}
-    for indices in _batches([len(row["input_ids"]) for row in encoded], batch_size):
-        batch = collate([encoded[index] for index in indices])
-        found.update(zip(indices, _batch_likelihoods(model, batch), strict=True))
-        report(len(found), len(encoded), "likelihood of the gold solutions")
-    return [found[index] for index in range(len(encoded))]
+def _answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, batch_size: int, report: Progress
+) -> list[Any]:
+    """The model's answer for each of the request's features, in their order."""
+    found: dict[int, Any] = {}
+    for indices in _batches([len(feature["input_ids"]) for feature in request.features], batch_size):
+        features = [request.features[index] for index in indices]
+        found.update(zip(indices, _batch_answers(model, tokenizer, request, features), strict=True))
+        report(len(found), len(request.features), request.what)
+    return [found[index] for index in range(len(request.features))]
 
 
-def _batch_likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[_Likelihood]:
-    """The likelihood of each row of a right-padded batch of shape (rows, length)."""
-    labels = batch.pop("labels").to(model.device)
-    first = int((labels != IGNORED).any(dim=0).nonzero()[0])  # the first target token of the batch
-    # Logits are the largest tensor by far, and those before the first target token are not needed: position first - 1
-    # predicts token first.
-    inputs = {name: ids.to(model.device) for name, ids in batch.items()}
-    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits
+def _batch_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, features: Sequence[Features]
+) -> Sequence[Any]:
+    pad = pad_token_id(tokenizer)
+    if isinstance(request, Generation):
+        # A decoder goes on from the end of its prompt; an encoder's positions count from the start.
+        side = Collator(pad, side="right" if model.config.is_encoder_decoder else "left")
+        return _generated(model, tokenizer, request, side(features))
+    batch = Collator(pad)(features)
+    if isinstance(request, Likelihood):
+        return _likelihoods(model, batch)
+    assert isinstance(request, Outputs)
+    outputs = model(**_placed(model, batch))
+    return list(zip(*(outputs[name].float().cpu().numpy() for name in request.names), strict=True))
+
+
+def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
+    """The likelihood of the labels of each feature in a right-padded batch of shape (features, length)."""
+    labels = batch["labels"].to(model.device)
+    if model.config.is_encoder_decoder:
+        logits = model(
+            **_placed(model, batch), use_cache=False
+        ).logits  # of the labels themselves: it shifts its inputs
+    else:
+        del batch["labels"]
+        first = int((labels != IGNORED).any(dim=0).nonzero()[0])  # the first target token of the batch
+        # Logits are the largest tensor by far, and those before the first target token are not needed: position first - 1
+        # predicts token first.
+        kept = labels.shape[1] - first + 1
+        logits = model(**_placed(model, batch), use_cache=False, logits_to_keep=kept).logits[:, :-1]
+        labels = labels[:, first:]
     likelihoods = []
-    for row_logits, row_labels in zip(logits[:, :-1], labels[:, first:], strict=True):
+    for row_logits, row_labels in zip(logits, labels, strict=True):
         # Row by row, so that no float32 copy of the whole batch is made; ignored labels cost 0.
         nll = torch.nn.functional.cross_entropy(row_logits.float(), row_labels, ignore_index=IGNORED, reduction="none")
-        likelihoods.append(_Likelihood(float(nll.double().sum()), int((row_labels != IGNORED).sum())))
+        likelihoods.append(Nll(float(nll.double().sum()), int((row_labels != IGNORED).sum())))
     return likelihoods
 
 
-def _continuations(
-    model: Any,
-    prompts: Sequence[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    config: TaskConfig,
-    batch_size: int,
-    report: Progress,
-) -> list[list[int]]:
-    """The ids that `model` greedily adds to each prompt, the end-of-sequence token included, in the prompts' order."""
-    collate = Collator(pad_token_id(tokenizer), side="left")
-    greedy = GenerationConfig(
+def _generated(
+    model: Any, tokenizer: PreTrainedTokenizerBase, request: Generation, batch: dict[str, torch.Tensor]
+) -> list[Generated]:
+    """What `model` writes for each feature of a batch: a decoder goes on, an encoder-decoder begins anew."""
+    inputs = _placed(model, batch)
+    settings = GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        max_new_tokens=config.max_target_length,
+        num_beams=request.num_beams,
+        max_new_tokens=request.max_new_tokens,
+        length_penalty=request.length_penalty,
+        no_repeat_ngram_size=request.no_repeat_ngram_size,
+        early_stopping=request.num_beams > 1,  # once there are so many finished texts, as bart's own settings have it
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=collate.pad_token_id,
+        pad_token_id=pad_token_id(tokenizer),
         use_cache=True,
     )
-    found: dict[int, list[int]] = {}
+    settings.decoder_start_token_id = _decoder_start(model)
     with _without_defaults(model):
-        for indices in _batches([len(prompt) for prompt in prompts], batch_size):
-            batch = collate([{"input_ids": prompts[index]} for index in indices])
-            inputs = {name: ids.to(model.device) for name, ids in batch.items()}
-            sequences = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
-            for index, ids in zip(indices, sequences.tolist(), strict=True):
-                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-                found[index] = ids[:end]
-            report(len(found), len(prompts), "greedy generation")
-    return [found[index] for index in range(len(prompts))]
+        sequences = model.generate(**inputs, generation_config=settings)
+    given = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    texts = []
+    for ids in sequences[:, given:].tolist():
+        own = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
+        # No clean-up: it closes blanks before punctuation, and the text judged is to be the model's own.
+        text = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        texts.append(Generated(text, len(own)))
+    return texts
+
+
+def _decoder_start(model: Any) -> int | None:
+    """The token that an encoder-decoder's answer begins with, wherever the checkpoint keeps it; None for a decoder."""
+    if not model.config.is_encoder_decoder:
+        return None
+    found = [getattr(holder, "decoder_start_token_id", None) for holder in (model.config, model.generation_config)]
+    return next((token for token in found if token is not None), None)
+
+
+def _placed(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -173,7 +185,7 @@ def _without_defaults(model: torch.nn.Module) -> Iterator[None]:
     """Hides the checkpoint's own generation settings.
 
     `generate` fills whatever a given GenerationConfig leaves open from them, so that a checkpoint's repetition penalty
-    or suppressed tokens would change what greedy decoding means. An adapter and its backbone each hold them.
+    or suppressed tokens would change what the task's settings mean. An adapter and its backbone each hold them.
     """
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
     settings = [module.generation_config for module in owners]

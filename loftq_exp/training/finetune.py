@@ -21,8 +21,8 @@ from loftq_exp.device import compute_device, compute_dtype, peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.encode import Collator, encode
 from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
+from loftq_exp.training.positions import check_positions
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,10 @@ def finetune(
     device = compute_device(config.device)
     dtype = compute_dtype(device, config.train.bf16)
     tokenizer = load_tokenizer(init, config)
-    encoded = [encode(task, row, tokenizer, config.task) for row in rows]
+    encoded = task.encode(rows, tokenizer)
     transformers.set_seed(config.seed)
-    model = load_model(init, None, config, device, dtype)
+    model = load_model(init, None, config, device, dtype, task.num_labels)
+    check_positions(model, encoded)
     if config.train.gradient_checkpointing:
         model.enable_input_require_grads()  # or no gradient would flow into a block whose inputs need none
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -54,9 +55,13 @@ def finetune(
             model=model,
             args=training_arguments(config, checkpoints, device, dtype),
             train_dataset=encoded,
-            data_collator=Collator.for_training(tokenizer, config.task),
+            data_collator=task.collator(tokenizer),
             callbacks=[_Report(advance, scalars)],
         )
+        if task.model_kind != "causal":
+            # Of transformers' classes only decoders divide their loss by the tokens of all accumulated batches; the others
+            # take the mean of each batch, which the trainer must then divide by the number of batches.
+            trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         resumed = last_whole_checkpoint(checkpoints)
         if resumed:

@@ -27,14 +27,15 @@ def score(
 ) -> dict[str, Any]:
     """Scores `rows` with the fine-tuned `adapter`, or with the initial factors where it is None.
 
-    Writes one line of JSON a row to `samples`: prompt, target, what the model wrote, its answer, the gold one.
+    Writes one line of JSON a row to `samples`: what the task keeps of each, predictions beside gold.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
-    model = load_model(init, adapter, config, device, compute_dtype(device, config.train.bf16))
+    dtype = compute_dtype(device, config.train.bf16)
+    model = load_model(init, adapter, config, device, dtype, task.num_labels)
     tokenizer = load_tokenizer(init, config)
     with progress("evaluate") as advance:
-        result = evaluate(model, tokenizer, task, rows, config.task, config.train.per_device_eval_batch_size, advance)
+        result = evaluate(model, tokenizer, task, rows, config.train.per_device_eval_batch_size, advance)
     beside = samples.with_name(f".{samples.name}.tmp")
     beside.write_text("".join(json.dumps(sample) + "\n" for sample in result.samples))
     beside.replace(samples)

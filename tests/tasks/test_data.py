@@ -144,7 +144,7 @@ def test_reads_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_task(HUB).rows("eval") == [GOOD] * 3
-    assert asked == [("openai/gsm8k", "main", {"split": "test"})]
+    assert asked == [("openai/gsm8k", "main", {"split": "test", "revision": None})]
     assert load_task(HUB).digest("train").startswith("fingerprint:")
 
 
@@ -198,3 +198,48 @@ def test_a_row_is_read_whatever_its_other_columns(tmp_path: Path) -> None:
     file = written(tmp_path, "rows.jsonl", json.dumps(GOOD | {"id": None}))
     source = DataSource("train", str(file), None, None, "train")
     assert read_rows(source, lambda row: None) == [GOOD | {"id": None}]
+
+
+# Several splits or files ------------------------------------------------------------------------------------------------
+
+
+def test_joined_files_keep_their_order_and_names(tmp_path: Path) -> None:
+    files = [written(tmp_path, f"rows_{name}.jsonl", f"{json.dumps(GOOD | {'id': name})}\n" * 3) for name in "ab"]
+    task = task_of(tmp_path / "rows_a.jsonl", eval_file="+".join(map(str, files)), max_eval_samples=2)
+    assert [(row["id"], row["part"]) for row in task.rows("eval")] == [("a", "a"), ("a", "a"), ("b", "b"), ("b", "b")]
+    assert "part" not in task.rows("train")[0]
+    assert task.digest("eval") == "+".join(data_digest(part) for part in task.source("eval").parts())
+
+
+def test_a_file_whose_name_holds_a_plus_is_one(tmp_path: Path) -> None:
+    file = written(tmp_path, "a+b.jsonl", json.dumps(GOOD))
+    assert task_of(file).rows("train") == [GOOD]
+
+
+def test_parts_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    for joined in ("x/rows.jsonl+y/rows.jsonl", "a.jsonl+"):
+        with pytest.raises(UserError, match=r"^task.train_file=.*told apart by the last word of their names"):
+            task_of(Path(joined)).rows("train")
+
+
+def test_a_flaw_names_its_own_file(tmp_path: Path) -> None:
+    good, bad = written(tmp_path, "x_a.jsonl", json.dumps(GOOD)), written(tmp_path, "x_b.jsonl", "{}")
+    with pytest.raises(UserError, match=f"^task.train_file={bad}: line 1 has no column"):
+        task_of(Path(f"{good}+{bad}")).rows("train")
+
+
+def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
+    file = written(tmp_path, "rows.jsonl", f"{json.dumps(GOOD)}\n{{}}")
+    assert task_of(file, max_train_samples=1).rows("train") == [GOOD]
+
+
+def test_an_unknown_split_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of files is a data set to `datasets`, as a hub id is."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    written(folder, "train.jsonl", json.dumps(GOOD))
+    task = load_task(TaskConfig(kind="gsm8k", dataset=str(folder), eval_split="tset"))
+    assert task.rows("train") == [GOOD]
+    with pytest.raises(UserError, match=r"task.eval_split=tset: the data set cannot be loaded \(Unknown split"):
+        task.rows("eval")

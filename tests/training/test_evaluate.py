@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from loftq_exp.config import TaskConfig
 from loftq_exp.tasks import load_task
-from loftq_exp.training.encode import IGNORED, encode, encode_prompt
+from loftq_exp.tasks.encode import IGNORED, encode, encode_prompt
 from loftq_exp.training.evaluate import Evaluation, evaluate
 
 CONFIG = TaskConfig(kind="arithmetic", max_eval_samples=7, max_source_length=128, max_target_length=16)
@@ -25,7 +25,7 @@ def model(tiny_llama_dir: Path) -> LlamaForCausalLM:
 
 
 def scored(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, batch_size: int = 3) -> Evaluation:
-    return evaluate(model, tokenizer, TASK, ROWS, CONFIG, batch_size)
+    return evaluate(model, tokenizer, TASK, ROWS, batch_size)
 
 
 def texts(evaluation: Evaluation) -> list[str]:
@@ -127,7 +127,7 @@ def test_a_model_that_knows_the_answer_is_right(
         optimizer.zero_grad()
         model(**encoded).loss.backward()
         optimizer.step()
-    evaluation = evaluate(model, tiny_tokenizer, TASK, [row], config, batch_size=4)
+    evaluation = evaluate(model, tiny_tokenizer, load_task(config), [row], batch_size=4)
     (sample,) = evaluation.samples
     assert sample["generated"] == sample["target"] == TASK.target(row)
     assert sample["correct"] is True
@@ -139,7 +139,7 @@ def test_a_model_that_knows_the_answer_is_right(
 
 def test_samples_and_progress(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     seen: list[tuple[int, int, str]] = []
-    evaluation = evaluate(model, tiny_tokenizer, TASK, ROWS, CONFIG, 3, lambda *report: seen.append(report))
+    evaluation = evaluate(model, tiny_tokenizer, TASK, ROWS, 3, lambda *report: seen.append(report))
     assert [report[:2] for report in seen] == [(3, 7), (6, 7), (7, 7)] * 2
     assert len({what for _, _, what in seen}) == 2
     assert set(evaluation.samples[0]) == {"prompt", "target", "generated", "predicted", "gold", "correct", "nll"}
@@ -173,11 +173,11 @@ def test_a_failure_restores_the_model(model: LlamaForCausalLM, tiny_tokenizer: P
 
     model.train()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tiny_tokenizer, TASK, ROWS, CONFIG, 3, interrupt)
+        evaluate(model, tiny_tokenizer, TASK, ROWS, 3, interrupt)
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
 
 
 def test_no_rows(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="no rows"):
-        evaluate(model, tiny_tokenizer, TASK, [], CONFIG, 3)
+        evaluate(model, tiny_tokenizer, TASK, [], 3)

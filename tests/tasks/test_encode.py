@@ -14,7 +14,7 @@ from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.data import Row
-from loftq_exp.training.encode import IGNORED, Collator, encode, encode_prompt, pad_token_id
+from loftq_exp.tasks.encode import IGNORED, Collator, encode, encode_prompt, pad_token_id
 
 CONFIG = TaskConfig(kind="gsm8k")
 TASK = load_task(CONFIG)
@@ -62,7 +62,7 @@ def test_slip_nothing_masked_without_padding_to_the_maximum(tiny_tokenizer: PreT
     for pad_to_max_length in (False, True):
         config = dataclasses.replace(CONFIG, pad_to_max_length=pad_to_max_length)
         encoded = encode(TASK, ROW, tiny_tokenizer, config)
-        batch = Collator.for_training(tiny_tokenizer, config)([encoded])
+        batch = load_task(config).collator(tiny_tokenizer)([encoded])
         prompt = encode_prompt(TASK, ROW, tiny_tokenizer, config)
         assert (batch["labels"][0, : len(prompt)] == IGNORED).all()
         assert int((batch["labels"] != IGNORED).sum()) == len(encoded["input_ids"]) - len(prompt)
@@ -71,7 +71,7 @@ def test_slip_nothing_masked_without_padding_to_the_maximum(tiny_tokenizer: PreT
 def test_slip_added_pad_token_resizes_embeddings(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = len(tiny_tokenizer)
     assert pad_token_id(tiny_tokenizer) == tiny_tokenizer.eos_token_id
-    Collator.for_training(tiny_tokenizer, CONFIG)([encode(TASK, ROW, tiny_tokenizer, CONFIG)])
+    TASK.collator(tiny_tokenizer)([encode(TASK, ROW, tiny_tokenizer, CONFIG)])
     assert len(tiny_tokenizer) == tokens
     assert tiny_tokenizer.pad_token is None
 
@@ -129,5 +129,5 @@ def test_left_padding_and_rows_without_labels() -> None:
 
 def test_padding_to_the_maximum(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     config = dataclasses.replace(CONFIG, max_source_length=40, max_target_length=30, pad_to_max_length=True)
-    batch = Collator.for_training(tiny_tokenizer, config)([encode(TASK, ROW, tiny_tokenizer, config)])
+    batch = load_task(config).collator(tiny_tokenizer)([encode(TASK, ROW, tiny_tokenizer, config)])
     assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, 70)}

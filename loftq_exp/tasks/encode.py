@@ -1,26 +1,30 @@
-"""From a task's rows to the token ids that a causal model trains on, and from rows to padded batches."""
+"""From prompts and targets to the token ids that a causal model trains on, and from any features to padded batches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
-from loftq_exp.tasks.base import Task
 from loftq_exp.tasks.data import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from loftq_exp.tasks.generation import PromptTask
+
+Features = dict[str, Any]
+"""What a model reads of one example, by argument name: lists of ids (`input_ids`, ...), or one number (a label)."""
+
 IGNORED = -100
 """The label that the loss skips, as torch and transformers define it."""
 
 
-def encode(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> dict[str, list[int]]:
+def encode(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> dict[str, list[int]]:
     """One training row: `input_ids` = prompt + target, `labels` the same with the prompt replaced by -100.
 
     Both are made from the same two lists of ids. Tokenizing prompt + target as one string could merge tokens across the
@@ -34,7 +38,7 @@ def encode(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: Tas
     return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
 
-def encode_prompt(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
+def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
     """The prompt's ids, `max_source_length` at most, for training and for generation alike.
 
     They begin with the beginning-of-sequence token where the tokenizer adds one by itself. A prompt that is too long
@@ -46,7 +50,7 @@ def encode_prompt(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, conf
     return start + ids[max(0, len(ids) - room) :]
 
 
-def encode_target(task: Task, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
+def encode_target(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
     """The target's ids and the end-of-sequence token, cut after `max_target_length` ids (then without that token)."""
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -73,34 +77,34 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads encoded rows to one length and makes a batch of them.
+    """Pads features to one length and makes a batch of them.
 
-    Labels of padding are -100. What is padding follows from the rows' lengths and never from comparing ids with
+    Labels of padding are -100. What is padding follows from the features' lengths and never from comparing ids with
     `pad_token_id`, which may also be the end-of-sequence token at the end of every target.
     """
 
     pad_token_id: int
-    length: int | None = None
-    """Tokens to pad to; None: the batch's longest row."""
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    """Tokens to pad `input_ids` and all that goes with them to, and `labels`; where it is not given, the longest."""
     side: Literal["left", "right"] = "right"
-    """Where the padding goes: right for training, left for generation."""
+    """Where the padding goes: right for training, left for a decoder to go on writing."""
 
-    @classmethod
-    def for_training(cls, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Collator:
-        """The collator of training batches, which heeds `task.pad_to_max_length`."""
-        length = config.max_source_length + config.max_target_length if config.pad_to_max_length else None
-        return cls(pad_token_id(tokenizer), length)
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A tensor for each argument, and `attention_mask`.
 
-    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and, where the rows have them, `labels`: each int64 of shape (rows, length)."""
-        length = self.length or max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": [self._padded(row["input_ids"], self.pad_token_id, length) for row in rows],
-            "attention_mask": [self._padded([1] * len(row["input_ids"]), 0, length) for row in rows],
-        }
-        if "labels" in rows[0]:
-            batch["labels"] = [self._padded(row["labels"], IGNORED, length) for row in rows]
-        return {name: torch.tensor(ids, dtype=torch.long) for name, ids in batch.items()}
+        Lists become int64 of shape (features, length), numbers int64 or, where they are float, float32 of shape
+        (features,).
+        """
+        filled = [{"attention_mask": [1] * len(feature["input_ids"]), **feature} for feature in features]
+        return {name: self._tensor(name, [feature[name] for feature in filled]) for name in filled[0]}
+
+    def _tensor(self, name: str, values: Sequence[Any]) -> torch.Tensor:
+        if not isinstance(values[0], list):
+            return torch.tensor(values)
+        # Labels of an encoder-decoder have a length of their own.
+        length = self.lengths.get("labels" if name == "labels" else "input_ids") or max(map(len, values))
+        filler = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
+        return torch.tensor([self._padded(ids, filler, length) for ids in values], dtype=torch.long)
 
     def _padded(self, ids: list[int], filler: int, length: int) -> list[int]:
         padding = [filler] * (length - len(ids))

@@ -1,0 +1,118 @@
+"""The shape of a task that a head answers: one label, or one number, for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loftq_exp.tasks.base import PART, Column, Outputs, Request, Scored, Task, missing_column
+from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.encode import Features
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Classification(Task):
+    """Rows of one or two texts (`columns`) and a `label`.
+
+    A subclass sets `columns` and either `labels` or `bounds`, and the `metrics` of loftq_exp.metrics that score it. Each is
+    a score of its own name; where `+` joined several splits or files, `NAME_PART` is that of one of them.
+    """
+
+    model_kind = "classification"
+    labels: tuple[str, ...] = ()
+    """What each label 0, 1, ... means; none: the label is a number between `bounds`, and the task regression."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    @property
+    def num_labels(self) -> int:
+        """One output a label; 1 for regression."""
+        return len(self.labels) or 1
+
+    def flaw(self, row: Row) -> str | None:
+        """As `Task.flaw`; the label must also be one of the task's."""
+        problem = super().flaw(row)
+        if problem:
+            return problem
+        if "label" not in row:
+            return missing_column(row, "label")
+        if _label(row, bool(self.labels)) is None or not self._allows(row):
+            meanings = ", ".join(f"{number} ({meaning})" for number, meaning in enumerate(self.labels))
+            allowed = meanings or f"a number from {self.bounds[0]:g} to {self.bounds[1]:g}"
+            hidden = " (-1 stands for a hidden label)" if str(row["label"]).startswith("-1") else ""
+            return f"holds {row['label']!r:.40} in column 'label'{hidden} where one of these is needed: {allowed}"
+        return None
+
+    def _allows(self, row: Row) -> bool:
+        low, high = (0, len(self.labels) - 1) if self.labels else self.bounds
+        return low <= self._gold(row) <= high
+
+    def _gold(self, row: Row) -> float:
+        label = _label(row, bool(self.labels))
+        assert label is not None  # `flaw` saw to it
+        return label
+
+    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        """The texts of each row with the tokenizer's own special tokens, the longer one cut first, and its label."""
+        features = self._features(rows, tokenizer)
+        return [feature | {"labels": self._gold(row)} for feature, row in zip(features, rows, strict=True)]
+
+    def _features(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        texts = [[row[column] for row in rows] for column in self.columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=self.config.max_source_length)
+        return [{name: ids[index] for name, ids in encoded.items()} for index in range(len(rows))]
+
+    def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """The head's outputs for each row."""
+        return [Outputs("labels", self._features(rows, tokenizer))]
+
+    def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
+        """Each of `metrics`, over all rows and over each part; a sample is the texts, predicted, gold and correct."""
+        predicted = [int(logits.argmax()) if self.labels else float(logits[0]) for (logits,) in answers[0]]
+        gold = [self._gold(row) for row in rows]
+        scores = self._measured(predicted, gold)
+        for part in self._parts():
+            inside = [index for index, row in enumerate(rows) if row.get(PART) == part]
+            own = self._measured([predicted[index] for index in inside], [gold[index] for index in inside])
+            scores |= {f"{name}_{part}": value for name, value in own.items()}
+        samples = [self._sample(row, *pair) for row, *pair in zip(rows, predicted, gold, strict=True)]
+        return Scored(scores, samples)
+
+    def _measured(self, predicted: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
+        from loftq_exp import metrics  # here, because it takes a second
+
+        return metrics.compute(self.metrics, predicted, gold)
+
+    def _sample(self, row: Row, predicted: float, gold: float) -> dict[str, Any]:
+        sample = {column: row[column] for column in (*self.columns, PART) if column in row}
+        if not self.labels:
+            return sample | {"predicted": predicted, "gold": gold}
+        meanings = {"predicted": self.labels[int(predicted)], "gold": self.labels[int(gold)]}
+        return sample | meanings | {"correct": predicted == gold}
+
+    def _parts(self) -> list[str]:
+        """The names of the parts that are also scored alone; none where there is but one."""
+        parts = self.source("eval").parts()
+        return [part.name for part in parts] if len(parts) > 1 else []
+
+    @property
+    def table(self) -> tuple[Column, ...]:
+        """One column of all metrics, as papers print them ("89.9/93.6"); beside it one of the parts, where there are any."""
+        whole = Column("/".join(self.metrics), self.metrics, "{:.1f}", 100, main=True)
+        if not self._parts():
+            return (whole,)
+        title = f"{self.metrics[0]} {'/'.join(self._parts())}"
+        return whole, Column(title, tuple(f"{self.metrics[0]}_{part}" for part in self._parts()), "{:.1f}", 100)
+
+
+def _label(row: Row, whole: bool) -> float | None:
+    """The row's label as a number, a whole one if so asked; None where it is none. A .csv file holds it as text."""
+    value = row["label"]
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return int(value) if whole and not isinstance(value, float) else None if whole else float(value)
+    except (ValueError, OverflowError):
+        return None

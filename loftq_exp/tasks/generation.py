@@ -1,0 +1,80 @@
+"""The shape of a task that a decoder answers in words: a prompt, the target to go on with, a judgement of what came."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from loftq_exp.tasks.base import Column, Generation, Likelihood, Request, Scored, Task, mean_nll
+from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.encode import Features, encode, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A model's answer beside the gold one. `predicted` is None where the model's text holds no answer."""
+
+    predicted: float | None
+    gold: float | None
+    correct: bool
+
+
+class PromptTask(Task):
+    """A task for a causal model. A subclass names its columns and says what prompt, target and judgement a row makes.
+
+    Scores: `nll`, nats a token of the gold targets, cut as in training; `accuracy`, the share of rows whose greedy
+    continuation, `max_target_length` tokens at most, is judged correct.
+    """
+
+    model_kind = "causal"
+
+    @abstractmethod
+    def prompt(self, row: Row) -> str:
+        """The text that the model is given."""
+
+    @abstractmethod
+    def target(self, row: Row) -> str:
+        """The text that the model should go on with, without the end-of-sequence token."""
+
+    @abstractmethod
+    def judge(self, row: Row, generated: str) -> Judgement:
+        """The model's own continuation `generated` (without the prompt) against the row's gold answer."""
+
+    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        """Prompt and target of each row, loss on the target only."""
+        return [encode(self, row, tokenizer, self.config) for row in rows]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Prompt and target stand in one sequence."""
+        both = self.config.max_source_length + self.config.max_target_length
+        return {"input_ids": both, "labels": both}
+
+    def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """The likelihood of the gold targets, and what the model writes by itself."""
+        prompts = [{"input_ids": encode_prompt(self, row, tokenizer, self.config)} for row in rows]
+        return [
+            Likelihood("likelihood of the gold solutions", self.encode(rows, tokenizer)),
+            Generation("greedy generation", prompts, max_new_tokens=self.config.max_target_length),
+        ]
+
+    def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
+        """`nll` and `accuracy`; a sample is prompt, target, generated, predicted, gold, correct and its own nll."""
+        likelihoods, texts = answers
+        samples = []
+        for row, nll, generated in zip(rows, likelihoods, texts, strict=True):
+            sample = {"prompt": self.prompt(row), "target": self.target(row), "generated": generated.text}
+            judgement = asdict(self.judge(row, generated.text))
+            samples.append({**sample, **judgement, "nll": nll.total / nll.tokens})
+        accuracy = sum(sample["correct"] for sample in samples) / len(samples)
+        return Scored({"nll": mean_nll(likelihoods), "accuracy": accuracy}, samples)
+
+    @property
+    def table(self) -> tuple[Column, ...]:
+        """NLL and accuracy."""
+        return Column("NLL", ("nll",), "{:.4f}"), Column("accuracy", ("accuracy",), main=True)

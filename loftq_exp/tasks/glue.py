@@ -1,0 +1,62 @@
+"""GLUE (Wang et al., 2019): nine tasks of understanding a sentence or a pair; `task.name` says which."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from loftq_exp.config import TaskConfig
+from loftq_exp.tasks.classification import Classification
+from loftq_exp.tasks.data import DataSource, Split
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "stsb": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+LABELS: dict[str, tuple[str, ...]] = {
+    "cola": ("unacceptable", "acceptable"),
+    "sst2": ("negative", "positive"),
+    "mrpc": ("not_equivalent", "equivalent"),
+    "stsb": (),
+    "qqp": ("not_duplicate", "duplicate"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+    "wnli": ("not_entailment", "entailment"),
+}
+METRICS: dict[str, tuple[str, ...]] = {
+    "cola": ("matthews",),
+    "mrpc": ("accuracy", "f1"),
+    "qqp": ("accuracy", "f1"),
+    "stsb": ("pearson", "spearman"),
+}
+"""GLUE's own metrics; accuracy where nothing stands here."""
+MNLI_SPLITS = "validation_matched+validation_mismatched"
+
+
+class Glue(Classification):
+    """The data set of GLUE that `task.name` names, with the columns and labels of nyu-mll/glue and GLUE's metrics.
+
+    MNLI is scored on both its validation sets, together and each alone: `accuracy_matched`, `accuracy_mismatched`.
+    """
+
+    bounds = (0.0, 5.0)  # of STS-B, the one with numbers
+
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        name = config.name or ""
+        self.columns, self.labels = COLUMNS[name], LABELS[name]
+        self.metrics = METRICS.get(name, ("accuracy",))
+
+    def source(self, split: Split) -> DataSource:
+        """As `Task.source`; MNLI has two validation splits in place of one."""
+        source = super().source(split)
+        if self.config.name == "mnli" and source.dataset_split == "validation":
+            return dataclasses.replace(source, dataset_split=MNLI_SPLITS)
+        return source

@@ -1,0 +1,130 @@
+"""Summarization: XSum (Narayan et al., 2018) and CNN/DailyMail (Hermann et al., 2015); `task.name` says which."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loftq_exp.config import TaskConfig
+from loftq_exp.errors import UserError
+from loftq_exp.tasks.base import Column, Generation, Likelihood, Request, Scored, Task, mean_nll
+from loftq_exp.tasks.data import DataSource, Row, Split
+from loftq_exp.tasks.encode import Features
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set is on the hub, and its columns of documents and summaries."""
+
+    dataset: str
+    config: str | None
+    revision: str | None
+    document: str
+    summary: str
+
+
+DATA_SETS = {
+    # The default branch may hold a loading script, which `datasets` no longer runs; the hub's own conversion does not.
+    "xsum": DataSet("EdinburghNLP/xsum", None, "refs/convert/parquet", "document", "summary"),
+    "cnn_dailymail": DataSet("abisee/cnn_dailymail", "3.0.0", None, "article", "highlights"),
+}
+LEAD_SENTENCES = 3
+
+
+class Summarization(Task):
+    """Rows of a document and its summary, in the columns of the data set that `task.name` names.
+
+    Scores: `nll`, nats a token of the gold summaries; `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (F-measures) of the
+    summaries that beam search finds; and the same with `lead3_` before them for the first three sentences of each document,
+    which any summarizer should beat.
+    """
+
+    model_kind = "seq2seq"
+
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self.data = DATA_SETS[config.name or ""]
+        self.columns = (self.data.document, self.data.summary)
+
+    def source(self, split: Split) -> DataSource:
+        """As `Task.source`; without `task.dataset` that of the name."""
+        source = super().source(split)
+        if source.dataset:
+            return source
+        data = self.data
+        return dataclasses.replace(
+            source,
+            dataset=data.dataset,
+            dataset_config=source.dataset_config or data.config,
+            dataset_revision=source.dataset_revision or data.revision,
+        )
+
+    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        """The document for the encoder, the summary as labels, each cut at its end; a summary ends in end of sequence."""
+        end = tokenizer.eos_token_id
+        if end is None:
+            raise UserError(
+                f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, so that a model could "
+                "not learn to stop; use a model whose tokenizer_config.json names an eos_token"
+            )
+        limit = self.config.max_target_length
+        texts = [row[self.data.summary] for row in rows]
+        summaries = tokenizer(text_target=texts, truncation=True, max_length=limit)["input_ids"]
+        labels = [list(ids) if ids[-1] == end else [*ids, end][:limit] for ids in summaries]
+        documents = self._documents(rows, tokenizer)
+        return [feature | {"labels": own} for feature, own in zip(documents, labels, strict=True)]
+
+    def _documents(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        texts = [self.config.source_prefix + row[self.data.document] for row in rows]
+        ids = tokenizer(texts, truncation=True, max_length=self.config.max_source_length)["input_ids"]
+        return [{"input_ids": list(own)} for own in ids]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Documents and summaries have lengths of their own."""
+        return {"input_ids": self.config.max_source_length, "labels": self.config.max_target_length}
+
+    def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """The likelihood of the gold summaries, and a summary of each document."""
+        config = self.config
+        search = Generation(
+            f"search with {config.num_beams} beams" if config.num_beams > 1 else "greedy generation",
+            self._documents(rows, tokenizer),
+            max_new_tokens=config.max_target_length,
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+        )
+        return [Likelihood("likelihood of the gold summaries", self.encode(rows, tokenizer)), search]
+
+    def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
+        """`nll` and ROUGE, of the model and of Lead-3; a sample is document, predicted, gold and its own nll."""
+        from loftq_exp import metrics  # here, because it takes a second
+        from loftq_exp.metrics.sentences import sentences
+
+        likelihoods, written = answers
+        gold = [row[self.data.summary] for row in rows]
+        leads = [" ".join(sentences(row[self.data.document])[:LEAD_SENTENCES]) for row in rows]
+        own = metrics.compute(("rouge",), [generated.text for generated in written], gold)
+        lead = metrics.compute(("rouge",), leads, gold)
+        samples = [
+            {"document": row[self.data.document], "predicted": generated.text, "gold": summary, "nll": nll.total / nll.tokens}
+            for row, generated, summary, nll in zip(rows, written, gold, likelihoods, strict=True)
+        ]  # fmt: skip
+        scores = {"nll": mean_nll(likelihoods)} | own | {f"lead3_{name}": value for name, value in lead.items()}
+        return Scored(scores, samples)
+
+    @property
+    def table(self) -> tuple[Column, ...]:
+        """NLL, ROUGE as the paper prints it, and Lead-3's."""
+        names = ("rouge1", "rouge2", "rougeL")
+        return (
+            Column("NLL", ("nll",), "{:.4f}"),
+            Column("R1/R2/RL", names, "{:.2f}", 100, main=True),
+            Column("Lead-3 R1/R2/RL", tuple(f"lead3_{name}" for name in names), "{:.2f}", 100),
+        )

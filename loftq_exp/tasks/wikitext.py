@@ -1,0 +1,85 @@
+"""WikiText (Merity et al., 2017), or any running text: perplexity on fixed blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loftq_exp.errors import UserError
+from loftq_exp.tasks.base import Column, Likelihood, Request, Scored, Task, mean_nll
+from loftq_exp.tasks.data import DataSource, Row, Split, read_rows
+from loftq_exp.tasks.encode import IGNORED, Features
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class WikiText(Task):
+    """Rows of a line of `text` each, which may be empty; a local .txt file is read line by line.
+
+    The lines are joined to one text, tokenized whole, and cut into blocks of `task.block_size` tokens; what is left at the
+    end is dropped, unless there is no whole block before it. Scores: `nll`, nats a token, and `perplexity`, its exponential.
+    A block's first token has nothing before it and is not scored.
+    """
+
+    model_kind = "causal"
+    columns = ("text",)
+
+    def source(self, split: Split) -> DataSource:
+        """As `Task.source`; plain text can be read too."""
+        return dataclasses.replace(super().source(split), text_column="text")
+
+    def rows(self, split: Split) -> list[Row]:
+        """All lines: `limit` counts blocks here."""
+        parts = self.source(split).parts()
+        return [row for part in parts for row in read_rows(part, self.flaw)]
+
+    def flaw(self, row: Row) -> str | None:
+        """As `Task.flaw`, but a line may be empty."""
+        return None if isinstance(row.get("text"), str) else super().flaw(row)
+
+    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        """The blocks of the training text."""
+        return self._blocks("train", rows, tokenizer)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Blocks have one length."""
+        return {"input_ids": self.config.block_size, "labels": self.config.block_size}
+
+    def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+        """The likelihood of the blocks of the evaluation text."""
+        return [Likelihood("likelihood of the text", self._blocks("eval", rows, tokenizer))]
+
+    def _blocks(self, split: Split, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
+        """The first `limit` blocks. Raises UserError for a text of fewer than two tokens: there is nothing to predict."""
+        # The hub leaves blank lines empty and the other ones their line end; a file on disk may have blanks in them.
+        lines = [row["text"].rstrip("\n") if row["text"].strip() else "" for row in rows]
+        ids = list(tokenizer("\n".join(lines), verbose=False)["input_ids"])  # not verbose: longer than any model reads
+        size = self.config.block_size
+        whole = len(ids) // size * size or len(ids)
+        if whole < 2:
+            raise UserError(f"{self.source(split).label}: the text has {whole} tokens; give one with two or more")
+        starts = range(0, whole, size)[: self.limit(split)]
+        return [_block(ids[start : min(start + size, whole)]) for start in starts]
+
+    def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
+        """`nll` and `perplexity`; a sample is a block's number, its tokens and its own nll."""
+        nll = mean_nll(answers[0])
+        samples = [
+            {"block": number, "tokens": answer.tokens, "nll": answer.total / answer.tokens}
+            for number, answer in enumerate(answers[0])
+        ]
+        perplexity = math.exp(min(nll, 700.0))  # a model that fell apart would overflow
+        return Scored({"nll": nll, "perplexity": perplexity}, samples)
+
+    @property
+    def table(self) -> tuple[Column, ...]:
+        """NLL and perplexity."""
+        return Column("NLL", ("nll",), "{:.4f}"), Column("perplexity", ("perplexity",), "{:.2f}", main=True)
+
+
+def _block(ids: list[int]) -> Features:
+    return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}

@@ -1,0 +1,340 @@
+"""Every task from the command to its scores, on tiny models made here and small files written here."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from loftq_exp.tasks.arithmetic import generate
+from loftq_exp.tasks.glue import COLUMNS, LABELS
+
+SPECIAL = ("<s>", "</s>", "<pad>")
+PASSAGE = "Emma Blue lives in Paris. She sells 31 red cups there. Her shop opened in 1998 with two friends. It rains."
+
+
+@pytest.fixture(scope="session")
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that makes <s> A </s> B </s> of a pair and has a pad token, as encoders' tokenizers do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["question"] for row in islice(generate("train", 0), 100)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory, pair_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random two-layer BERT without a head."""
+    config = BertConfig(
+        vocab_size=len(pair_tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=160, pad_token_id=2, initializer_range=0.2, dtype="float32",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return saved(BertModel(config), pair_tokenizer, tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def summarizers(tmp_path_factory: pytest.TempPathFactory, pair_tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A random BART and a random T5."""
+    bart = BartConfig(
+        vocab_size=len(pair_tokenizer), d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=160, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2, decoder_start_token_id=1, forced_eos_token_id=1, init_std=0.2, dtype="float32",
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=len(pair_tokenizer), d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, eos_token_id=1,
+        pad_token_id=2, decoder_start_token_id=2, dtype="float32",
+    )  # fmt: skip
+    folders = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, model in (("bart", BartForConditionalGeneration(bart)), ("t5", T5ForConditionalGeneration(t5))):
+            folders[name] = saved(model, pair_tokenizer, tmp_path_factory.mktemp(name))
+    return folders
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """`rows` as a .jsonl file in the current folder."""
+    file = Path(name)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def glue_rows(name: str, count: int = 8) -> list[dict[str, Any]]:
+    labels = len(LABELS[name])
+    return [
+        {column: f"{column} {number} is {'good' if number % 2 else 'bad'}" for column in COLUMNS[name]}
+        | {"label": number % labels if labels else number * 5 / 7}
+        for number in range(count)
+    ]
+
+
+QUICK = ("quant.rank=4", "quant.iter=1", "device=cpu", "train.per_device_train_batch_size=4", "train.logging_steps=1",
+         "task.max_train_samples=8", "task.max_eval_samples=8")  # fmt: skip
+
+
+def finished(cli: Any, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Metrics, samples and output of a run that must succeed."""
+    outcome = cli(*QUICK, *arguments)
+    assert outcome.code == 0, outcome
+    (record,) = Path("outputs/runs").glob("*/metrics.json")
+    samples = [json.loads(line) for line in (record.parent / "samples.jsonl").read_text().splitlines()]
+    return json.loads(record.read_text()), samples, outcome.out
+
+
+def files(train: Path, *scored: Path) -> tuple[str, str]:
+    return f"task.train_file={train}", f"task.eval_file={'+'.join(map(str, scored or (train,)))}"
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "heading"),
+    [
+        ("cola", {"matthews"}, "matthews"),
+        ("sst2", {"accuracy"}, "accuracy"),
+        ("mrpc", {"accuracy", "f1"}, "accuracy/f1"),
+        ("stsb", {"pearson", "spearman"}, "pearson/spearman"),
+        ("qqp", {"accuracy", "f1"}, "accuracy/f1"),
+        ("qnli", {"accuracy"}, "accuracy"),
+        ("rte", {"accuracy"}, "accuracy"),
+        ("wnli", {"accuracy"}, "accuracy"),
+    ],
+)
+def test_glue(cli: Any, encoder: Path, name: str, scores: set[str], heading: str) -> None:
+    file = write_rows("rows.jsonl", glue_rows(name))
+    metrics, samples, out = finished(
+        cli, "model=bert", f"model.path={encoder}", "task=glue", f"task.name={name}", *files(file)
+    )
+    assert set(metrics["scores"]) == scores
+    assert heading in out
+    assert metrics["label"].endswith(f"-glue-{name}")
+    assert [[sample[column] for column in COLUMNS[name]] for sample in samples] == [
+        [row[column] for column in COLUMNS[name]] for row in glue_rows(name)
+    ]
+    if name == "stsb":
+        assert [sample["gold"] for sample in samples] == pytest.approx([row["label"] for row in glue_rows(name)])
+        assert all(isinstance(sample["predicted"], float) for sample in samples)
+    else:
+        assert {sample["gold"] for sample in samples} == set(LABELS[name])
+    if "accuracy" in scores:
+        assert metrics["scores"]["accuracy"] == sum(sample["correct"] for sample in samples) / len(samples)
+
+
+def test_mnli_matched_and_mismatched(cli: Any, encoder: Path) -> None:
+    train = write_rows("train.jsonl", glue_rows("mnli"))
+    matched, mismatched = (
+        write_rows("x_matched.jsonl", glue_rows("mnli", 5)),
+        write_rows("x_mismatched.jsonl", glue_rows("mnli", 3)),
+    )
+    metrics, samples, out = finished(
+        cli, "model=bert", f"model.path={encoder}", "task=glue", "task.name=mnli", *files(train, matched, mismatched)
+    )
+    assert set(metrics["scores"]) == {"accuracy", "accuracy_matched", "accuracy_mismatched"}
+    assert [sample["part"] for sample in samples] == ["matched"] * 5 + ["mismatched"] * 3
+    for part, count in (("matched", 5), ("mismatched", 3)):
+        right = sum(sample["correct"] for sample in samples if sample["part"] == part)
+        assert metrics["scores"][f"accuracy_{part}"] == right / count
+    assert "accuracy matched/mismatched" in out
+    assert metrics["data"]["eval"].count("sha256:") == 2
+    (log,) = Path("outputs/runs").glob("*/tensorboard")
+    accumulator = EventAccumulator(str(log))
+    accumulator.Reload()
+    assert "score/accuracy_mismatched" in accumulator.Tags()["scalars"]
+
+
+def test_anli_has_three_rounds(cli: Any, encoder: Path) -> None:
+    rounds = [write_rows(f"test_r{number}.jsonl", glue_rows("mnli", 4)) for number in (1, 2, 3)]
+    train = f"task.train_file={'+'.join(map(str, rounds))}"
+    metrics, samples, out = finished(
+        cli, "model=bert", f"model.path={encoder}", "task=anli", train, *files(rounds[0], *rounds)[1:]
+    )
+    assert set(metrics["scores"]) == {"accuracy", "accuracy_r1", "accuracy_r2", "accuracy_r3"}
+    assert "accuracy r1/r2/r3" in out
+    assert len(samples) == metrics["finetune"]["rows"] == 12
+
+
+@pytest.mark.parametrize("name", ["qnli", "mnli"])
+def test_real_glue(cli: Any, encoder: Path, shared_data: Path, name: str) -> None:
+    folder = shared_data / "glue" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    metrics, samples, _ = finished(
+        cli, "model=bert", f"model.path={encoder}", "task=glue", f"task.name={name}", "task.max_eval_samples=20",
+        *files(folder / "train.jsonl", folder / "validation.jsonl"),
+    )  # fmt: skip
+    assert len(samples) == 20
+    assert 0 <= metrics["scores"]["accuracy"] <= 1
+
+
+def test_a_head_that_learns_gives_a_better_score(cli: Any, encoder: Path) -> None:
+    """Head and adapter are trained, saved and loaded again for scoring: the labels follow from one word here."""
+    file = write_rows("rows.jsonl", glue_rows("sst2", 16))
+    metrics, _, _ = finished(
+        cli, "model=bert", f"model.path={encoder}", "task=glue", "task.name=sst2", *files(file), "quant.dropout=0",
+        "task.max_train_samples=16", "task.max_eval_samples=16", "train.max_steps=40", "train.learning_rate=1e-2",
+        "train.lr_scheduler_type=constant", "train.warmup_ratio=0",
+    )  # fmt: skip
+    assert metrics["scores"]["accuracy"] == 1.0
+    assert metrics["losses"][-1][1] < 0.2
+
+
+def test_accumulated_batches_do_not_multiply_the_loss(cli: Any, encoder: Path) -> None:
+    """transformers leaves it to the model to divide by the accumulated batches, which heads with one label a row do not."""
+    file = write_rows("rows.jsonl", glue_rows("stsb"))
+    shared = (
+        "model=bert", f"model.path={encoder}", "task=glue", "task.name=stsb", *files(file), "quant.dropout=0",
+        "train.max_steps=1", "stages=[quantize,finetune]",
+    )  # fmt: skip
+    losses = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        outcome = cli(*QUICK, *shared, f"train.per_device_train_batch_size={batch}",
+                      f"train.gradient_accumulation_steps={accumulated}", f"output_dir=out{batch}")  # fmt: skip
+        assert outcome.code == 0, outcome
+        (record,) = Path(f"out{batch}/runs").glob("*/metrics.json")
+        losses.append(json.loads(record.read_text())["losses"][0][1])
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)  # dropout inside of BERT differs
+
+
+# Spans ----------------------------------------------------------------------------------------------------------------
+
+
+def squad_rows() -> list[dict[str, Any]]:
+    asked = (("Who lives in Paris?", "Emma Blue"), ("How many cups?", "31"), ("When did the shop open?", "1998"))
+    return [
+        {"id": str(number), "title": "t", "context": PASSAGE, "question": question,
+         "answers": {"text": [answer], "answer_start": [PASSAGE.index(answer)]}}
+        for number, (question, answer) in enumerate(asked)
+    ]  # fmt: skip
+
+
+SHORT_WINDOWS = ("task.max_source_length=64", "task.doc_stride=16")
+
+
+def test_squad(cli: Any, encoder: Path) -> None:
+    metrics, samples, out = finished(
+        cli, "model=bert", "model.kind=question-answering", f"model.path={encoder}", "task=squad", *SHORT_WINDOWS,
+        *files(write_rows("rows.jsonl", squad_rows())), "train.max_steps=150", "train.learning_rate=5e-3",
+        "train.lr_scheduler_type=constant", "quant.dropout=0",
+    )  # fmt: skip
+    assert set(metrics["scores"]) == {"exact_match", "f1"}
+    assert "EM/F1" in out
+    assert [sample["gold"] for sample in samples] == [["Emma Blue"], ["31"], ["1998"]]
+    assert metrics["scores"]["exact_match"] == 1.0, metrics["losses"]  # it was trained on these
+
+
+def test_real_squad(cli: Any, encoder: Path, shared_data: Path) -> None:
+    file = shared_data / "squad" / "xquad_en.jsonl"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    metrics, samples, _ = finished(
+        cli, "model=bert", "model.kind=question-answering", f"model.path={encoder}", "task=squad",
+        "task.max_source_length=160", "task.doc_stride=32", *files(file),
+    )  # fmt: skip
+    assert len(samples) == 8
+    assert 0 <= metrics["scores"]["exact_match"] <= metrics["scores"]["f1"] <= 1
+
+
+# Summaries ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "columns"),
+    [("bart", "xsum", ("document", "summary")), ("t5", "cnn_dailymail", ("article", "highlights"))],
+)
+def test_summarization(cli: Any, summarizers: dict[str, Path], model: str, name: str, columns: tuple[str, str]) -> None:
+    summary = "Emma Blue sells cups."
+    file = write_rows("rows.jsonl", [dict(zip(columns, (PASSAGE, summary), strict=True))] * 4)
+    metrics, samples, out = finished(
+        cli, f"model={model}", f"model.path={summarizers[model]}", "task=summarization", f"task.name={name}",
+        *files(file), "task.max_source_length=64", "task.max_target_length=16", "task.num_beams=3",
+        "task.source_prefix='summarize: '",
+    )  # fmt: skip
+    rouge = {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+    assert set(metrics["scores"]) == {"nll"} | rouge | {f"lead3_{score}" for score in rouge}
+    # Lead-3 has 19 words, 4 of the 4 gold ones among them (emma, blue, sells, cups).
+    assert metrics["scores"]["lead3_rouge1"] == pytest.approx(2 * (4 / 19) * 1 / (4 / 19 + 1))
+    assert "Lead-3 R1/R2/RL" in out
+    assert samples[0]["gold"] == summary
+    assert samples[0]["nll"] > 0
+
+
+def test_a_summarizer_that_learns_its_rows_recites_them(cli: Any, summarizers: dict[str, Path]) -> None:
+    rows = [{"document": f"{word} and more", "summary": f"{word} it is"} for word in ("red", "blue")]
+    metrics, samples, _ = finished(
+        cli, "model=bart", f"model.path={summarizers['bart']}", "task=summarization", "task.name=xsum", "quant=lora",
+        "quant.iter=0", *files(write_rows("rows.jsonl", rows)), "task.max_target_length=16", "task.num_beams=2",
+        "train.max_steps=150", "train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "quant.dropout=0",
+        "quant.rank=16",
+    )  # fmt: skip
+    assert [sample["predicted"] for sample in samples] == [row["summary"] for row in rows], metrics["losses"][-1]
+    assert metrics["scores"]["rougeL"] == 1.0
+
+
+# Running text ---------------------------------------------------------------------------------------------------------
+
+
+def test_wikitext_from_plain_text(cli: Any, tiny_llama_dir: Path) -> None:
+    Path("text.txt").write_text(f" = Cups = \n \n {PASSAGE} \n" * 8)
+    metrics, samples, out = finished(
+        cli, "model=llama-2", f"model.path={tiny_llama_dir}", "task=wikitext", "task.block_size=32",
+        *files(Path("text.txt")),
+    )  # fmt: skip
+    assert set(metrics["scores"]) == {"nll", "perplexity"}
+    assert len(samples) == 8  # task.max_eval_samples counts blocks
+    assert {sample["tokens"] for sample in samples} == {31}
+    assert "perplexity" in out
+
+
+def test_real_wikitext_straight_after_initialisation(cli: Any, tiny_llama_dir: Path, shared_data: Path) -> None:
+    file = shared_data / "wikitext-2" / "test.raw.txt"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    metrics, _, _ = finished(
+        cli, "model=llama-2", f"model.path={tiny_llama_dir}", "task=wikitext", "task.block_size=64",
+        "stages=[quantize,evaluate]", f"task.eval_file={file}",
+    )  # fmt: skip
+    assert metrics["scored_adapter"] == "initial"
+    assert metrics["scores"]["perplexity"] > 1
