@@ -33,7 +33,7 @@ from loftq_exp.checkpoint.head import PREFIX, head_tensors
 from loftq_exp.checkpoint.layout import HEAD_KINDS, Layout, Target, find_layout
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
-from loftq_exp.checkpoint.workers import side_by_side
+from loftq_exp.checkpoint.workers import Phases, side_by_side
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, peak_memory
@@ -66,6 +66,8 @@ class WeightReport:
     seconds: float
     cache_hit: bool
     steps_computed: int
+    phases: dict[str, float]
+    """Where the seconds went: `digest` (which also reads the weight from its file), `cache`, `decompose`, `decode`, `write`."""
 
 
 def initialise(source: Source, config: RunConfig) -> Initialised:
@@ -151,12 +153,14 @@ def _write_weights(
             if name not in targets:
                 out.write(name, weight)
                 return None
-            values, lora_A, lora_B, report = worker.initialise(targets[name], weight)
-            for stored, tensor in _stored(name, values, config).items():
-                out.write(stored, tensor)
-            adapter.write(_adapter_name(targets[name], "A"), lora_A)
-            adapter.write(_adapter_name(targets[name], "B"), lora_B)
-            return report
+            phases = Phases()
+            values, lora_A, lora_B, report = worker.initialise(targets[name], weight, phases)
+            with phases.timed("write"):
+                for stored, tensor in _stored(name, values, config).items():
+                    out.write(stored, tensor)
+                adapter.write(_adapter_name(targets[name], "A"), lora_A)
+                adapter.write(_adapter_name(targets[name], "B"), lora_B)
+            return dataclasses.replace(report, seconds=phases.total, phases=phases.seconds)
 
         for report in side_by_side(one, names, worker.device):
             if report is not None:
@@ -179,11 +183,11 @@ class _Worker:
             self.quantizer = make_quantizer(config.quant.type, config.quant.bits, config.quant.block_size, self.dtype)
 
     def initialise(
-        self, target: Target, weight: torch.Tensor
+        self, target: Target, weight: torch.Tensor, phases: Phases
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, WeightReport]:
         """Backbone values (save_dtype), A (r x in) and B (out x r) as PEFT stores them, and the report."""
-        began = time.perf_counter()
-        digest = weight_digest(weight)
+        with phases.timed("digest"):
+            digest = weight_digest(weight)
         quant, (rows, columns) = self.quant, target.shape
         hit, computed = False, 0
         lora_A, lora_B = _random_A(quant.rank, columns, self.seed, target.module), torch.zeros(rows, quant.rank)
@@ -192,33 +196,36 @@ class _Worker:
             wide = weight.double()
             errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
         else:
-            result, hit, computed = self._decomposed(target, weight, digest, self.quantizer)
-            values = result.backbone(self.quantizer, self.dtype)
+            result, hit, computed = self._decomposed(target, weight, digest, self.quantizer, phases)
+            with phases.timed("decode"):
+                values = result.backbone(self.quantizer, self.dtype)
             errors = result.errors
             if quant.iter:
                 share = math.sqrt(
                     quant.scaling
                 )  # s is absorbed evenly, so that s B A is the fitted product for any alpha
                 lora_A, lora_B = result.lora_A / share, result.lora_B / share
-        seconds = time.perf_counter() - began
         report = WeightReport(
-            target.module, target.shape, digest, quant.bits, quant.rank, errors, seconds, hit, computed
+            target.module, target.shape, digest, quant.bits, quant.rank, errors, 0.0, hit, computed, {}
         )
         return values.cpu(), lora_A.cpu(), lora_B.cpu(), report
 
     def _decomposed(
-        self, target: Target, weight: torch.Tensor, digest: str, quantizer: Quantizer
+        self, target: Target, weight: torch.Tensor, digest: str, quantizer: Quantizer, phases: Phases
     ) -> tuple[Decomposition, bool, int]:
         recipe = Recipe(quantizer, self.quant.rank, self.quant.iter, self.quant.solver)
-        found = self.cache.find(recipe, digest, target.shape)
+        with phases.timed("cache"):
+            found = self.cache.find(recipe, digest, target.shape)
         if found and found.steps == recipe.steps:
             return found, True, 0
         kept = recipe.after(recipe.steps, target.shape)
         try:
-            result = decompose(weight.to(self.device), quantizer, kept.rank, kept.steps, kept.solver, start=found)
+            with phases.timed("decompose"):
+                result = decompose(weight.to(self.device), quantizer, kept.rank, kept.steps, kept.solver, start=found)
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
-        self.cache.put(kept, digest, result)
+        with phases.timed("cache"):
+            self.cache.put(kept, digest, result)
         computed = recipe.steps - (found.steps if found else 0)
         return result.truncated(recipe.rank) if kept.rank > recipe.rank else result, False, computed
 
@@ -313,10 +320,16 @@ def _report(key: str, source: Source, config: RunConfig, layout: Layout, weights
             "mean_error_quantized": sum(weight.errors[0] for weight in weights) / len(weights),
             "mean_error": sum(weight.errors[-1] for weight in weights) / len(weights),
             "bits_per_weight": bits_per_weight(config),
+            "phases": _summed([weight.phases for weight in weights]),
         },
         "weights": [dataclasses.asdict(weight) for weight in weights],
         "provenance": provenance(),
     }  # fmt: skip
+
+
+def _summed(phases: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for phase in phases for name in phase)
+    return {name: sum(phase.get(name, 0.0) for phase in phases) for name in names}
 
 
 def bits_per_weight(config: RunConfig) -> float:

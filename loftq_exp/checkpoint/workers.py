@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -20,6 +21,27 @@ U = TypeVar("U")
 
 WORKERS = 2
 """Weights at a time: each needs about a dozen bytes a value."""
+
+
+class Phases:
+    """How long one weight spent in each phase of its way, in seconds by the phase's name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds in all phases."""
+        return sum(self.seconds.values())
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to the phase `name`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.device) -> Iterator[U]:

@@ -20,11 +20,12 @@ PASSES = 8
 WARM_PASSES = 4
 """Subspace iterations from the factors of a nearby matrix."""
 
-SWEEPS = 3
-"""Iterations of `leading_factors` from a random start."""
+LEAST_GAIN = 0.005
+"""`leading_factors` goes on from a random start while a sweep captures more than this share of what is left, in squares.
+From the factors of the step before, one sweep does."""
 
-WARM_SWEEPS = 1
-"""Iterations of `leading_factors` from the factors of the step before."""
+MOST_SWEEPS = 10
+"""Where `leading_factors` stops at the latest."""
 
 SHIFT = 0.3
 """Share of the smallest squared singular value by which `leading_factors` shifts the spectrum."""
@@ -98,40 +99,50 @@ def leading_factors(
             left = _orthonormal(_random(matrix.shape[0], rank).to(matrix.device))
         else:
             left = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-        if left is None:
-            found = None
-        elif (
-            start is None
-        ):  # the last product in float32: these factors may be truncated, which adds up exact components
-            found = _sweep(fast, left, SWEEPS, last=matrix)
-        else:
-            found = _sweep(fast, left, WARM_SWEEPS, last=fast)
+        found = None if left is None else _sweep(fast, left, warm=start is not None)
+        if found is not None and start is None:
+            # In float32, because the first step's factors may be truncated, and what is dropped is told from them.
+            found = _ritz(matrix, found[0])
         if found is not None:
             return _balanced(*found, scale=matrix.new_ones(()))
     return truncated_svd(matrix, rank, solver)
 
 
-def _sweep(
-    matrix: torch.Tensor, left: torch.Tensor, sweeps: int, last: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Left vectors, singular values and right vectors after so many sweeps; None where the spectrum is too steep.
+_Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Left vectors (m, r), singular values (r,) in descending order, right vectors (n, r)."""
 
-    `last` is the matrix in the type of the last product. The vectors are turned to the singular ones of their subspace each
-    time, so that rounding a large component does not drown the small ones.
-    """
-    for sweep in range(sweeps + 1):
-        right = _times((matrix if sweep < sweeps else last).T, left)
-        squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(right.T @ right))
-        if not squares[0] <= STEEPEST**2 * squares[-1]:
+
+def _sweep(matrix: torch.Tensor, left: torch.Tensor, warm: bool) -> _Triplets | None:
+    """The leading triplets after a few sweeps from the orthonormal `left`; None where the spectrum is too steep."""
+    found = _ritz(matrix, left)
+    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float32).square()) if not warm else 0.0
+    captured = 0.0
+    for _ in range(MOST_SWEEPS):
+        if found is None:
             return None
-        singular = squares.sqrt()
-        left, right = left @ vectors, right @ vectors / singular
-        if sweep < sweeps:
-            better = _orthonormal(_times(matrix, right) - left * (SHIFT * squares[-1] / singular))
-            if better is None:
-                return None
-            left = better
-    return left, singular, right
+        left, singular, right = found
+        shift = SHIFT * singular[-1].square() / singular
+        better = _orthonormal(_times(matrix, right) - left * shift)
+        found = None if better is None else _ritz(matrix, better)
+        if warm or found is None:
+            break
+        before, captured = captured or float(singular.square().sum()), float(found[1].square().sum())
+        if captured - before < LEAST_GAIN * (total - captured):
+            break
+    return found
+
+
+def _ritz(matrix: torch.Tensor, left: torch.Tensor) -> _Triplets | None:
+    """The matrix's triplets within the subspace of the orthonormal `left`; None where their spectrum is too steep.
+
+    Turning to them in each sweep keeps the rounding of a large component from drowning the small ones.
+    """
+    right = _times(matrix.T, left)
+    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(right.T @ right))
+    if not squares[0] <= STEEPEST**2 * squares[-1]:
+        return None
+    singular = squares.sqrt()
+    return left @ vectors, singular, right @ vectors / singular
 
 
 def _times(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
