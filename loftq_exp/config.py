@@ -76,7 +76,7 @@ class QuantConfig:
     type: str = setting("quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE))
     bits: int = setting("bits a weight; which are allowed depends on the type", 4)
     rank: int = setting("rank r of the factors", 64, ge=1)
-    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0)
+    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001)
     block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1)
     alpha: float | None = setting("LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0)
     dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1)

@@ -500,3 +500,9 @@ def test_rows_that_a_task_cannot_use(cli: Any, tmp_path: Path, task: list[str], 
     file.write_text(text)
     told = cli.refused(*cli.tiny, *task, f"task.eval_file={file}", "stages=[quantize,evaluate]")
     assert told.startswith(f"task.eval_file={file}: {message}")
+
+
+@pytest.mark.parametrize("setting", ["model.path", "task.train_file", "output_dir"])
+def test_a_home_folder_of_nobody(cli: Any, setting: str) -> None:
+    told = cli.refused(*cli.tiny, f'{setting}="~nobody-of-this-name/x.json"')
+    assert told == "~nobody-of-this-name/x.json: there is no such user's home folder; write the path out"

@@ -15,7 +15,7 @@ from pathlib import Path
 from loftq_exp.checkpoint.hub import fetch_checkpoint
 from loftq_exp.checkpoint.packaged import SCHEME, packaged
 from loftq_exp.checkpoint.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
-from loftq_exp.config import ModelConfig
+from loftq_exp.config import ModelConfig, local_path
 from loftq_exp.errors import UserError
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth", ".pt")
@@ -60,7 +60,7 @@ def checkpoint_folder(
     settings GROUP.path and GROUP.revision, where nothing usable is found.
     """
     if _is_local(path):
-        folder, commit = Path(path).expanduser().absolute(), None
+        folder, commit = local_path(path).absolute(), None
     else:
         folder = fetch_checkpoint(group, path, revision, extra)
         commit = folder.name  # snapshots are named by their commit

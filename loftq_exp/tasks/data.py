@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from loftq_exp.config import TaskConfig
+from loftq_exp.config import TaskConfig, local_path
 from loftq_exp.errors import UserError
 
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ class DataSource:
         Raises UserError where two of them have the same name, or one has none.
         """
         whole = self.file or self.dataset_split
-        if "+" not in whole or (self.file and Path(self.file).expanduser().exists()):
+        if "+" not in whole or (self.file and local_path(self.file).exists()):
             return [self]
         pieces = [piece.strip() for piece in whole.split("+")]
         parts = [replace(self, file=piece) if self.file else replace(self, dataset_split=piece) for piece in pieces]
@@ -142,7 +142,7 @@ def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
 
 
 def _file_bytes(source: DataSource) -> bytes:
-    path = Path(source.file or "").expanduser()
+    path = local_path(source.file or "")
     if path.is_dir():
         raise UserError(f"{source.label}: this is a folder; give a {source.formats} file in it")
     try:
