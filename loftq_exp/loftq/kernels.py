@@ -168,12 +168,11 @@ def _uniform_kernel(top: int, block: int, rounded: bool) -> Any:
             residual = residuals[b * block : (b + 1) * block]
             subtract(weight, products, b, x)
             for lane in range(LANES):
-                values[lane] = x[lane]
-                values[LANES + lane] = x[lane]
-            for i in range(1, block // LANES):
-                for lane in range(LANES):
-                    values[lane] = min(values[lane], x[i * LANES + lane])
-                    values[LANES + lane] = max(values[LANES + lane], x[i * LANES + lane])
+                smallest, largest = x[lane], x[lane]
+                for i in range(1, block // LANES):
+                    smallest = min(smallest, x[i * LANES + lane])
+                    largest = max(largest, x[i * LANES + lane])
+                values[lane], values[LANES + lane] = smallest, largest
             low, high = values[0], values[LANES]
             for lane in range(1, LANES):
                 low = min(low, values[lane])

@@ -406,8 +406,23 @@ def test_the_report_tells_what_was_done(shelf: Shelf, tmp_path: Path) -> None:
     for weight in report["weights"]:
         assert weight["shape"] == list(shelf.weights[f"{weight['name']}.weight"].shape)
         assert (weight["bits"], weight["rank"], weight["steps_computed"], weight["cache_hit"]) == (4, RANK, 2, False)
-        assert weight["seconds"] > 0
+        assert list(weight["phases"]) == ["digest", "cache", "decompose", "decode", "write"]
+        assert weight["seconds"] == pytest.approx(sum(weight["phases"].values()))
         assert weight["digest"] == convert.weight_digest(shelf.weights[f"{weight['name']}.weight"])
+
+
+def test_two_threads_write_the_bytes_that_one_does(shelf: Shelf, tmp_path: Path) -> None:
+    one = made(shelf.model, tmp_path / "one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = made(shelf.model, tmp_path / "two")
+    finally:
+        torch.set_num_threads(threads)
+    for file in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
+        assert (one.folder / file).read_bytes() == (two.folder / file).read_bytes()
+    assert [w["name"] for w in two.report["weights"]] == [w["name"] for w in one.report["weights"]]
+    assert [w["errors"] for w in two.report["weights"]] == [w["errors"] for w in one.report["weights"]]
 
 
 # The cache
