@@ -102,7 +102,7 @@ def _refuse_flag(message: str) -> NoReturn:
 
 
 def _forget_empty_sweep() -> None:
-    """Removes the folder of a multirun that was refused before its first job."""
+    """Removes the folder of a multirun that came to no job."""
     folder = os.environ.get(SWEEP_FOLDER)
     if folder and not list(Path(folder).glob("job-*.json")):
         shutil.rmtree(folder, ignore_errors=True)
@@ -114,6 +114,7 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable hub is one line of ours, not one a retry
     threading.excepthook = _tell_of_thread
 
 
@@ -175,6 +176,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 def _report_sweep(folder: Path) -> bool:
     from loftq_exp.report.sweep import report_sweep
 
+    _forget_empty_sweep()
     return report_sweep(folder)
 
 
