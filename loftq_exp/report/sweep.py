@@ -56,9 +56,7 @@ def report_sweep(folder: Path) -> bool:
     """
     jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
     if not jobs:
-        raise UserError(
-            "no job to run: a glob among the overrides matches no name; --help lists the choices of each group"
-        )
+        raise UserError("no job to run: a glob among the overrides matches no file of its folder in conf/")
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     headings = columns([job["metrics"] for job in jobs if job["metrics"]])
     rows = []
