@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-MODEL ?= llama-2-7b
+MODEL ?= *
 LIMIT ?=
+LIMITED = $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench reproduce-gsm8k clean
+.PHONY: help setup demo test test-all lint format bench experiments \
+	reproduce-gsm8k reproduce-glue reproduce-summarization reproduce-wikitext clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install the package with its exact versions
 
@@ -40,8 +42,20 @@ format: $(STAMP) ## put the code in ruff's format
 bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/performance.md
 	$(BIN)/python benchmarks/initialisation.py
 
-reproduce-gsm8k: $(STAMP) ## GSM8K rows of the paper (MODEL=llama-2-7b, LIMIT=rows): measured beside published; needs a GPU
-	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_gsm8k)' $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
+experiments: $(STAMP) ## write conf/experiment/ from the published tables in benchmarks/published.py
+	$(BIN)/python benchmarks/published.py
+
+reproduce-gsm8k: $(STAMP) ## the paper's GSM8K rows, measured beside published (MODEL=llama-2-7b LIMIT=rows narrow them); needs a GPU
+	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_gsm8k)' $(LIMITED)
+
+reproduce-glue: $(STAMP) ## as above: GLUE, SQuAD and ANLI (MODEL=deberta-v3-base_nf2: those of one quantization)
+	$(BIN)/python -m loftq_exp -m 'experiment=glob([$(MODEL)_*_glue-*,$(MODEL)_*_squad,$(MODEL)_*_anli])' $(LIMITED)
+
+reproduce-summarization: $(STAMP) ## as above: XSum and CNN/DailyMail
+	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_summarization-*)' $(LIMITED)
+
+reproduce-wikitext: $(STAMP) ## as above: WikiText-2 (LIMIT counts blocks)
+	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_wikitext)' $(LIMITED)
 
 clean: ## remove runs, sweeps, the cache and build leftovers
 	rm -rf outputs/runs outputs/sweeps outputs/cache dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis

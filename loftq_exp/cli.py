@@ -56,6 +56,15 @@ def conf_dir() -> Path:
     return package / "conf"
 
 
+def _choices(group: str, names: str = "*") -> list[str]:
+    """The choices of a folder of conf/ whose names match."""
+    return sorted(path.stem for path in (conf_dir() / group).glob(f"{names}.yaml"))
+
+
+# For the page that --help shows: Hydra's own list would name all of the paper's rows, more lines than the rest of the page.
+OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*group)), replace=True)
+
+
 def main() -> None:
     """Entry point of `loftq-exp` and `python -m loftq_exp`: exits with 0 when every job succeeded, else with 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -102,7 +111,7 @@ def _refuse_flag(message: str) -> NoReturn:
 
 
 def _forget_empty_sweep() -> None:
-    """Removes the folder of a multirun that was refused before its first job."""
+    """Removes the folder of a multirun that came to no job."""
     folder = os.environ.get(SWEEP_FOLDER)
     if folder and not list(Path(folder).glob("job-*.json")):
         shutil.rmtree(folder, ignore_errors=True)
@@ -114,6 +123,7 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable hub is one line of ours, not one a retry
     threading.excepthook = _tell_of_thread
 
 
@@ -175,6 +185,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 def _report_sweep(folder: Path) -> bool:
     from loftq_exp.report.sweep import report_sweep
 
+    _forget_empty_sweep()
     return report_sweep(folder)
 
 
@@ -197,7 +208,7 @@ def _explain(error: Exception, arguments: list[str]) -> str:
         key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
         if not key.startswith("hydra") and key not in names:
             return f"{argument}: there is no such setting; {_nearest_setting(key, names)}"
-        choices = sorted(path.stem for path in (conf_dir() / key).glob("*.yaml"))
+        choices = _choices(key)
         if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # no text, such as model=null
             return f"{argument}: there is no such choice; {nearest(value, choices)}"
     return str(error)

@@ -275,7 +275,10 @@ class RunConfig:
     )
     seed: int = setting("seed of the data order, dropout and random factors", 11, ge=0, lt=2**32)
     device: str = setting("auto, cpu, cuda or cuda:N", "auto")
-    published: float | None = setting("the published score of this row, shown beside the measured one", None)
+    published: Mapping[str, float] | None = setting(
+        "published scores of this row by name, as the results table writes them (percent, points); shown beside the measured",
+        None,
+    )
 
     def __post_init__(self) -> None:
         if not self.stages or len(set(self.stages)) != len(self.stages):

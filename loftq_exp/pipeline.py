@@ -63,6 +63,7 @@ def _run(config: RunConfig) -> RunResult:
     _check_machine(config)
     check_push(config)
     data = _read_data(config)
+    _check_published(config, data.task)
     source = _locate(config) if "quantize" in config.stages else None
     if source is None:
         _kept(config)
@@ -114,6 +115,14 @@ def _read_data(config: RunConfig) -> _Data:
         task.rows("train") if "finetune" in stages else [],
         task.rows("eval") if "evaluate" in stages else [],
     )
+
+
+def _check_published(config: RunConfig, task: Task) -> None:
+    """Says which published scores have no column in the table: a name that is wrong, or of a split that is not scored."""
+    shown = [name for column in task.table for name in column.scores]
+    for name in config.published or ():
+        if name not in shown:
+            log.warning("published.%s: not shown, this run's scores are %s", name, ", ".join(shown))
 
 
 def _locate(config: RunConfig) -> Source:

@@ -116,6 +116,10 @@ def _converted(path: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise UserError(f"{path}={value}: a list is needed; give {path}=[A,B]")
         return tuple(_converted(path, item, typing.get_args(hint)[0]) for item in value)
+    if typing.get_origin(hint) is Mapping:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={value}: names with their values are needed; give {path}={{NAME:VALUE}}")
+        return {str(key): _converted(f"{path}.{key}", item, typing.get_args(hint)[1]) for key, item in value.items()}
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     if hint is bool and isinstance(value, bool):

@@ -114,7 +114,7 @@ class Command:
 
     def call(self, program: Callable[[], None], *arguments: str) -> Outcome:
         """Exit code and output of a program that ends in the command."""
-        for name in (SWEEP_FOLDER, "HYDRA_FULL_ERROR", "TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY"):
+        for name in (SWEEP_FOLDER, "HYDRA_FULL_ERROR", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "OMP_WAIT_POLICY"):
             self._monkeypatch.setenv(name, os.environ.get(name, ""))  # the command sets them; this puts them back
         self._monkeypatch.setattr(sys, "argv", ["loftq-exp", *arguments])
         self._monkeypatch.setattr(threading, "excepthook", threading.excepthook)

@@ -204,7 +204,13 @@ def test_labels(settings: dict[str, Any], label: str) -> None:
 
 def test_the_run_follows_from_what_shapes_it_and_nothing_else() -> None:
     name = config().run_dir.name
-    free = {"stages": ["quantize"], "output_dir": "o", "save_dir": "s", "cache_dir": "c", "published": 35.0}
+    free = {
+        "stages": ["quantize"],
+        "output_dir": "o",
+        "save_dir": "s",
+        "cache_dir": "c",
+        "published": {"accuracy": 35.0},
+    }
     assert config(free).run_dir.name == name
     shaping = {"seed": 12, "quant.alpha": 16, "quant.dropout": 0, "quant.solver": "exact", "train.learning_rate": 1e-4,
                "task.max_train_samples": 8, "model.revision": "main", "save_dtype": "float32", "save_format": "bnb4",

@@ -129,7 +129,7 @@ def test_an_installed_wheel_brings_its_own_conf(wheel: Path, tmp_path: Path) -> 
     assert place == str(site / "loftq_exp" / "conf")
     script = run(str(site / "bin" / "loftq-exp"), "--help")
     assert (script.returncode, script.stderr) == (0, "")
-    assert "model: bart, bert, " in script.stdout
+    assert "model: bart, bart-large, " in script.stdout
     typo = run("-m", "loftq_exp", "model=mistrall")
     assert (typo.returncode, typo.stderr) == (
         1, "error: model=mistrall: there is no such choice; did you mean 'mistral'?\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Outer:
     flag: bool = setting("a switch", False)
     maybe: float | None = setting("a number or nothing", None, gt=0)
     steps: tuple[str, ...] = setting("a list", ("a", "b"), choices=("a", "b", "c"))
+    named: Mapping[str, float] | None = setting("numbers by name", None)
 
 
 def built(**values: Any) -> Outer:
@@ -117,9 +119,18 @@ def test_large_bounds_are_written_out() -> None:
         build(Bounded, {"seed": 2**32})
 
 
+def test_numbers_by_name() -> None:
+    assert built(named={"f1": "93.6", "accuracy": 90}).named == {"f1": 93.6, "accuracy": 90.0}
+    assert built(named={}).named == {}
+    assert built(named=None).named is None
+    assert refused(named=35.0) == "named=35.0: names with their values are needed; give named={NAME:VALUE}"
+    assert refused(named={"f1": "high"}) == "named.f1=high: a finite number is needed; give named.f1=VALUE"
+    assert refused(named={"f1": None}) == "named.f1=null: a finite number is needed; give named.f1=VALUE"
+
+
 def test_unknown_keys_get_the_nearest() -> None:
     assert refused(inner={"cont": 1}) == "inner.cont: there is no such setting; did you mean 'count'?"
-    expected = "zzz: there is no such setting; choose from: inner, name, flag, maybe, steps"
+    expected = "zzz: there is no such setting; choose from: inner, name, flag, maybe, steps, named"
     assert refused(zzz=1) == expected
     with pytest.raises(UserError, match="7: there is no such setting"):
         build(Outer, {7: 1})  # type: ignore[dict-item]
@@ -137,7 +148,7 @@ def test_a_value_of_several_lines_makes_one_line() -> None:
 
 def test_names() -> None:
     assert list(dotted_names(Outer)) == [
-        "inner.count", "inner.share", "inner.colour", "name", "flag", "maybe", "steps",
+        "inner.count", "inner.share", "inner.colour", "name", "flag", "maybe", "steps", "named",
     ]  # fmt: skip
     assert nearest("nmae", ["name", "flag"]) == "did you mean 'name'?"
     assert nearest("zzz", ["name", "flag"]) == "choose from: name, flag"

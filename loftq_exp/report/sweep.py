@@ -50,10 +50,13 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Call
 
 
 def report_sweep(folder: Path) -> bool:
-    """Prints the table of all jobs in `folder`, writes table.md and losses.png there; whether every job succeeded."""
+    """Prints the table of all jobs in `folder`, writes table.md and losses.png there; whether every job succeeded.
+
+    Raises UserError where there was no job at all.
+    """
     jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
     if not jobs:
-        return False
+        raise UserError("no job to run: a glob among the overrides matches no file of its folder in conf/")
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     headings = columns([job["metrics"] for job in jobs if job["metrics"]])
     rows = []

@@ -37,15 +37,20 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
 
 
 def _scores(metrics: dict[str, Any], column: dict[str, Any]) -> str:
-    """The scores of one column, as "90.4/90.5"; the published one stands beside the main column's."""
-    found = [metrics["scores"].get(name) for name in column["scores"]]
+    """The scores of one column, as "90.4/90.5", and beside them those of its names that were published."""
+    measured = _together(metrics["scores"], column)
+    # Published numbers are already as they are written, so that they are brought to the unit of the scores first.
+    unit = column["scale"] * (100 if column["form"].endswith("%}") else 1)
+    published = {name: value / unit for name, value in (metrics["published"] or {}).items()}
+    known = any(name in published for name in column["scores"])
+    return measured + (f" (published {_together(published, column)})" if known else "")
+
+
+def _together(scores: dict[str, float], column: dict[str, Any]) -> str:
+    found = [scores.get(name) for name in column["scores"]]
     if all(score is None for score in found):
-        shown = "-"
-    else:
-        shown = "/".join(_shown(None if score is None else score * column["scale"], column["form"]) for score in found)
-    published = metrics["published"] if column["main"] else None
-    percent = "%" if column["form"].endswith("%}") else ""
-    return shown + (f" (published {published:g}{percent})" if published else "")
+        return "-"
+    return "/".join(_shown(None if score is None else score * column["scale"], column["form"]) for score in found)
 
 
 def _name(config: dict[str, Any]) -> str:

@@ -90,8 +90,6 @@ class Column:
     """How a score is written, as `str.format` takes it."""
     scale: float = 1.0
     """What a score is multiplied by before it is written; 100 for scores that are published in points."""
-    main: bool = False
-    """Whether this is the column that the published score of a row belongs to."""
 
 
 class Task(ABC):

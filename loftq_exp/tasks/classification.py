@@ -100,7 +100,7 @@ class Classification(Task):
     @property
     def table(self) -> tuple[Column, ...]:
         """One column of all metrics, as papers print them ("89.9/93.6"); beside it one of the parts, where there are any."""
-        whole = Column("/".join(self.metrics), self.metrics, "{:.1f}", 100, main=True)
+        whole = Column("/".join(self.metrics), self.metrics, "{:.1f}", 100)
         if not self._parts():
             return (whole,)
         title = f"{self.metrics[0]} {'/'.join(self._parts())}"

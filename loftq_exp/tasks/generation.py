@@ -77,4 +77,4 @@ class PromptTask(Task):
     @property
     def table(self) -> tuple[Column, ...]:
         """NLL and accuracy."""
-        return Column("NLL", ("nll",), "{:.4f}"), Column("accuracy", ("accuracy",), main=True)
+        return Column("NLL", ("nll",), "{:.4f}"), Column("accuracy", ("accuracy",))

@@ -153,7 +153,7 @@ class Squad(Task):
     @property
     def table(self) -> tuple[Column, ...]:
         """EM and F1, as the paper prints them."""
-        return (Column("EM/F1", ("exact_match", "f1"), "{:.1f}", 100, main=True),)
+        return (Column("EM/F1", ("exact_match", "f1"), "{:.1f}", 100),)
 
 
 def token_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:

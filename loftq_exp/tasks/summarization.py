@@ -125,6 +125,6 @@ class Summarization(Task):
         names = ("rouge1", "rouge2", "rougeL")
         return (
             Column("NLL", ("nll",), "{:.4f}"),
-            Column("R1/R2/RL", names, "{:.2f}", 100, main=True),
+            Column("R1/R2/RL", names, "{:.2f}", 100),
             Column("Lead-3 R1/R2/RL", tuple(f"lead3_{name}" for name in names), "{:.2f}", 100),
         )

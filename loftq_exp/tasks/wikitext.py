@@ -78,7 +78,7 @@ class WikiText(Task):
     @property
     def table(self) -> tuple[Column, ...]:
         """NLL and perplexity."""
-        return Column("NLL", ("nll",), "{:.4f}"), Column("perplexity", ("perplexity",), "{:.2f}", main=True)
+        return Column("NLL", ("nll",), "{:.4f}"), Column("perplexity", ("perplexity",), "{:.2f}")
 
 
 def _block(ids: list[int]) -> Features:

@@ -8,7 +8,7 @@ from loftq_exp.report.table import cells, columns
 from loftq_exp.tasks import load_task
 
 
-def metrics(scores: dict[str, float], published: float | None = None, **task: Any) -> dict[str, Any]:
+def metrics(scores: dict[str, float], published: dict[str, float] | None = None, **task: Any) -> dict[str, Any]:
     """As much of metrics.json as the table reads."""
     return {
         "config": {"quant": {"method": "qlora", "type": "nf", "bits": 4, "rank": 8, "iter": 0}},
@@ -27,15 +27,33 @@ def shown(run: dict[str, Any], *others: dict[str, Any]) -> dict[str, str]:
     return dict(zip(headings, cells(run, headings), strict=True))
 
 
-GSM8K = metrics({"nll": 1.25, "accuracy": 0.345}, 35.0, kind="gsm8k")
-MRPC = metrics({"accuracy": 0.899, "f1": 0.936}, 89.9, kind="glue", name="mrpc")
+GSM8K = metrics({"nll": 1.25, "accuracy": 0.345}, {"accuracy": 35.0}, kind="gsm8k")
+MRPC = metrics({"accuracy": 0.899, "f1": 0.9}, {"accuracy": 89.9, "f1": 93.6}, kind="glue", name="mrpc")
 
 
 def test_each_task_has_its_own_columns() -> None:
     assert shown(GSM8K)["NLL"] == "1.2500"
-    assert shown(GSM8K)["accuracy"] == "34.5% (published 35%)"
-    assert shown(MRPC)["accuracy/f1"] == "89.9/93.6 (published 89.9)"
+    assert shown(GSM8K)["accuracy"] == "34.5% (published 35.0%)"
+    assert shown(MRPC)["accuracy/f1"] == "89.9/90.0 (published 89.9/93.6)"
     assert "NLL" not in shown(MRPC)
+
+
+def test_published_scores_stand_beside_the_measured_ones_of_their_name() -> None:
+    """Also where they belong to the column of the parts, and where only some are known."""
+    parts = metrics({"accuracy": 0.9, "accuracy_matched": 0.85, "accuracy_mismatched": 0.95},
+                    {"accuracy_matched": 90.4, "accuracy_mismatched": 90.5}, kind="glue", name="mnli",
+                    dataset="nyu-mll/glue", eval_split="validation")  # fmt: skip
+    row = shown(parts)
+    assert row["accuracy"] == "90.0"
+    assert row["accuracy matched/mismatched"] == "85.0/95.0 (published 90.4/90.5)"
+    rouge = shown(
+        metrics({"rouge1": 0.4, "rouge2": 0.2, "rougeL": 0.3}, {"rouge2": 20.2}, kind="summarization", name="xsum")
+    )
+    assert rouge["R1/R2/RL"] == "40.00/20.00/30.00 (published -/20.20/-)"
+    assert (
+        shown(metrics({"perplexity": 7.5}, {"perplexity": 5.24}, kind="wikitext"))["perplexity"]
+        == "7.50 (published 5.24)"
+    )
 
 
 def test_a_sweep_over_tasks_has_the_columns_of_all() -> None:
@@ -47,7 +65,7 @@ def test_a_sweep_over_tasks_has_the_columns_of_all() -> None:
 
 
 def test_a_run_that_was_not_scored() -> None:
-    assert shown(metrics({}, 35.0, kind="gsm8k"))["accuracy"] == "- (published 35%)"
+    assert shown(metrics({}, {"accuracy": 35.0}, kind="gsm8k"))["accuracy"] == "- (published 35.0%)"
     assert shown(metrics({}, kind="squad"))["EM/F1"] == "-"
 
 
