@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import json
 import re
 import runpy
@@ -148,7 +149,12 @@ def test_the_demos_differ_in_nothing_but_the_method(runs: dict[str, RunConfig]) 
 def overrides_of(target: str, *variables: str) -> list[str]:
     """The overrides that `make TARGET` would give to the command."""
     make = shutil.which("make") or pytest.skip("make is not there")
-    made = subprocess.run([make, "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # Without what an outer make (`make test`) tells inner ones: it would have this one say which folder it enters and leaves.
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    made = subprocess.run(
+        [make, "-n", target, *variables], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     return made.splitlines()[-1].replace("'", "").partition(" -m loftq_exp -m ")[2].split()
 
 

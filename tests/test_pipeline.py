@@ -48,7 +48,7 @@ def test_run_leaves_metrics_samples_and_log(configure: Configure) -> None:
     assert metrics["init"]["bits_per_weight"] == 4 + 16 / 64
     assert set(metrics["seconds"]) == set(metrics["peak_memory"]) == {"quantize", "finetune", "evaluate"}
     assert metrics["data"]["train"] != metrics["data"]["eval"]
-    assert metrics["provenance"]["versions"]["torch"] == torch.__version__
+    assert metrics["provenance"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert metrics["backbone_bytes"] == (result.init_dir / "model.safetensors").stat().st_size
     assert [step for step, _ in metrics["losses"]] == [1, 2, 3, 4]
     samples = [json.loads(line) for line in (result.run_dir / "samples.jsonl").read_text().splitlines()]

@@ -402,7 +402,7 @@ def test_the_report_tells_what_was_done(shelf: Shelf, tmp_path: Path) -> None:
     assert totals["bits_per_weight"] == 4 + 16 / 64
     assert totals["seconds"] > 0
     assert totals["peak_memory"]["resident_bytes"] > 0
-    assert report["provenance"]["versions"]["torch"] == torch.__version__
+    assert report["provenance"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     for weight in report["weights"]:
         assert weight["shape"] == list(shelf.weights[f"{weight['name']}.weight"].shape)
         assert (weight["bits"], weight["rank"], weight["steps_computed"], weight["cache_hit"]) == (4, RANK, 2, False)
