@@ -34,6 +34,9 @@ BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
 }
 """The bit widths of each `quant.type`; `none` keeps the weights as they are (16-bit LoRA)."""
 
+BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
+"""Types without blocks: their scales are those of the whole weight or of its rows, or there are none."""
+
 NAMES_OF_TASK: dict[str, tuple[str, ...]] = {
     "glue": ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"),
     "summarization": ("xsum", "cnn_dailymail"),
@@ -78,6 +81,7 @@ class QuantConfig:
     rank: int = setting("rank r of the factors", 64, ge=1)
     iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001)
     block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1)
+    double: bool = setting("quantize the scales of the blocks themselves, to 8 bits with a step for every 256", False)
     alpha: float | None = setting("LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0)
     dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1)
     solver: str = setting(
@@ -113,6 +117,10 @@ class QuantConfig:
                 f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
             )
 
+        if self.double and self.type in BLOCKLESS_TYPES:
+            raise UserError(f"quant.double=true: type {self.type} has no blocks whose scales could be quantized; "
+                            "leave quant.double out, or use nf or uniform")  # fmt: skip
+
     def _check_off_the_shelf(self) -> None:
         if self.method != "off-the-shelf":
             for name, value in (("path", self.path), ("revision", self.revision)):
@@ -120,7 +128,7 @@ class QuantConfig:
                     raise UserError(f"quant.{name}={value}: names a published checkpoint; add quant=off-the-shelf, "
                                     f"or set model.{name} for the pre-trained one")  # fmt: skip
             return
-        published = {"type": "nf", "block_size": 64, "alpha": None}
+        published = {"type": "nf", "block_size": 64, "double": False, "alpha": None}
         for name, kept in published.items():
             if (value := getattr(self, name)) != kept:
                 raise UserError(f"quant.{name}={value}: off-the-shelf takes a checkpoint as it was published; "
@@ -310,7 +318,8 @@ class RunConfig:
     @property
     def fits_bnb4(self) -> bool:
         """Whether bitsandbytes' NF4 layers hold the quantized values exactly: every NF2 level is an NF4 level."""
-        return self.quant.type == "nf" and self.quant.bits in (2, 4) and self.quant.block_size == 64
+        quant = self.quant
+        return quant.type == "nf" and quant.bits in (2, 4) and quant.block_size == 64 and not quant.double
 
     @property
     def cache_path(self) -> Path:
