@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +108,13 @@ def _is_empty(place: Path) -> bool:
     return place.is_dir() and not any(place.iterdir())
 
 
-def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout, config: RunConfig) -> None:
-    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config."""
+def write_surroundings(
+    folder: Path, final: Path, source: Source, layout: Layout, ranks: Mapping[str, int], config: RunConfig
+) -> None:
+    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config.
+
+    `ranks` are those of the targets' factors by module.
+    """
     model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
     dtype: torch.dtype = getattr(torch, config.save_dtype)
     model_config.dtype = dtype
@@ -120,12 +125,14 @@ def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout
         for path in source.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     quant = config.quant
-    alpha = quant.lora_alpha
+    others = {module: rank for module, rank in ranks.items() if rank != quant.rank}
     adapter = LoraConfig(
         task_type=TaskType(TASK_TYPES[config.model.kind]),
         base_model_name_or_path=str(final.resolve()),
         r=quant.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides; any number will do
+        lora_alpha=_number(quant.lora_alpha),
+        rank_pattern=others,
+        alpha_pattern={module: _number(quant.scaling * rank) for module, rank in others.items()},  # one s for all
         lora_dropout=quant.dropout,
         target_modules=list(layout.target_modules),
         modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
@@ -135,6 +142,11 @@ def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout
     # PEFT's own writer would put the target modules in the order of a set, another one in every process.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def _number(alpha: float) -> int:
+    """An alpha as PEFT writes it: it divides, so that any number will do, but whole ones are whole."""
+    return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]
 
 
 def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
