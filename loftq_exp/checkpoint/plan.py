@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -76,7 +76,8 @@ def _by_paper(layout: Layout, quant: QuantConfig) -> dict[str, int]:
 
 
 def _by_pattern(layout: Layout, patterns: Mapping[str, int]) -> dict[str, int]:
-    matchers = {pattern: re.compile(_expression(pattern)) for pattern in patterns}
+    numbers = {part for target in layout.targets for part in target.module.split(".") if part.isdigit()}
+    matchers = {pattern: re.compile(_expression(pattern, numbers)) for pattern in patterns}
     bits: dict[str, int] = {}
     used: set[str] = set()
     for target in layout.targets:
@@ -95,21 +96,28 @@ def _by_pattern(layout: Layout, patterns: Mapping[str, int]) -> dict[str, int]:
     return bits
 
 
-def _expression(pattern: str) -> str:
-    """A pattern as a regular expression: * is any text, ? any character, and a part N-M any number from N to M."""
+def _expression(pattern: str, numbers: Iterable[str]) -> str:
+    """A pattern as a regular expression: * is any text, ? any character, and a part N-M those of the `numbers` from N to M."""
     parts = []
     for part in pattern.split("."):
         if bounds := re.fullmatch(r"(\d+)-(\d+)", part):
-            parts.append("(?:" + "|".join(map(str, range(int(bounds[1]), int(bounds[2]) + 1))) + ")")
+            inside = [number for number in numbers if int(bounds[1]) <= int(number) <= int(bounds[2])]
+            parts.append(f"(?:{'|'.join(inside)})" if inside else "(?!)")
         else:
             parts.append("".join({"*": ".*", "?": "."}.get(character, re.escape(character)) for character in part))
     return r"\.".join(parts)
 
 
 def _by_error(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors]) -> Plan:
-    """The plan of least cost within the budgets: code bits as of quant.bits, and an adapter as large as of quant.rank."""
+    """The plan of least error within the budgets: code bits as of quant.bits, and an adapter as large as of quant.rank.
+
+    The error is the sum of the squared relative errors ||W - Q - s B A||^2 / ||W||^2, in which each weight counts the
+    same. Each works on a normalised input and what it adds is normalised again, so that it is the relative error of what it
+    computes that goes on; and the small projections of attention matter like the large ones while they cost few bits. By
+    perplexity this is better than absolute errors, and than relative ones that count by values: see docs/low-bit.md.
+    """
     items = [
-        [Option(_cost(target, error), _sizes(target, precision)) for precision, error in errors[target.module].items()]
+        [Option(error**2, _sizes(target, precision)) for precision, error in errors[target.module].items()]
         for target in layout.targets
     ]
     values = sum(math.prod(target.shape) for target in layout.targets)
@@ -119,10 +127,6 @@ def _by_error(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors]) 
         target.module: list(errors[target.module])[option]
         for target, option in zip(layout.targets, chosen, strict=True)
     }
-
-
-def _cost(target: Target, error: float) -> float:
-    return math.prod(target.shape) * error**2
 
 
 def _sizes(target: Target, precision: Precision) -> tuple[int, int]:
