@@ -153,7 +153,8 @@ def _kept(config: RunConfig) -> Initialised:
     settings |= {"save_dtype": config.save_dtype, "save_format": config.save_format}
     made_with = found.report["quant"]
     for name, value in settings.items():
-        if (other := made_with.get(name.removeprefix("quant."))) != value:
+        other = made_with.get(name.removeprefix("quant."))
+        if json.dumps(other) != json.dumps(value):  # as the report holds it: lists for tuples, patterns in their order
             raise UserError(f"{name}={value}: the checkpoint at {config.init_dir} was made with {other}; "
                             "add quantize to stages, or set another save_dir")  # fmt: skip
     return found

@@ -377,7 +377,7 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize(("stage", "place", "calls"), [
-    ("quantize", "loftq_exp.checkpoint.convert.decompose", 5),
+    ("quantize", "loftq_exp.checkpoint.decomposer.decompose", 5),
     pytest.param("quantize", "loftq_exp.checkpoint.convert.write_surroundings", 0, marks=pytest.mark.slow),
     ("finetune", "transformers.Trainer.training_step", 1),
     pytest.param("finetune", "peft.PeftModel.save_pretrained", 0, marks=pytest.mark.slow),
@@ -415,15 +415,15 @@ def test_ctrl_c_in_each_stage(cli: Any, stage: str, place: str, calls: int) -> N
 
 DYING = """
 import os, signal, sys
-from loftq_exp.checkpoint import convert
-decompose, count = convert.decompose, 0
+from loftq_exp.checkpoint import decomposer
+decompose, count = decomposer.decompose, 0
 def dying(*args, **kwargs):
     global count
     if count == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     count += 1
     return decompose(*args, **kwargs)
-convert.decompose = dying
+decomposer.decompose = dying
 from loftq_exp.cli import main
 main()
 """

@@ -98,6 +98,73 @@ def test_bits_of_each_type(kind: str) -> None:
             )
 
 
+@pytest.mark.parametrize(("settings", "rule", "widths"), [
+    ({"bits": 3}, "same", (3,)), ({"bits": 3, "allocation": "paper"}, "paper", (2, 4)), ({"bits": 2.25}, "paper", (2, 4)),
+    ({"bits": "2.5"}, "paper", (2, 4)), ({"bits": 3.0}, "same", (3,)), ({"bits": 2.5, "type": "uniform"}, "paper", (2, 4)),
+    ({"bits": 2.5, "allocation": "error"}, "error", (2, 3, 4)), ({"bits": 4, "allocation": "error"}, "error", (2, 3, 4)),
+    ({"bits": 6.5, "allocation": "error+rank", "type": "uniform"}, "error+rank", (2, 3, 4, 5, 6, 7, 8)),
+    ({"bits_per_layer": {"*.mlp.*": 4, "*.q_proj": "2", "*": 4}}, "pattern", (2, 4)),
+    ({"bits_per_layer": {"*": 8}, "type": "int"}, "pattern", (8,)),
+])  # fmt: skip
+def test_how_bits_are_given_to_weights(settings: dict[str, Any], rule: str, widths: tuple[int, ...]) -> None:
+    quant = config({f"quant.{name}": value for name, value in settings.items()}).quant
+    assert (quant.rule, quant.widths) == (rule, widths)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"bits": 2.5, "type": "int"}, "quant.bits=2.5: type int has 8 bits and no others to mix; choose quant.type=nf or uniform"),
+    ({"bits": 2.5, "type": "none", "method": "lora", "iter": 0}, "quant.bits=2.5: type none has 16 bits and no others to mix"),
+    ({"bits": 2.5, "type": "nf-symmetric"}, "quant.bits=2.5: type nf-symmetric has 2 bits and no others to mix"),
+    ({"bits": 8, "type": "int", "allocation": "error"}, "quant.allocation=error: type int has 8 bits and no others to mix"),
+    ({"bits": 2, "type": "nf-symmetric", "allocation": "paper"}, "quant.allocation=paper: type nf-symmetric has 2 bits"),
+    ({"bits": 1.5}, "quant.bits=1.5: a budget under the smallest choice, paper mixes 2, 4 bits; give a value from 2 to 4"),
+    ({"bits": 4.5, "type": "uniform"}, "quant.bits=4.5: a budget over the largest choice, paper mixes 2, 4 bits"),
+    ({"bits": 1, "allocation": "error"}, "quant.bits=1: a budget under the smallest choice, error mixes 2, 3, 4 bits"),
+    ({"bits": 4.01, "allocation": "error+rank"}, "quant.bits=4.01: a budget over the largest choice, error+rank mixes 2, 3, 4"),
+    ({"bits": 9, "allocation": "error", "type": "uniform"}, "quant.bits=9: a budget over the largest choice"),
+    ({"bits": float("nan")}, "quant.bits=nan: a finite number is needed"),
+    ({"allocation": "eror"}, "quant.allocation=eror: not a choice (did you mean 'error'?); choose from: paper, error, error+rank"),
+    ({"bits_per_layer": {"*": 5}}, "quant.bits_per_layer.*=5: type nf has 2, 3, 4 bits; choose one of them"),
+    ({"bits_per_layer": {"*": 2.5}}, "quant.bits_per_layer.*=2.5: a whole number is needed"),
+    ({"bits_per_layer": {}}, "quant.bits_per_layer={}: no pattern is given"),
+    ({"bits_per_layer": "*:2"}, "quant.bits_per_layer=*:2: names with their values are needed"),
+    ({"bits_per_layer": {"*": 2}, "allocation": "error"}, "quant.allocation=error: bits_per_layer says already"),
+    ({"bits": 2.5, "allocation": "error+rank", "method": "qlora", "iter": 0}, "quant.allocation=error+rank: the factors of qlora"),
+    ({"rank_choices": [8, 16]}, "quant.rank_choices=[8,16]: ranks are chosen by quant.allocation=error+rank; add that"),
+    ({"allocation": "error+rank", "rank_choices": []}, "quant.rank_choices=[]: not a choice of ranks"),
+    ({"allocation": "error+rank", "rank_choices": [8, 0]}, "quant.rank_choices=[8,0]: not a choice of ranks"),
+    ({"allocation": "error+rank", "rank_choices": [8, 8]}, "quant.rank_choices=[8,8]: not a choice of ranks"),
+    ({"allocation": "error+rank", "rank_choices": [65, 128]}, "quant.rank_choices=[65,128]: a budget under the smallest choice"),
+    ({"method": "off-the-shelf", "iter": 0, "bits": 2.5}, "quant.bits=2.5: off-the-shelf takes a checkpoint as it was published"),
+    ({"method": "off-the-shelf", "iter": 0, "allocation": "paper"}, "quant.allocation=paper: off-the-shelf takes"),
+    ({"method": "off-the-shelf", "iter": 0, "bits_per_layer": {"*": 4}}, "quant.bits_per_layer={'*': 4}: off-the-shelf takes"),
+])  # fmt: skip
+def test_bits_that_cannot_be_given_are_refused(settings: dict[str, Any], message: str) -> None:
+    assert refused({f"quant.{name}": value for name, value in settings.items()}).startswith(message)
+
+
+def test_whole_bits_are_one_run_however_they_are_written() -> None:
+    runs = [config({"quant.bits": bits}) for bits in (4, 4.0, "4")]
+    assert len({run.run_dir for run in runs}) == 1
+    assert repr(runs[1].quant.bits) == "4"
+    assert runs[0].init_dir.name == "Tiny-1B-4bit-64rank"
+    assert config({"quant.bits": 2.5}).init_dir.name == "Tiny-1B-2.5bit-64rank"
+    assert config({"quant.bits_per_layer": {"*": 2}}).init_dir.name == "Tiny-1B-mixedbit-64rank"
+
+
+def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
+    later = {"allocation": None, "bits_per_layer": None, "rank_choices": None}
+    quant = config().quant
+    assert quant.shaping == {name: value for name, value in dataclasses.asdict(quant).items() if name not in later}
+    changes: list[dict[str, Any]] = [
+        {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
+        {"allocation": "error+rank", "rank_choices": [8, 64]}, {"bits_per_layer": {"*.q_proj": 4, "*": 2}},
+        {"bits_per_layer": {"*": 2, "*.q_proj": 4}},
+    ]  # fmt: skip
+    folders = {config({f"quant.{name}": value for name, value in change.items()}).run_dir for change in changes}
+    assert len(folders) == len(changes)
+
+
 def test_five_bits_with_nf_says_what_to_do() -> None:
     expected = "quant.bits=5: type nf has 2, 3, 4 bits; choose one of them or another quant.type"
     assert refused({"quant.bits": 5}) == expected
@@ -125,7 +192,9 @@ def test_methods_and_what_does_not_go_with_them(settings: dict[str, Any], fault:
 
 @pytest.mark.parametrize("option", ["save_format", "train.backbone"])
 @pytest.mark.parametrize(("quant", "fits"), [
-    ({}, True), ({"bits": 2}, True), ({"bits": 3}, False), ({"block_size": 32}, False),
+    ({}, True), ({"bits": 2}, True), ({"bits": 3}, False), ({"block_size": 32}, False), ({"bits": 2.5}, True),
+    ({"bits": 3, "allocation": "paper"}, True), ({"bits": 2.5, "allocation": "error"}, False),
+    ({"bits_per_layer": {"*.q_proj": 4, "*": 2}}, True), ({"bits_per_layer": {"*.q_proj": 3, "*": 2}}, False),
     ({"type": "uniform"}, False), ({"type": "int", "bits": 8}, False), ({"type": "nf-symmetric", "bits": 2}, False),
     ({"method": "lora", "type": "none", "bits": 16, "iter": 0}, False),
 ])  # fmt: skip

@@ -75,12 +75,13 @@ def test_every_experiment_is_a_run_of_its_own(runs: dict[str, RunConfig]) -> Non
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_what_its_name_says(runs: dict[str, RunConfig], name: str) -> None:
     run = runs[name]
-    found = re.fullmatch(r"(?P<model>.+)_(lora16|(?P<qlora>qlora-)?(?P<type>nf|uniform)(?P<bits>\d))_r(?P<rank>\d+)_(?P<task>.+)", name)  # fmt: skip
+    found = re.fullmatch(r"(?P<model>.+)_(lora16|(?P<qlora>qlora-)?(?P<type>nf|uniform|mixed)(?P<bits>[\d.]+))_r(?P<rank>\d+)_(?P<task>.+)", name)  # fmt: skip
     assert found is not None
     assert run.model.basename == MODELS[found["model"]]
     assert run.quant.rank == int(found["rank"])
-    assert run.quant.bits == int(found["bits"] or 16)
-    assert run.quant.type == {"nf": "nf", "uniform": "uniform-clipped", None: "none"}[found["type"]]
+    assert run.quant.bits == float(found["bits"] or 16)
+    assert run.quant.rule == ("paper" if found["type"] == "mixed" else "same")
+    assert run.quant.type == {"nf": "nf", "mixed": "nf", "uniform": "uniform-clipped", None: "none"}[found["type"]]
     assert run.quant.method == ("lora" if not found["bits"] else "qlora" if found["qlora"] else "loftq")
     assert run.quant.dropout == 0.1
     assert run.task.label == found["task"]
@@ -102,6 +103,10 @@ def test_what_was_published_is_a_score_of_the_task(runs: dict[str, RunConfig], n
 @pytest.mark.parametrize(("name", "expected"), [
     ("llama-2-7b_nf4_r64_gsm8k", (5, 3e-4, 6, 16, 0.1, "cosine", 0.03, {"accuracy": 35.0})),
     ("llama-2-13b_nf2_r64_wikitext", (5, 1e-4, 2, 32, 0.1, "cosine", 0.03, {"perplexity": 7.69})),
+    ("llama-2-7b_mixed3_r64_gsm8k", (5, 3e-4, 6, 16, 0.1, "cosine", 0.03, {"accuracy": 32.9})),
+    ("llama-2-13b_mixed2.25_r64_gsm8k", (5, 3e-4, 6, 16, 0.1, "cosine", 0.03, {"accuracy": 38.1})),
+    ("llama-2-13b_qlora-mixed2.5_r64_gsm8k", (0, 3e-4, 6, 16, 0.1, "cosine", 0.03, None)),
+    ("llama-2-13b_qlora-mixed2.5_r64_wikitext", (0, 1e-4, 2, 32, 0.1, "cosine", 0.03, {"perplexity": 19.39})),
     ("llama-2-13b_qlora-nf2_r64_wikitext", (0, 1e-4, 2, 32, 0.1, "cosine", 0.03, None)),
     ("phi-2_nf4_r64_gsm8k", (7, 3e-4, 6, 16, 0.1, "cosine", 0.03, {"accuracy": 64.1})),
     ("llama-3-8b_lora16_r64_gsm8k", (0, 5e-4, 3, 16, 0.1, "cosine", 0.03, {"accuracy": 69.3})),
@@ -122,7 +127,7 @@ def test_settings_of_some_rows(runs: dict[str, RunConfig], name: str, expected: 
 
 def test_how_many_rows_there_are() -> None:
     assert Counter(name.split("_")[0] for name in ROWS) == {
-        "llama-2-7b": 10, "llama-2-13b": 10, "llama-3-8b": 3, "phi-2": 3, "bart-large": 16,
+        "llama-2-7b": 22, "llama-2-13b": 22, "llama-3-8b": 3, "phi-2": 3, "bart-large": 16,
         "deberta-v3-base": 7 * 10 - 3,  # ANLI has no uniform rows
     }  # fmt: skip
 
@@ -171,7 +176,7 @@ def test_model_and_limit_narrow_a_target() -> None:
     names = rows_of("reproduce-glue", "MODEL=deberta-v3-base_nf2")
     assert len(names) == 20
     assert all(name.startswith("deberta-v3-base_nf2_r") for name in names)
-    assert len(rows_of("reproduce-gsm8k", "MODEL=llama-2-13b")) == 5
+    assert len(rows_of("reproduce-gsm8k", "MODEL=llama-2-13b")) == 11
     limits = ["task.max_train_samples=100", "task.max_eval_samples=100"]
     assert overrides_of("reproduce-wikitext", "LIMIT=100")[1:] == limits
     assert overrides_of("reproduce-wikitext")[1:] == []

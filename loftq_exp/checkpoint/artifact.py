@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ from filelock import FileLock
 from peft import LoraConfig, TaskType
 
 from loftq_exp.checkpoint.layout import TASK_TYPES, Layout, load_config
+from loftq_exp.checkpoint.plan import Precision
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.packed.hf import NEEDS_US, LoftQConfig
 
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
@@ -108,24 +110,35 @@ def _is_empty(place: Path) -> bool:
     return place.is_dir() and not any(place.iterdir())
 
 
-def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout, config: RunConfig) -> None:
-    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config."""
+def write_surroundings(
+    folder: Path, final: Path, source: Source, layout: Layout, plan: Mapping[str, Precision], config: RunConfig
+) -> None:
+    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config.
+
+    `plan` has the bits of each target, and the rank of its factors, by module.
+    """
     model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
     dtype: torch.dtype = getattr(torch, config.save_dtype)
     model_config.dtype = dtype
     if config.save_format == "bnb4":
         model_config.quantization_config = bnb4_config(layout.other_linears, dtype)
+    elif config.save_format == "packed":
+        model_config.quantization_config = _packed_config(plan, config)
     model_config.save_pretrained(folder)
+    if config.save_format == "packed":
+        stop_other_readers(folder)
     for pattern in _CARRIED:
         for path in source.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     quant = config.quant
-    alpha = quant.lora_alpha
+    others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
     adapter = LoraConfig(
         task_type=TaskType(TASK_TYPES[config.model.kind]),
         base_model_name_or_path=str(final.resolve()),
         r=quant.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides; any number will do
+        lora_alpha=_number(quant.lora_alpha),
+        rank_pattern=others,
+        alpha_pattern={module: _number(quant.scaling * rank) for module, rank in others.items()},  # one s for all
         lora_dropout=quant.dropout,
         target_modules=list(layout.target_modules),
         modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
@@ -135,6 +148,27 @@ def write_surroundings(folder: Path, final: Path, source: Source, layout: Layout
     # PEFT's own writer would put the target modules in the order of a set, another one in every process.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQConfig:
+    bits = {module: precision.bits for module, precision in plan.items()}
+    quant = config.quant
+    return LoftQConfig(bits, quant.type, quant.block_size, quant.double, config.save_dtype)
+
+
+def stop_other_readers(folder: Path) -> None:
+    """Has transformers refuse the packed checkpoint in `folder` where loftq_exp was not imported, see NEEDS_US.
+
+    Into the file itself, because transformers' own writer leaves this setting out.
+    """
+    place = folder / "config.json"
+    values = json.loads(place.read_text()) | {"transformers_weights": NEEDS_US}
+    place.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _number(alpha: float) -> int:
+    """An alpha as PEFT writes it: it divides, so that any number will do, but whole ones are whole."""
+    return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]
 
 
 def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> transformers.BitsAndBytesConfig:

@@ -40,7 +40,7 @@ pre-trained model.
 
 
 def _front_matter(config: RunConfig, base_model: str | None) -> str:
-    tags = ["loftq_exp", config.quant.method, "lora", "peft", f"{config.quant.bits}-bit"]
+    tags = ["loftq_exp", config.quant.method, "lora", "peft", f"{config.quant.bits_label}-bit"]
     kind = config.model.kind
     lines = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES.get(kind, kind)}"]
     if base_model:
@@ -66,8 +66,8 @@ def _facts(report: dict[str, Any]) -> str:
     alpha = quant["scaling"] * quant["rank"]
     rows = {
         "quantizer": f"{quant['type']}, blocks of {quant['block_size']}",
-        "bits": f"{quant['bits']} ({totals['bits_per_weight']:.2f} a weight, scales included)",
-        "rank": quant["rank"],
+        "bits": f"{_bits(report)} ({totals['bits_per_weight']:.2f} a weight, scales included)",
+        "rank": _ranks(report),
         "alpha": f"{alpha:g} (s = {quant['scaling']:g})",
         "steps": "as published" if shelf else quant["iter"],
         "quantized weights": f"{totals['weights']} ({totals['values'] / 1e6:.1f}M values)",
@@ -76,6 +76,23 @@ def _facts(report: dict[str, Any]) -> str:
     if shelf:
         rows["taken from"] = shelf["taken_from"] + (f", commit {shelf['commit']}" if shelf["commit"] else "")
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _bits(report: dict[str, Any]) -> str:
+    """The bits of all weights, or of their codes on average and which there are."""
+    widths = sorted({weight["bits"] for weight in report["weights"]})
+    if len(widths) == 1:
+        return str(widths[0])
+    return f"{report['bits_plan']['code_bits']:.4g} on average: {', '.join(map(str, widths))}"
+
+
+def _ranks(report: dict[str, Any]) -> str:
+    ranks = sorted({weight["rank"] for weight in report["weights"]})
+    return (
+        str(ranks[0])
+        if len(ranks) == 1
+        else f"{', '.join(map(str, ranks))} (in all no more than {report['quant']['rank']} each)"
+    )
 
 
 def _errors(report: dict[str, Any]) -> str:

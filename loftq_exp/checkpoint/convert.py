@@ -27,26 +27,23 @@ from loftq_exp.checkpoint.artifact import (
     write_surroundings,
     written_whole,
 )
-from loftq_exp.checkpoint.cache import FORMAT, DecompositionCache, Recipe, weight_digest
+from loftq_exp.checkpoint.cache import FORMAT, weight_digest
+from loftq_exp.checkpoint.decomposer import Decomposer
 from loftq_exp.checkpoint.head import FORMAT as HEAD_FORMAT
 from loftq_exp.checkpoint.head import PREFIX, head_tensors
 from loftq_exp.checkpoint.layout import HEAD_KINDS, Layout, Target, find_layout
+from loftq_exp.checkpoint.plan import VERSION as PLAN_VERSION
+from loftq_exp.checkpoint.plan import Plan, Precision, code_bits, describe_plan, is_measured, make_plan, tell_plan
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
 from loftq_exp.checkpoint.workers import Phases, side_by_side
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
-from loftq_exp.config import RunConfig, digest_of
-from loftq_exp.device import compute_device, peak_memory
+from loftq_exp.config import BLOCKLESS_TYPES, RunConfig, digest_of
+from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import (
-    QUANTIZER_VERSION,
-    SOLVER_VERSION,
-    Decomposition,
-    Quantizer,
-    decompose,
-    kaiming_uniform_A,
-    make_quantizer,
-)
+from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, Decomposition, Quantized, kaiming_uniform_A
+from loftq_exp.loftq.scales import SCALES_PER_STEP
+from loftq_exp.packed.storage import pack, part_specs
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
 
@@ -89,11 +86,13 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             if found:
                 log.info("quantize: %s holds another initialisation, which this one replaces", final)
             began = time.perf_counter()
+            worker = _Worker(config)
+            plan = worker.plan(tensors, layout)
             with written_whole(final) as folder:
                 head = head_tensors(source.folder, tensors, layout, config)
-                weights = _write_weights(folder, tensors, layout, config, head)
-                write_surroundings(folder, final, source, layout, config)
-                report = _report(key, source, config, layout, weights)
+                weights = _write_weights(folder, tensors, layout, plan, worker, head)
+                write_surroundings(folder, final, source, layout, plan, config)
+                report = _report(key, source, config, layout, plan, weights)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
@@ -109,10 +108,10 @@ def init_key(source: Source, config: RunConfig) -> str:
     """Digest of all that shapes an initialised checkpoint: the source's files, the settings and our own versions."""
     files = sorted(path for path in source.folder.iterdir() if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    quant = dataclasses.asdict(config.quant)
-    return digest_of([str(source.folder.resolve()), stats, config.model.kind, quant, config.save_dtype, config.save_format,
-                      config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION,
-                      *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else [])])  # fmt: skip
+    return digest_of([str(source.folder.resolve()), stats, config.model.kind, config.quant.shaping, config.save_dtype,
+                      config.save_format, config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION,
+                      *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else []),
+                      *([PLAN_VERSION] if is_measured(config.quant) else [])])  # fmt: skip
 
 
 def check_fit(layout: Layout, config: RunConfig) -> None:
@@ -132,17 +131,22 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
 
 
 def _write_weights(
-    folder: Path, tensors: CheckpointTensors, layout: Layout, config: RunConfig, head: dict[str, torch.Tensor]
+    folder: Path,
+    tensors: CheckpointTensors,
+    layout: Layout,
+    plan: Plan,
+    worker: _Worker,
+    head: dict[str, torch.Tensor],
 ) -> list[WeightReport]:
+    config = worker.config
     targets = {target.tensor: target for target in layout.targets}
     names = _written_names(tensors, layout)
-    backbone = _backbone_specs(names, tensors, targets, config)
+    backbone = _backbone_specs(names, tensors, targets, plan, worker)
     (folder / ADAPTER).mkdir()
-    worker = _Worker(config)
     reports: list[WeightReport] = []
     with (
         SafetensorsWriter(folder, backbone) as out,
-        SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, config, head), "adapter_model") as adapter,
+        SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, plan, head), "adapter_model") as adapter,
         progress("quantize") as advance,
     ):
         for name, value in head.items():
@@ -154,10 +158,12 @@ def _write_weights(
                 out.write(name, weight)
                 return None
             phases = Phases()
-            values, lora_A, lora_B, report = worker.initialise(targets[name], weight, phases)
+            stored, lora_A, lora_B, report = worker.initialise(
+                targets[name], plan[targets[name].module], weight, phases
+            )
             with phases.timed("write"):
-                for stored, tensor in _stored(name, values, config).items():
-                    out.write(stored, tensor)
+                for part, tensor in stored.items():
+                    out.write(part, tensor)
                 adapter.write(_adapter_name(targets[name], "A"), lora_A)
                 adapter.write(_adapter_name(targets[name], "B"), lora_B)
             return dataclasses.replace(report, seconds=phases.total, phases=phases.seconds)
@@ -174,60 +180,65 @@ class _Worker:
     """Turns weights into backbone values and factors, by way of the cache."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.quant, self.seed = config.quant, config.seed
+        self.config = config
         self.dtype = getattr(torch, config.save_dtype)
-        self.device = compute_device(config.device)
-        self.cache = DecompositionCache(config.cache_path)
-        self.quantizer: Quantizer | None = None
-        if config.quant.type != "none":
-            self.quantizer = make_quantizer(config.quant.type, config.quant.bits, config.quant.block_size, self.dtype)
+        self.decomposer = Decomposer(config)
+        self.device = self.decomposer.device
+
+    def plan(self, tensors: CheckpointTensors, layout: Layout) -> Plan:
+        """Which weight gets how many bits and what rank, told where they differ."""
+        quant = self.config.quant
+        plan = make_plan(layout, quant, self.decomposer.measure(tensors, layout) if is_measured(quant) else None)
+        tell_plan(describe_plan(layout, plan, quant))
+        return plan
 
     def initialise(
-        self, target: Target, weight: torch.Tensor, phases: Phases
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, WeightReport]:
-        """Backbone values (save_dtype), A (r x in) and B (out x r) as PEFT stores them, and the report."""
+        self, target: Target, precision: Precision, weight: torch.Tensor, phases: Phases
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, WeightReport]:
+        """The backbone's tensors by name, A (r x in) and B (out x r) as PEFT stores them, and the report."""
         with phases.timed("digest"):
             digest = weight_digest(weight)
-        quant, (rows, columns) = self.quant, target.shape
+        quant, rank, (rows, columns) = self.config.quant, precision.rank, target.shape
         hit, computed = False, 0
-        lora_A, lora_B = _random_A(quant.rank, columns, self.seed, target.module), torch.zeros(rows, quant.rank)
-        if self.quantizer is None:
+        lora_A, lora_B = _random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)
+        if quant.type == "none":
             values = weight.to(self.dtype)
+            stored = {target.tensor: values.cpu()}
             wide = weight.double()
             errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
         else:
-            result, hit, computed = self._decomposed(target, weight, digest, self.quantizer, phases)
+            found = self.decomposer.decomposed(target, weight, digest, precision, phases)
+            result, hit, computed = found.result, found.cache_hit, found.steps_computed
             with phases.timed("decode"):
-                values = result.backbone(self.quantizer, self.dtype)
+                stored = self._stored(target.tensor, result, precision.bits)
             errors = result.errors
             if quant.iter:
                 share = math.sqrt(
                     quant.scaling
                 )  # s is absorbed evenly, so that s B A is the fitted product for any alpha
                 lora_A, lora_B = result.lora_A / share, result.lora_B / share
-        report = WeightReport(
-            target.module, target.shape, digest, quant.bits, quant.rank, errors, 0.0, hit, computed, {}
-        )
-        return values.cpu(), lora_A.cpu(), lora_B.cpu(), report
+        report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, 0.0, hit, computed, {})
+        return stored, lora_A.cpu(), lora_B.cpu(), report
 
-    def _decomposed(
-        self, target: Target, weight: torch.Tensor, digest: str, quantizer: Quantizer, phases: Phases
-    ) -> tuple[Decomposition, bool, int]:
-        recipe = Recipe(quantizer, self.quant.rank, self.quant.iter, self.quant.solver)
-        with phases.timed("cache"):
-            found = self.cache.find(recipe, digest, target.shape)
-        if found and found.steps == recipe.steps:
-            return found, True, 0
-        kept = recipe.after(recipe.steps, target.shape)
-        try:
-            with phases.timed("decompose"):
-                result = decompose(weight.to(self.device), quantizer, kept.rank, kept.steps, kept.solver, start=found)
-        except UserError as error:
-            raise UserError(f"model.path: weight {target.tensor}: {error}") from None
-        with phases.timed("cache"):
-            self.cache.put(kept, digest, result)
-        computed = recipe.steps - (found.steps if found else 0)
-        return result.truncated(recipe.rank) if kept.rank > recipe.rank else result, False, computed
+    def _stored(self, name: str, result: Decomposition, bits: int) -> dict[str, torch.Tensor]:
+        """The tensors that stand for one target in the file: its values, or a packed form of the same values."""
+        config, quantizer = self.config, self.decomposer.quantizers[bits]
+        if config.save_format == "packed":
+            quantized = Quantized(*(tensor.cpu() for tensor in result.quantized))
+            return {packed_name(name, part): tensor for part, tensor in pack(quantized, quantizer).items()}
+        values = result.backbone(quantizer, self.dtype).cpu()
+        return {name: values} if config.save_format == "dense" else _four_bit(name, values)
+
+    def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
+        """The types and shapes of what `initialise` gives for a target at so many bits."""
+        name, shape = target.tensor, target.shape
+        if self.config.save_format == "packed":
+            parts = part_specs(self.decomposer.quantizers[bits], shape)
+            return {packed_name(name, part): TensorSpec(*spec) for part, spec in parts.items()}
+        if self.config.save_format == "dense":
+            return {name: TensorSpec(self.dtype, shape)}
+        zeros = _four_bit(name, torch.zeros(shape, dtype=self.dtype))  # sizes follow from the shape alone
+        return {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
@@ -254,30 +265,27 @@ def _written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
 
 
 def _backbone_specs(
-    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], config: RunConfig
+    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], plan: Plan, worker: _Worker
 ) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
-    parts: dict[tuple[int, int], dict[str, TensorSpec]] = {}
-    dtype = getattr(torch, config.save_dtype)
     for name in names:
-        if name not in targets:
+        if name in targets:
+            specs |= worker.stored_specs(targets[name], plan[targets[name].module].bits)
+        else:
             specs[name] = TensorSpec(tensors.dtype(name), tensors.shape(name))
-            continue
-        shape = targets[name].shape
-        if shape not in parts:  # the parts' sizes follow from the shape alone; a weight of zeros shows them
-            zeros = _stored("", torch.zeros(shape, dtype=dtype), config)
-            parts[shape] = {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
-        specs |= {name + part: spec for part, spec in parts[shape].items()}
     return specs
 
 
-def _stored(name: str, values: torch.Tensor, config: RunConfig) -> dict[str, torch.Tensor]:
-    """The tensors that stand for one target in the file: its values, or bitsandbytes' packed form of the same values."""
-    if config.save_format == "dense":
-        return {name: values}
+def packed_name(tensor: str, part: str) -> str:
+    """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
+    return tensor.removesuffix("weight") + part
+
+
+def _four_bit(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """bitsandbytes' packed form of a target's values, by the names that it gives to its parts."""
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(values, blocksize=config.quant.block_size, quant_type="nf4")
+    codes, state = quantize_4bit(values, blocksize=64, quant_type="nf4")
     return {name: codes} | {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
 
 
@@ -285,10 +293,10 @@ def _adapter_name(target: Target, factor: str) -> str:
     return f"{PREFIX}{target.module}.lora_{factor}.weight"
 
 
-def _adapter_specs(layout: Layout, config: RunConfig, head: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    rank = config.quant.rank
+def _adapter_specs(layout: Layout, plan: Plan, head: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
     specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in head.items()}
     for target in layout.targets:
+        rank = plan[target.module].rank
         specs[_adapter_name(target, "A")] = TensorSpec(torch.float32, (rank, target.shape[1]))
         specs[_adapter_name(target, "B")] = TensorSpec(torch.float32, (target.shape[0], rank))
     return specs
@@ -300,7 +308,9 @@ def _tell(advance: Advance, reports: list[WeightReport], total: int) -> None:
     advance(len(reports), total, f"mean relative error {mean:.4f}, {hits} from the cache")
 
 
-def _report(key: str, source: Source, config: RunConfig, layout: Layout, weights: list[WeightReport]) -> dict[str, Any]:
+def _report(
+    key: str, source: Source, config: RunConfig, layout: Layout, plan: Plan, weights: list[WeightReport]
+) -> dict[str, Any]:
     quant = config.quant
     values = sum(math.prod(weight.shape) for weight in weights)
     return {
@@ -319,9 +329,10 @@ def _report(key: str, source: Source, config: RunConfig, layout: Layout, weights
             "cache_hits": sum(weight.cache_hit for weight in weights),
             "mean_error_quantized": sum(weight.errors[0] for weight in weights) / len(weights),
             "mean_error": sum(weight.errors[-1] for weight in weights) / len(weights),
-            "bits_per_weight": bits_per_weight(config),
+            "bits_per_weight": bits_per_weight(config, code_bits(layout, plan)),
             "phases": _summed([weight.phases for weight in weights]),
         },
+        "bits_plan": describe_plan(layout, plan, quant),
         "weights": [dataclasses.asdict(weight) for weight in weights],
         "provenance": provenance(),
     }  # fmt: skip
@@ -332,10 +343,12 @@ def _summed(phases: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(phase.get(name, 0.0) for phase in phases) for name in names}
 
 
-def bits_per_weight(config: RunConfig) -> float:
-    """Bits that one quantized value needs, its share of the block's scales included (int8's per-row scales are not)."""
+def bits_per_weight(config: RunConfig, bits: float) -> float:
+    """Bits that one quantized value needs: its code's, and its share of the block's scales (int8's per-row scales are not)."""
     quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
-    if quant.type in ("none", "int", "uniform-clipped"):
-        return float(quant.bits)
+    if quant.type in BLOCKLESS_TYPES:
+        return float(bits)
+    if quant.double:
+        scale_bits = 8 + 32 / SCALES_PER_STEP
     numbers = 2 if quant.type == "uniform" else 1
-    return quant.bits + numbers * scale_bits / quant.block_size
+    return bits + numbers * scale_bits / quant.block_size

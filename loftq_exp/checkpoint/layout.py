@@ -39,11 +39,18 @@ HEAD_KINDS = ("classification", "question-answering")
 
 @dataclass(frozen=True)
 class Target:
-    """One weight to quantize: its module in the model, its tensor in the checkpoint, its shape (out, in)."""
+    """One weight to quantize: its module in the model, its tensor in the checkpoint, its shape (out, in), its block."""
 
     module: str
     tensor: str
     shape: tuple[int, int]
+    block: str
+    """The module of the block that it lies in, such as `model.layers.3`."""
+
+    @property
+    def kind(self) -> str:
+        """What it is in its block, such as `self_attn.q_proj`: the same in every one."""
+        return self.module.removeprefix(self.block + ".")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class Layout:
     and a pooler of its base that the checkpoint lacks. Empty for language models."""
     ties_embeddings: bool
     """Whether the model uses one tensor for its input and output embeddings."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks of the targets as they follow on each other, an encoder's before a decoder's."""
+        return tuple(dict.fromkeys(target.block for target in self.targets))
 
 
 def load_config(
@@ -92,16 +104,17 @@ def find_layout(
     model = skeleton(folder, kind, trust_remote_code)
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    inside = [name for name in linears if any(name.startswith(block + ".") for block in _block_lists(model))]
+    stacks = _block_lists(model)
+    inside = {name: block for name in linears if (block := _block(name, stacks))}
     if not inside:
         raise UserError(
             f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
         )
     prefix = model.base_model_prefix
     in_float32 = list(model._keep_in_fp32_modules or ())
-    outside = tuple(name for name in linears if name not in set(inside))
+    outside = tuple(name for name in linears if name not in inside)
     head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
-    targets = tuple(_target(name, linears[name], shapes, prefix, folder) for name in inside)
+    targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
     return Layout(
         targets=targets,
         target_modules=_shortest_endings(inside, modules),
@@ -149,7 +162,15 @@ def _block_lists(model: nn.Module) -> list[str]:
     return [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
 
 
-def _target(module: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path) -> Target:
+def _block(module: str, stacks: Iterable[str]) -> str | None:
+    """The name of the block in one of the `stacks` that the module lies in; None where it lies in none."""
+    stack = next((stack for stack in stacks if module.startswith(stack + ".")), None)
+    return None if stack is None else f"{stack}.{module.removeprefix(stack + '.').split('.')[0]}"
+
+
+def _target(
+    module: str, block: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path
+) -> Target:
     name = f"{module}.weight"
     tensor = stored_name(name, prefix, shapes)
     if tensor is None:
@@ -162,7 +183,7 @@ def _target(module: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]
             f"model.path={folder}: {tensor} has shape {tuple(shapes[tensor])}, config.json means {expected}; "
             "the weights are of another architecture than config.json"
         )
-    return Target(module, tensor, expected)
+    return Target(module, tensor, expected, block)
 
 
 def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:

@@ -106,7 +106,7 @@ def _key(source: Source, config: RunConfig) -> str:
     places = [source.folder, *(source.folder / name for name in ADAPTER_FOLDERS if name)]
     files = sorted(path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return digest_of(["off the shelf", 1, stats, config.model.kind, dataclasses.asdict(config.quant)])
+    return digest_of(["off the shelf", 1, stats, config.model.kind, config.quant.shaping])
 
 
 def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) -> Layout:
@@ -182,7 +182,9 @@ def _write(
             out.write(name, tensors.read(name))
     (folder / ADAPTER).mkdir()
     save_file(adapter.factors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
-    write_surroundings(folder, final, source, layout, dataclasses.replace(config, save_dtype=_dtype(tensors, adapter)))
+    write_surroundings(
+        folder, final, source, layout, {}, dataclasses.replace(config, save_dtype=_dtype(tensors, adapter))
+    )
     place = folder / "config.json"
     model_config = json.loads(place.read_text())
     if model_config.pop(
@@ -250,7 +252,7 @@ def _report(
             "cache_hits": 0,
             "mean_error_quantized": None,
             "mean_error": None,
-            "bits_per_weight": bits_per_weight(dataclasses.replace(config, save_dtype=dtype)),
+            "bits_per_weight": bits_per_weight(dataclasses.replace(config, save_dtype=dtype), quant.bits),
         },
         "weights": weights,
         "provenance": provenance(),

@@ -55,7 +55,7 @@ class LoftQConfig(QuantizationConfigMixin):
             names = f" and {', '.join(unknown)}" if unknown else ""
             raise UserError(f"quantization_config: packed by another loftq_exp (format {version}{names}; this one reads "
                             f"{VERSION}); update loftq_exp, or quantize again")  # fmt: skip
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration knows its own only
         self.bits, self.type, self.block_size, self.double = dict(bits), type, block_size, double
         self.scale_dtype, self.version = scale_dtype, version
         for width in set(self.bits.values()):

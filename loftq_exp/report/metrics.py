@@ -35,6 +35,7 @@ def assemble(
         "scored_adapter": evaluated["adapter"] if evaluated else None,
         "published": config.published,
         "init": {name: value for name, value in totals.items() if name not in ("seconds", "peak_memory")},
+        "bits_plan": init.report.get("bits_plan"),
         "seconds": {name: record["seconds"] for name, record in stages.items() if record},
         "peak_memory": {name: record["peak_memory"] for name, record in stages.items() if record},
         "backbone_bytes": init.backbone_bytes,

@@ -60,7 +60,8 @@ def _name(config: dict[str, Any]) -> str:
     kind = quant["type"].upper() if quant["type"] == "nf" else quant["type"] + "-"
     steps = f" iter {quant['iter']}" if quant["method"] == "loftq" else ""
     name = {"loftq": "LoftQ", "qlora": "QLoRA", "off-the-shelf": "LoftQ as published"}[quant["method"]]
-    return f"{name} {kind}{quant['bits']}{steps}"
+    bits = f"{quant['bits']} {quant.get('allocation') or ''}".rstrip() if not quant.get("bits_per_layer") else " mixed"
+    return f"{name} {kind}{bits}{steps}"
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -54,9 +54,9 @@ class Recorder:
 
     def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float]) -> None:
         """The scores, and hparams with them, so that runs can be compared in the HPARAMS tab."""
-        quant, train = config.quant, config.train
+        quant, train, plan = config.quant, config.train, init.report.get("bits_plan", {})
         hparams: dict[str, Any] = {
-            "model": config.model.basename, "method": quant.method, "type": quant.type, "bits": quant.bits,
+            "model": config.model.basename, "method": quant.method, "type": quant.type, "bits": plan.get("code_bits", quant.bits),
             "rank": quant.rank, "iter": quant.iter, "alpha": init.report["quant"]["scaling"] * quant.rank, "task": config.task.label,
             "learning_rate": train.learning_rate, "seed": config.seed,
         }  # fmt: skip

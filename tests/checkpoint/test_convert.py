@@ -25,7 +25,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
-from loftq_exp.checkpoint import convert
+from loftq_exp.checkpoint import convert, decomposer
 from loftq_exp.checkpoint.artifact import Initialised
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.layout import AUTO_CLASSES
@@ -703,14 +703,14 @@ def test_a_weight_that_is_not_finite_is_named(shelf: Shelf, tmp_path: Path, valu
 
 def failing_after(count: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `count` weights be decomposed and then raises."""
-    original, calls = convert.decompose, iter(range(10**6))
+    original, calls = decomposer.decompose, iter(range(10**6))
 
     def decompose(*arguments: Any, **options: Any) -> Any:
         if next(calls) >= count:
             raise error
         return original(*arguments, **options)
 
-    monkeypatch.setattr(convert, "decompose", decompose)
+    monkeypatch.setattr(decomposer, "decompose", decompose)
 
 
 @pytest.mark.parametrize(
@@ -733,14 +733,14 @@ def test_an_interrupted_run_leaves_no_folder_and_goes_on_from_what_it_had(
 def test_after_a_kill_the_next_run_starts_from_the_weights_already_done(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = convert.decompose, iter(range(100))
+    original, calls = decomposer.decompose, iter(range(100))
 
     def decompose(*arguments: Any, **options: Any) -> Any:
         if next(calls) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(convert, "decompose", decompose)
+    monkeypatch.setattr(decomposer, "decompose", decompose)
     killed = multiprocessing.get_context("fork").Process(target=made, args=(shelf.model, tmp_path))
     killed.start()
     killed.join(60)
