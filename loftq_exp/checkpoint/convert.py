@@ -138,7 +138,6 @@ def _write_weights(
     worker: _Worker,
     head: dict[str, torch.Tensor],
 ) -> list[WeightReport]:
-    config = worker.config
     targets = {target.tensor: target for target in layout.targets}
     names = _written_names(tensors, layout)
     backbone = _backbone_specs(names, tensors, targets, plan, worker)
