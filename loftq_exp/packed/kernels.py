@@ -1,10 +1,13 @@
-"""Unpacking and dequantizing in one pass over memory: numba's compiled form of unpack, decode and round.
+"""Unpacking and what follows it in one pass over memory, in numba's compiled form.
 
-`fused(quantizer, dtype)` gives a function that writes a packed weight's values. It gives the same bytes as torch's form in
-`loftq_exp.packed.weight`: the same float32 operations in the same order. A table holds what a byte's (or, of 3-bit codes,
-12 bits') worth of codes stand for, so that one load brings two to four levels.
+`fused(quantizer, dtype)` gives a function that writes a packed weight's values, with the same bytes as torch's form in
+`loftq_exp.packed.storage`: the same float32 operations in the same order. `fused_product(quantizer)` gives one that multiplies
+a few rows by the weight and never writes its values: in generation, writing them would take longer than all else.
 
-Without numba, or for a quantizer or type that has no kernel, `fused` gives None and torch's form is used.
+Codes of 2, 4 and 8 bits are taken from words of 32 bits, which the compiler makes vector instructions of. 3-bit codes cross
+words: of these a table has what 12 bits stand for, so that one load brings four levels.
+
+Without numba, or for a quantizer or type that has no kernel, both give None and torch's form is used.
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """f(packed, scales, values): whole blocks; scales float32 (blocks, numbers); values flat, of the kernel's type, written."""
 
-_TABLE_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
-"""How many bits of packed codes are looked up at once."""
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""f(packed, scales, rows, products): rows (n, in) float32, products (n, out) float32, written."""
+
+WIDTHS = (2, 3, 4, 8)
+"""Bits a code that there are kernels for."""
 
 CHUNK_VALUES = 1024
 """About as many values go through one loop after the other, in the nearest cache."""
@@ -35,15 +41,12 @@ CHUNK_VALUES = 1024
 @functools.cache
 def fused(quantizer: Quantizer, dtype: torch.dtype) -> Kernel | None:
     """The compiled pass for packed codes of `quantizer` on the CPU into `dtype`; None where there is none."""
-    family, bits, block = quantizer.kernel_family, quantizer.bits, quantizer.block_size
     types = (torch.float32, torch.bfloat16)
-    if numba is None or family is None or bits not in _TABLE_BITS or block % 32:
+    if not _has_kernel(quantizer) or dtype not in types or quantizer.scale_dtype not in types:
         return None
-    if dtype not in types or quantizer.scale_dtype not in types:
-        return None
-    of_code = quantizer.levels() if family == "levels" else torch.arange(2**bits, dtype=torch.float32)
-    table = _table(of_code.numpy(), bits)
-    run = _kernel(bits, block, family == "uniform", quantizer.scale_dtype == torch.bfloat16, dtype == torch.bfloat16)
+    bits, table = quantizer.bits, _table(quantizer)
+    affine, stored_rounded = quantizer.kernel_family == "uniform", quantizer.scale_dtype == torch.bfloat16
+    run = _kernel(bits, quantizer.block_size, affine, stored_rounded, dtype == torch.bfloat16)
     integers = torch.int16 if dtype == torch.bfloat16 else torch.int32
 
     def call(packed: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> None:
@@ -53,11 +56,36 @@ def fused(quantizer: Quantizer, dtype: torch.dtype) -> Kernel | None:
     return call
 
 
-def _table(of_code: np.ndarray, bits: int) -> np.ndarray:
-    """For every content of the bits that are looked up at once, what its codes stand for: float32, (contents, codes)."""
-    contents = np.arange(2 ** _TABLE_BITS[bits])
-    shifts = np.arange(0, _TABLE_BITS[bits], bits)
-    return np.ascontiguousarray(of_code[(contents[:, None] >> shifts) & (2**bits - 1)])
+@functools.cache
+def fused_product(quantizer: Quantizer) -> Product | None:
+    """The compiled product of a few rows with a packed weight on the CPU; None where there is none. Rows must be whole blocks.
+
+    Sums are in float32, of values that are not rounded to the type that they would be stored in.
+    """
+    if not _has_kernel(quantizer):
+        return None
+    table = _table(quantizer)
+    run = _product_kernel(quantizer.bits, quantizer.block_size, quantizer.kernel_family == "uniform")
+
+    def call(packed: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, products: torch.Tensor) -> None:
+        run(packed.numpy(), scales.numpy(), table, rows.numpy(), products.numpy())
+
+    return call
+
+
+def _has_kernel(quantizer: Quantizer) -> bool:
+    kind = quantizer.kernel_family is not None and quantizer.bits in WIDTHS
+    return numba is not None and kind and quantizer.block_size % 32 == 0
+
+
+def _table(quantizer: Quantizer) -> np.ndarray:
+    """What a code stands for before scaling; of 3 bits, for every content of 12 bits what its four codes stand for."""
+    bits = quantizer.bits
+    levels = quantizer.kernel_family == "levels"
+    of_code = (quantizer.levels() if levels else torch.arange(2**bits, dtype=torch.float32)).numpy()
+    if bits != 3:
+        return of_code
+    return np.ascontiguousarray(of_code[(np.arange(4096)[:, None] >> np.arange(0, 12, 3)) & 7])
 
 
 @functools.cache
@@ -111,14 +139,45 @@ def _looking_up(bits: int) -> Any:
                     x[8 * i + 4 + j] = table[high, j]
 
         return compiled(look_up_three)
-    per_byte = 8 // bits
+    per_word, mask = 32 // bits, np.uint32(2**bits - 1)
 
     def look_up(packed: Any, table: Any, x: Any) -> None:
-        for i in range(packed.size):
-            for j in range(per_byte):
-                x[per_byte * i + j] = table[packed[i], j]
+        words = packed.view(np.uint32)
+        for i in range(words.size):
+            word = words[i]
+            for j in range(per_word):
+                x[per_word * i + j] = table[(word >> np.uint32(bits * j)) & mask]
 
     return compiled(look_up)
+
+
+@functools.cache
+def _product_kernel(bits: int, block: int, affine: bool) -> Any:
+    """y[n, o] = sum_i Q[o, i] x[n, i], a row of Q at a time in the nearest cache."""
+    look_up = _looking_up(bits)
+
+    def run(packed: Any, scales: Any, table: Any, rows: Any, products: Any) -> None:
+        columns = rows.shape[1]
+        blocks, size, last = columns // block, columns * bits // 8, scales.shape[1] - 1
+        x = np.empty(columns, np.float32)
+        for o in range(products.shape[1]):
+            look_up(packed[o * size : (o + 1) * size], table, x)
+            for b in range(blocks):
+                part, scale = x[b * block : (b + 1) * block], scales[o * blocks + b, last]
+                for i in range(block):
+                    part[i] = part[i] * scale
+                if affine:
+                    minimum = scales[o * blocks + b, 0]
+                    for i in range(block):
+                        part[i] = part[i] + minimum
+            for n in range(rows.shape[0]):
+                row, total = rows[n], np.float32(0)
+                for i in range(columns):
+                    total += x[i] * row[i]
+                products[n, o] = total
+
+    # The sums may be taken in any order, which is what lets them be vectors; it is the same order each time.
+    return numba.njit(run, nogil=True, error_model="numpy", fastmath={"nnan", "reassoc", "contract"})
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from loftq_exp.loftq.quantizers import Quantized, Quantizer
-from loftq_exp.packed.storage import PARTS, check_parts, dequantize, pack, part_specs, unpack
+from loftq_exp.packed.storage import PARTS, check_parts, dequantize, pack, part_specs, product, unpack
 
 
 class PackedLinear(nn.Linear):
@@ -126,6 +126,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, layer: PackedLinear) -> torch.Tensor:
         ctx.layer = layer
+        found = product(layer.parts, layer.quantizer, layer.shape, input)
+        if found is not None:
+            return found if bias is None else found + bias
         return nn.functional.linear(input, layer.dequantize(input.dtype), bias)
 
     @staticmethod

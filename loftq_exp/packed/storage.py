@@ -20,7 +20,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.loftq.quantizers import Quantized, Quantizer
 from loftq_exp.loftq.scales import SCALES_PER_STEP, QuantizedScales, dequantize_scales, quantize_scales
 from loftq_exp.packed.codes import CODES_PER_GROUP, pack_codes, packed_bytes, unpack_codes
-from loftq_exp.packed.kernels import fused
+from loftq_exp.packed.kernels import fused, fused_product
 
 PARTS = ("qweight", "scales", "scale_steps")
 """Names of the tensors that stand for one weight."""
@@ -97,6 +97,34 @@ def dequantize(
             part = scales[start // quantizer.block_size : stop // quantizer.block_size]
         flat[start:stop] = quantizer.decode_stored(Quantized(codes, part)).view(-1)
     return values
+
+
+FEW_ROWS = 8
+"""So many rows at most are multiplied by packed codes directly; for more, unpacking once costs less."""
+
+
+def product(
+    parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int], rows: torch.Tensor
+) -> torch.Tensor | None:
+    """rows (..., in) times the transpose of a packed weight (out, in), in the rows' type, with sums in float32.
+
+    None where it is not a matter of a few rows on a processor, or there is no kernel for it: then `dequantize` and multiply.
+    """
+    count = rows.numel() // shape[1]
+    if rows.device.type != "cpu" or not 0 < count <= FEW_ROWS or shape[1] % quantizer.block_size:
+        return None
+    kernel = fused_product(quantizer)
+    # The kernel leaves out the rounding of stored values, which only a type of no more digits than theirs may do.
+    if kernel is None or torch.finfo(rows.dtype).eps < torch.finfo(quantizer.scale_dtype).eps:
+        return None
+    products = torch.empty(count, shape[0], dtype=torch.float32)
+    kernel(
+        parts["qweight"],
+        float_scales(parts, quantizer),
+        rows.detach().reshape(count, -1).to(torch.float32).contiguous(),
+        products,
+    )
+    return products.to(rows.dtype).reshape(*rows.shape[:-1], shape[0])
 
 
 def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
