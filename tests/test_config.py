@@ -153,7 +153,7 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
-    later = {"allocation": None, "bits_per_layer": None, "rank_choices": None}
+    later = {"double": False, "allocation": None, "bits_per_layer": None, "rank_choices": None}
     quant = config().quant
     assert quant.shaping == {name: value for name, value in dataclasses.asdict(quant).items() if name not in later}
     changes: list[dict[str, Any]] = [

@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from loftq_exp.checkpoint.artifact import Initialised, bnb4_config
+from loftq_exp.checkpoint.card import model_card
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.layout import AUTO_CLASSES, Layout, Target
 from loftq_exp.checkpoint.plan import Precision, candidates, code_bits, make_plan
@@ -302,6 +303,18 @@ def test_a_budget_finds_what_a_sweep_measured_and_leaves_what_it_measures(tiny_l
     sums = [sum(weight["errors"][-1] ** 2 for weight in init.report["weights"]) for init in (budget, paper)]
     assert sums[0] < sums[1]
     assert budget.report["bits_plan"]["code_bits"] <= 2.5
+
+
+def test_the_card_says_what_was_mixed(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    init = made(tiny_llama_dir, tmp_path, bits=2.5, allocation="error+rank")
+    values = {"model": {"path": str(tiny_llama_dir), "kind": "causal"}, "task": {"kind": "gsm8k"}, "train": {},
+              "quant": {"method": "loftq", "rank": 8, "iter": 2, "bits": 2.5, "allocation": "error+rank"}}  # fmt: skip
+    card = model_card(init, RunConfig.from_mapping(values), None)
+    widths = sorted({weight["bits"] for weight in init.report["weights"]})
+    ranks = sorted({weight["rank"] for weight in init.report["weights"]})
+    assert f"| bits | {init.report['bits_plan']['code_bits']:.4g} on average: {', '.join(map(str, widths))} (" in card
+    assert f"| rank | {', '.join(map(str, ranks))} (in all no more than 8 each) |" in card
+    assert "- 2.5-bit\n" in card
 
 
 def test_a_budget_for_qlora_follows_quantization_alone(tiny_llama_dir: Path, tmp_path: Path) -> None:
