@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from loftq_exp.registration import register
+
 if TYPE_CHECKING:
     from loftq_exp.cli import compose
     from loftq_exp.config import RunConfig
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 __version__ = version("loftq_exp")
 __all__ = ["RunConfig", "RunResult", "UserError", "__version__", "compose", "loftq_init", "run"]
+
+register()
 
 _PLACES = {
     "RunConfig": "loftq_exp.config",

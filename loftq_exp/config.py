@@ -35,6 +35,9 @@ BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
 }
 """The bit widths of each `quant.type`; `none` keeps the weights as they are (16-bit LoRA)."""
 
+BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
+"""Types without blocks: their scales are those of the whole weight or of its rows, or there are none."""
+
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
 """What the paper's mixed precisions mix: 4 bits in the first layers, 2 in the others."""
@@ -102,6 +105,7 @@ class QuantConfig:
     )
     iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001)
     block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1)
+    double: bool = setting("quantize the scales of the blocks themselves, to 8 bits with a step for every 256", False)
     alpha: float | None = setting("LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0)
     dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1)
     solver: str = setting(
@@ -137,6 +141,9 @@ class QuantConfig:
             raise UserError(
                 f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
             )
+        if self.double and self.type in BLOCKLESS_TYPES:
+            raise UserError(f"quant.double=true: type {self.type} has no blocks whose scales could be quantized; "
+                            "leave quant.double out, or use nf or uniform")  # fmt: skip
 
     def _check_bits(self) -> None:
         allowed = BITS_OF_TYPE[self.type]
@@ -193,7 +200,14 @@ class QuantConfig:
                     raise UserError(f"quant.{name}={value}: names a published checkpoint; add quant=off-the-shelf, "
                                     f"or set model.{name} for the pre-trained one")  # fmt: skip
             return
-        published = {"type": "nf", "block_size": 64, "alpha": None, "allocation": None, "bits_per_layer": None}
+        published = {
+            "type": "nf",
+            "block_size": 64,
+            "double": False,
+            "alpha": None,
+            "allocation": None,
+            "bits_per_layer": None,
+        }
         for name, kept in published.items():
             if (value := getattr(self, name)) != kept:
                 raise UserError(f"quant.{name}={value}: off-the-shelf takes a checkpoint as it was published; "
@@ -242,8 +256,8 @@ class QuantConfig:
         settings = dataclasses.asdict(self)
         if self.bits_per_layer is not None:
             settings["bits_per_layer"] = list(self.bits_per_layer.items())
-        later = ("allocation", "bits_per_layer", "rank_choices")
-        return {name: value for name, value in settings.items() if name not in later or value is not None}
+        later = ("allocation", "bits_per_layer", "rank_choices", "double")
+        return {name: value for name, value in settings.items() if name not in later or value not in (None, False)}
 
     @property
     def lora_alpha(self) -> float:
@@ -390,7 +404,9 @@ class RunConfig:
         "type of the stored backbone and of its scales", "bfloat16", choices=("bfloat16", "float32")
     )
     save_format: str = setting(
-        "dense: dequantized values; bnb4: bitsandbytes' packed 4-bit", "dense", choices=("dense", "bnb4")
+        "dense: dequantized values; bnb4: bitsandbytes' packed 4-bit; packed: codes at their own bits, which train packed",
+        "dense",
+        choices=("dense", "bnb4", "packed"),
     )
     seed: int = setting("seed of the data order, dropout and random factors", 11, ge=0, lt=2**32)
     device: str = setting("auto, cpu, cuda or cuda:N", "auto")
@@ -412,11 +428,22 @@ class RunConfig:
                 widths = "/".join(map(str, self.quant.widths))
                 raise UserError(
                     f"{option}=bnb4: bitsandbytes' NF4 with blocks of 64 cannot hold {self.quant.type} at {widths} bits "
-                    f"with blocks of {self.quant.block_size}; use {option}=dense, or quant.type=nf with 4 or 2 bits"
+                    f"with blocks of {self.quant.block_size}{' and double' if self.quant.double else ''}; "
+                    f"use {option}=dense, or quant.type=nf with 4 or 2 bits"
                 )
+        if self.save_format == "packed":
+            self._check_packed()
         if self.save_format == "bnb4" and self.train.backbone == "dense" and set(self.stages) != {"quantize"}:
             raise UserError("train.backbone=dense: save_format=bnb4 stores 4-bit layers, which load as such; "
                             "use train.backbone=auto or save_format=dense")  # fmt: skip
+
+    def _check_packed(self) -> None:
+        if self.quant.type == "none" or self.quant.method == "off-the-shelf":
+            raise UserError(f"save_format=packed: {self.quant.method} has no codes to pack; use save_format=dense, "
+                            "or quant=loftq or qlora")  # fmt: skip
+        if self.train.backbone != "auto":
+            raise UserError(f"train.backbone={self.train.backbone}: save_format=packed stores packed layers, which load as such; "
+                            "use train.backbone=auto or another save_format")  # fmt: skip
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -430,7 +457,8 @@ class RunConfig:
     @property
     def fits_bnb4(self) -> bool:
         """Whether bitsandbytes' NF4 layers hold the quantized values exactly: every NF2 level is an NF4 level."""
-        return self.quant.type == "nf" and set(self.quant.widths) <= {2, 4} and self.quant.block_size == 64
+        quant = self.quant
+        return quant.type == "nf" and set(quant.widths) <= {2, 4} and quant.block_size == 64 and not quant.double
 
     @property
     def cache_path(self) -> Path:

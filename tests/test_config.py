@@ -77,7 +77,7 @@ def test_every_bound_holds(name: str, bounds: dict[str, Any], kind: type) -> Non
     ("train.max_steps", 0), ("train.adam_beta2", 1), ("train.lr_scheduler_type", "cosin"), ("train.bf16", "maybe"),
     ("train.per_device_train_batch_size", 0), ("task.max_train_samples", 0), ("task.max_source_length", 0),
     ("task.kind", "gms8k"), ("model.kind", "decoder"), ("model.path", None), ("quant.method", "loft"), ("quant.solver", "svd"),
-    ("quant.type", "nf4"), ("seed", -1), ("seed", 2**32), ("save_dtype", "int8"), ("save_format", "packed"), ("stages", []),
+    ("quant.type", "nf4"), ("seed", -1), ("seed", 2**32), ("save_dtype", "int8"), ("save_format", "gguf"), ("stages", []),
     ("stages", ["quantize", "quantize"]), ("stages", ["quantise"]), ("stages", "quantize"), ("stages", None),
 ])  # fmt: skip
 def test_refused_values(name: str, value: Any) -> None:

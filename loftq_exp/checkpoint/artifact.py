@@ -16,9 +16,11 @@ from filelock import FileLock
 from peft import LoraConfig, TaskType
 
 from loftq_exp.checkpoint.layout import TASK_TYPES, Layout, load_config
+from loftq_exp.checkpoint.plan import Precision
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.packed.hf import NEEDS_US, LoftQConfig
 
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
@@ -109,23 +111,27 @@ def _is_empty(place: Path) -> bool:
 
 
 def write_surroundings(
-    folder: Path, final: Path, source: Source, layout: Layout, ranks: Mapping[str, int], config: RunConfig
+    folder: Path, final: Path, source: Source, layout: Layout, plan: Mapping[str, Precision], config: RunConfig
 ) -> None:
     """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config.
 
-    `ranks` are those of the targets' factors by module.
+    `plan` has the bits of each target, and the rank of its factors, by module.
     """
     model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
     dtype: torch.dtype = getattr(torch, config.save_dtype)
     model_config.dtype = dtype
     if config.save_format == "bnb4":
         model_config.quantization_config = bnb4_config(layout.other_linears, dtype)
+    elif config.save_format == "packed":
+        model_config.quantization_config = _packed_config(plan, config)
     model_config.save_pretrained(folder)
+    if config.save_format == "packed":
+        stop_other_readers(folder)
     for pattern in _CARRIED:
         for path in source.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     quant = config.quant
-    others = {module: rank for module, rank in ranks.items() if rank != quant.rank}
+    others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
     adapter = LoraConfig(
         task_type=TaskType(TASK_TYPES[config.model.kind]),
         base_model_name_or_path=str(final.resolve()),
@@ -142,6 +148,22 @@ def write_surroundings(
     # PEFT's own writer would put the target modules in the order of a set, another one in every process.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQConfig:
+    bits = {module: precision.bits for module, precision in plan.items()}
+    quant = config.quant
+    return LoftQConfig(bits, quant.type, quant.block_size, quant.double, config.save_dtype)
+
+
+def stop_other_readers(folder: Path) -> None:
+    """Has transformers refuse the packed checkpoint in `folder` where loftq_exp was not imported, see NEEDS_US.
+
+    Into the file itself, because transformers' own writer leaves this setting out.
+    """
+    place = folder / "config.json"
+    values = json.loads(place.read_text()) | {"transformers_weights": NEEDS_US}
+    place.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _number(alpha: float) -> int:

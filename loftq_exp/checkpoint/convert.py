@@ -38,10 +38,12 @@ from loftq_exp.checkpoint.source import Source
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
 from loftq_exp.checkpoint.workers import Phases, side_by_side
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
-from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.config import BLOCKLESS_TYPES, RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
+from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, Decomposition, Quantized, kaiming_uniform_A
+from loftq_exp.loftq.scales import SCALES_PER_STEP
+from loftq_exp.packed.storage import pack, part_specs
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
 
@@ -89,8 +91,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             with written_whole(final) as folder:
                 head = head_tensors(source.folder, tensors, layout, config)
                 weights = _write_weights(folder, tensors, layout, plan, worker, head)
-                ranks = {module: precision.rank for module, precision in plan.items()}
-                write_surroundings(folder, final, source, layout, ranks, config)
+                write_surroundings(folder, final, source, layout, plan, config)
                 report = _report(key, source, config, layout, plan, weights)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
@@ -137,10 +138,9 @@ def _write_weights(
     worker: _Worker,
     head: dict[str, torch.Tensor],
 ) -> list[WeightReport]:
-    config = worker.config
     targets = {target.tensor: target for target in layout.targets}
     names = _written_names(tensors, layout)
-    backbone = _backbone_specs(names, tensors, targets, config)
+    backbone = _backbone_specs(names, tensors, targets, plan, worker)
     (folder / ADAPTER).mkdir()
     reports: list[WeightReport] = []
     with (
@@ -157,12 +157,12 @@ def _write_weights(
                 out.write(name, weight)
                 return None
             phases = Phases()
-            values, lora_A, lora_B, report = worker.initialise(
+            stored, lora_A, lora_B, report = worker.initialise(
                 targets[name], plan[targets[name].module], weight, phases
             )
             with phases.timed("write"):
-                for stored, tensor in _stored(name, values, config).items():
-                    out.write(stored, tensor)
+                for part, tensor in stored.items():
+                    out.write(part, tensor)
                 adapter.write(_adapter_name(targets[name], "A"), lora_A)
                 adapter.write(_adapter_name(targets[name], "B"), lora_B)
             return dataclasses.replace(report, seconds=phases.total, phases=phases.seconds)
@@ -193,8 +193,8 @@ class _Worker:
 
     def initialise(
         self, target: Target, precision: Precision, weight: torch.Tensor, phases: Phases
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, WeightReport]:
-        """Backbone values (save_dtype), A (r x in) and B (out x r) as PEFT stores them, and the report."""
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, WeightReport]:
+        """The backbone's tensors by name, A (r x in) and B (out x r) as PEFT stores them, and the report."""
         with phases.timed("digest"):
             digest = weight_digest(weight)
         quant, rank, (rows, columns) = self.config.quant, precision.rank, target.shape
@@ -202,13 +202,14 @@ class _Worker:
         lora_A, lora_B = _random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)
         if quant.type == "none":
             values = weight.to(self.dtype)
+            stored = {target.tensor: values.cpu()}
             wide = weight.double()
             errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
         else:
             found = self.decomposer.decomposed(target, weight, digest, precision, phases)
             result, hit, computed = found.result, found.cache_hit, found.steps_computed
             with phases.timed("decode"):
-                values = result.backbone(self.decomposer.quantizers[precision.bits], self.dtype)
+                stored = self._stored(target.tensor, result, precision.bits)
             errors = result.errors
             if quant.iter:
                 share = math.sqrt(
@@ -216,7 +217,27 @@ class _Worker:
                 )  # s is absorbed evenly, so that s B A is the fitted product for any alpha
                 lora_A, lora_B = result.lora_A / share, result.lora_B / share
         report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, 0.0, hit, computed, {})
-        return values.cpu(), lora_A.cpu(), lora_B.cpu(), report
+        return stored, lora_A.cpu(), lora_B.cpu(), report
+
+    def _stored(self, name: str, result: Decomposition, bits: int) -> dict[str, torch.Tensor]:
+        """The tensors that stand for one target in the file: its values, or a packed form of the same values."""
+        config, quantizer = self.config, self.decomposer.quantizers[bits]
+        if config.save_format == "packed":
+            quantized = Quantized(*(tensor.cpu() for tensor in result.quantized))
+            return {packed_name(name, part): tensor for part, tensor in pack(quantized, quantizer).items()}
+        values = result.backbone(quantizer, self.dtype).cpu()
+        return {name: values} if config.save_format == "dense" else _four_bit(name, values)
+
+    def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
+        """The types and shapes of what `initialise` gives for a target at so many bits."""
+        name, shape = target.tensor, target.shape
+        if self.config.save_format == "packed":
+            parts = part_specs(self.decomposer.quantizers[bits], shape)
+            return {packed_name(name, part): TensorSpec(*spec) for part, spec in parts.items()}
+        if self.config.save_format == "dense":
+            return {name: TensorSpec(self.dtype, shape)}
+        zeros = _four_bit(name, torch.zeros(shape, dtype=self.dtype))  # sizes follow from the shape alone
+        return {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
@@ -243,30 +264,27 @@ def _written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
 
 
 def _backbone_specs(
-    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], config: RunConfig
+    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], plan: Plan, worker: _Worker
 ) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
-    parts: dict[tuple[int, int], dict[str, TensorSpec]] = {}
-    dtype = getattr(torch, config.save_dtype)
     for name in names:
-        if name not in targets:
+        if name in targets:
+            specs |= worker.stored_specs(targets[name], plan[targets[name].module].bits)
+        else:
             specs[name] = TensorSpec(tensors.dtype(name), tensors.shape(name))
-            continue
-        shape = targets[name].shape
-        if shape not in parts:  # the parts' sizes follow from the shape alone; a weight of zeros shows them
-            zeros = _stored("", torch.zeros(shape, dtype=dtype), config)
-            parts[shape] = {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
-        specs |= {name + part: spec for part, spec in parts[shape].items()}
     return specs
 
 
-def _stored(name: str, values: torch.Tensor, config: RunConfig) -> dict[str, torch.Tensor]:
-    """The tensors that stand for one target in the file: its values, or bitsandbytes' packed form of the same values."""
-    if config.save_format == "dense":
-        return {name: values}
+def packed_name(tensor: str, part: str) -> str:
+    """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
+    return tensor.removesuffix("weight") + part
+
+
+def _four_bit(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """bitsandbytes' packed form of a target's values, by the names that it gives to its parts."""
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(values, blocksize=config.quant.block_size, quant_type="nf4")
+    codes, state = quantize_4bit(values, blocksize=64, quant_type="nf4")
     return {name: codes} | {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
 
 
@@ -327,7 +345,9 @@ def _summed(phases: list[dict[str, float]]) -> dict[str, float]:
 def bits_per_weight(config: RunConfig, bits: float) -> float:
     """Bits that one quantized value needs: its code's, and its share of the block's scales (int8's per-row scales are not)."""
     quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
-    if quant.type in ("none", "int", "uniform-clipped"):
+    if quant.type in BLOCKLESS_TYPES:
         return float(bits)
+    if quant.double:
+        scale_bits = 8 + 32 / SCALES_PER_STEP
     numbers = 2 if quant.type == "uniform" else 1
     return bits + numbers * scale_bits / quant.block_size

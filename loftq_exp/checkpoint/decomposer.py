@@ -38,7 +38,7 @@ class Decomposer:
         if config.quant.type != "none":
             dtype = getattr(torch, config.save_dtype)
             self.quantizers = {
-                bits: make_quantizer(config.quant.type, bits, config.quant.block_size, dtype)
+                bits: make_quantizer(config.quant.type, bits, config.quant.block_size, dtype, config.quant.double)
                 for bits in config.quant.widths
             }
 

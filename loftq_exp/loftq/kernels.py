@@ -43,7 +43,12 @@ SMALLEST_ABSMAX = 1e-38
 def fused(quantizer: Quantizer) -> Kernel | None:
     """The compiled pass of `quantizer` for tensors on the CPU; None where there is none."""
     family, block = quantizer.kernel_family, quantizer.block_size
-    if family is None or block % (2 * LANES) or quantizer.scale_dtype not in (torch.float32, torch.bfloat16):
+    if (
+        family is None
+        or quantizer.double
+        or block % (2 * LANES)
+        or quantizer.scale_dtype not in (torch.float32, torch.bfloat16)
+    ):
         return None
     if numba is None:
         _say_once()

@@ -24,9 +24,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from loftq_exp.config import BITS_OF_TYPE
+from loftq_exp.config import BITS_OF_TYPE, BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.kernels import SMALLEST_ABSMAX, fused
+from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
 
 QUANTIZER_VERSION = 1
 """Part of every cache key: raise it when a quantizer's results change."""
@@ -59,6 +60,8 @@ class Quantizer(ABC):
     """Consecutive values that share scales, for the types that work on blocks."""
     scale_dtype: torch.dtype = torch.float32
     """Type that scales, and the decoded backbone, are stored in."""
+    double: bool = False
+    """Whether the scales are quantized themselves, see `loftq_exp.loftq.scales`, instead of stored in `scale_dtype`."""
 
     def encode(self, weight: torch.Tensor) -> Quantized:
         """Codes and scales of a finite weight of any shape, floating type and device."""
@@ -84,8 +87,11 @@ class Quantizer(ABC):
         return -(-math.prod(shape) // self._group_size(shape)), self.numbers
 
     def aligned_rows(self, shape: tuple[int, ...]) -> int:
-        """The fewest rows of a matrix of this shape that are whole groups; all of them where no fewer are."""
-        size = self._group_size(shape)
+        """The fewest rows of a matrix of this shape that are whole groups; all of them where no fewer are.
+
+        Groups whose scales are quantized together count as one.
+        """
+        size = self._group_size(shape) * (SCALES_PER_STEP if self.double else 1)
         return min(size // math.gcd(size, shape[1]), shape[0])
 
     def groups_of(self, shape: tuple[int, ...], rows: slice) -> slice:
@@ -137,6 +143,8 @@ class Quantizer(ABC):
 
     numbers: ClassVar[int] = 1
     """Numbers a group in `Quantized.scales`."""
+    signed: ClassVar[tuple[bool, ...]] = (False,)
+    """Which of these numbers may be negative."""
     kernel_family: ClassVar[str | None] = None
     """Which of `loftq_exp.loftq.kernels` does this quantizer's arithmetic: `levels`, `uniform`, or none."""
 
@@ -166,13 +174,17 @@ class Quantizer(ABC):
             "block_size": self.block_size,
             "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
             "version": QUANTIZER_VERSION,
+            **({"double": True} if self.double else {}),
         }
 
     def _group_size(self, shape: tuple[int, ...]) -> int:
         return self.block_size
 
-    def _round(self, scales: torch.Tensor) -> torch.Tensor:
-        """Scales as they are stored; one beyond the type's range takes its largest value instead of infinity."""
+    def _round(self, scales: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """One number of each group as it is stored; beyond the type's range the largest value instead of infinity."""
+        if self.double:
+            signed = self.signed[number : number + 1]
+            return dequantize_scales(quantize_scales(scales, signed), signed)
         largest = torch.finfo(self.scale_dtype).max
         return scales.clamp(-largest, largest).to(self.scale_dtype).to(torch.float32)
 
@@ -220,6 +232,8 @@ class UniformSigma(Quantizer):
     That may be negative, which only turns the levels round. Values beyond the scale take the outermost level.
     """
 
+    signed = (True,)
+
     def levels(self) -> torch.Tensor:
         return torch.linspace(-1, 1, 2**self.bits)
 
@@ -242,6 +256,7 @@ class Uniform(Quantizer):
     """
 
     numbers = 2
+    signed = (True, False)
     kernel_family: ClassVar[str | None] = "uniform"
 
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +264,7 @@ class Uniform(Quantizer):
         top = 2**self.bits - 1
         minimum = self._round(low) + 0.0  # which of two zeros is the smaller one is left open: take the positive one
         # From the rounded minimum, so that the topmost level still reaches the maximum.
-        step = self._round(((high - minimum) / top).clamp_(min=0))
+        step = self._round(((high - minimum) / top).clamp_(min=0), 1)
         codes = ((groups - minimum) / torch.where(step == 0, torch.inf, step)).round_().clamp_(0, top)
         return codes.to(torch.uint8), torch.cat([minimum, step], dim=1)
 
@@ -319,7 +334,9 @@ _CLASS_OF_TYPE: dict[str, type[Quantizer]] = {
 }
 
 
-def make_quantizer(type: str, bits: int, block_size: int = 64, scale_dtype: torch.dtype = torch.float32) -> Quantizer:
+def make_quantizer(
+    type: str, bits: int, block_size: int = 64, scale_dtype: torch.dtype = torch.float32, double: bool = False
+) -> Quantizer:
     """The quantizer of this type.
 
     Args:
@@ -327,6 +344,7 @@ def make_quantizer(type: str, bits: int, block_size: int = 64, scale_dtype: torc
         bits: bits a value; which are allowed depends on the type, see `loftq_exp.config.BITS_OF_TYPE`.
         block_size: consecutive values (row-major) that share scales; uniform-clipped and int take no notice of it.
         scale_dtype: float32, bfloat16 or float16, the type the scales and decoded values will be stored in.
+        double: whether the scales of blocks are quantized to 8 bits themselves.
 
     Raises:
         UserError: for a type, bits, block size or scale type that does not exist or does not fit.
@@ -340,7 +358,11 @@ def make_quantizer(type: str, bits: int, block_size: int = 64, scale_dtype: torc
         raise UserError(f"block_size={block_size}: not a number of values; choose a positive one (64 is usual)")
     if scale_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"scale_dtype={scale_dtype}: not a type for scales; choose float32, bfloat16 or float16")
-    return _CLASS_OF_TYPE[type](type, bits, block_size, scale_dtype)
+    if double and type in BLOCKLESS_TYPES:
+        raise UserError(
+            f"quant.double=true: type {type} has no blocks whose scales are worth it; leave quant.double out"
+        )
+    return _CLASS_OF_TYPE[type](type, bits, block_size, scale_dtype, double)
 
 
 @functools.cache

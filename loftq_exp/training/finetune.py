@@ -21,7 +21,7 @@ from loftq_exp.device import compute_device, compute_dtype, peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
+from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
 from loftq_exp.training.positions import check_positions
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def finetune(
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "steps": trainer.state.global_step,
         "rows": len(rows),
-        "backbone": "bnb4" if holds_four_bit(init, config, device) else "dense",
+        "backbone": backbone_form(init, config, device),
         "dtype": str(dtype).removeprefix("torch."),
         "resumed_from": resumed.name if resumed else None,
         "seconds": time.perf_counter() - began,

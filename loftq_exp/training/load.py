@@ -47,7 +47,8 @@ def load_model(
         resized = num_labels != load_config(init.folder, config.model.trust_remote_code).num_labels
         # No problem_type: a checkpoint may name that of the task it was trained on before.
         options = {"num_labels": num_labels, "problem_type": None, "ignore_mismatched_sizes": resized}
-    load = _load_four_bit if holds_four_bit(init, config, device) else _load_dense
+    # A packed checkpoint says so itself, and transformers loads it as the packed layers that it is.
+    load = _load_four_bit if backbone_form(init, config, device) == "bnb4" else _load_dense
     with _without_bars():
         backbone = load(init, config, device, dtype, options)
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
@@ -88,19 +89,22 @@ def load_tokenizer(init: Initialised, config: RunConfig) -> transformers.PreTrai
         raise UserError(f"model.path={config.model.path}: no tokenizer to be read ({first}); add its files") from None
 
 
-def holds_four_bit(init: Initialised, config: RunConfig, device: torch.device) -> bool:
-    """Whether the run's backbone is held in bitsandbytes 4-bit layers rather than dense ones.
+def backbone_form(init: Initialised, config: RunConfig, device: torch.device) -> str:
+    """How the run's backbone is held: `packed`, in bitsandbytes' layers (`bnb4`) or `dense`.
 
-    Raises UserError where it must be and cannot: bitsandbytes 0.50 reads rows that are not whole blocks wrongly on a
+    Raises UserError where it must be bnb4 and cannot: bitsandbytes 0.50 reads rows that are not whole blocks wrongly on a
     processor with AVX-512, so that no processor is trusted with them.
     """
+    if config.save_format == "packed":
+        return "packed"
     broken = [weight for weight in init.report["weights"] if weight["shape"][1] % 64] if device.type == "cpu" else []
     forced = config.train.backbone == "bnb4" or config.save_format == "bnb4"
     if forced and broken:
         name, shape = broken[0]["name"], broken[0]["shape"]
         raise UserError(f"train.backbone=bnb4: {name} has rows of {shape[1]} values, and on a processor bitsandbytes reads only "
                         "whole blocks of 64 right; use train.backbone=dense and save_format=dense")  # fmt: skip
-    return forced or (config.train.backbone == "auto" and config.fits_bnb4 and not broken)
+    fits = config.train.backbone == "auto" and config.fits_bnb4 and not broken
+    return "bnb4" if forced or fits else "dense"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from loftq_exp.checkpoint.source import locate
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.training.finetune import _save_adapter, training_arguments
-from loftq_exp.training.load import holds_four_bit, load_model, load_tokenizer
+from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -164,7 +164,7 @@ def test_auto_takes_four_bit_layers_where_they_hold_the_values(
     tiny_llama_dir: Path, tmp_path: Path, changes: dict[str, Any], expected: bool
 ) -> None:
     config = settings(tiny_llama_dir, tmp_path, **changes)
-    assert holds_four_bit(made(config), config, CPU) is expected
+    assert (backbone_form(made(config), config, CPU) == "bnb4") is expected
     layers = targets(loaded(config), made(config)).values()
     assert {isinstance(layer, Linear4bit) for layer in layers} == {expected}
 
@@ -174,7 +174,7 @@ def test_rows_that_are_not_whole_blocks_stay_dense_on_a_processor(tmp_path: Path
     folder = a_model(hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, **sizes)), tmp_path / "tiny")
     config = settings(folder, tmp_path)
     assert not any(isinstance(layer, Linear4bit) for layer in targets(loaded(config), made(config)).values())
-    assert holds_four_bit(made(config), config, torch.device("cuda"))
+    assert backbone_form(made(config), config, torch.device("cuda")) == "bnb4"
     with pytest.raises(UserError, match=r"train.backbone=bnb4: model\.layers\.0\S+ has rows of 96 values"):
         loaded(settings(folder, tmp_path, train__backbone="bnb4"))
 

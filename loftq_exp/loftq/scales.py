@@ -1,0 +1,60 @@
+"""Scales quantized themselves ("double" quantization): one byte a scale, and one step for every 256 of them.
+
+A scale becomes a whole multiple of its group's step. The step keeps 16 significant bits, so that each multiple is exact in
+float32 and the largest comes back to the very step that it was made with: what was quantized once stays as it is, and the
+bytes can be had from the rounded scales at any time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+SCALES_PER_STEP = 256
+"""Consecutive scales that share one step."""
+
+
+class QuantizedScales(NamedTuple):
+    """Scales (groups, numbers) as bytes and steps; each column by itself."""
+
+    codes: torch.Tensor
+    """uint8 (groups, numbers); of a column with signs, 128 more than the multiple."""
+    steps: torch.Tensor
+    """float32 (groups / 256 rounded up, numbers)."""
+
+
+def quantize_scales(scales: torch.Tensor, signed: tuple[bool, ...]) -> QuantizedScales:
+    """The nearest multiples, with step = max |scale| / 255, or / 127 in the columns with signs.
+
+    Args:
+        scales: (groups, numbers), finite, float32.
+        signed: of each column whether it may hold negative values.
+    """
+    groups, numbers = scales.shape
+    most, offset = _most(signed, scales.device), _offset(signed, scales.device)
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, -groups % SCALES_PER_STEP))
+    largest = padded.reshape(-1, SCALES_PER_STEP, numbers).abs().amax(dim=1)
+    steps = ((largest / most).contiguous().view(torch.int32) & ~0xFF).view(torch.float32)
+    each = _each(steps, groups)
+    multiples = torch.where(each == 0, 0.0, scales / each).round_()
+    codes = torch.maximum(torch.minimum(multiples, most), -most) + offset
+    return QuantizedScales(codes.clamp_(min=0).to(torch.uint8), steps)
+
+
+def dequantize_scales(quantized: QuantizedScales, signed: tuple[bool, ...]) -> torch.Tensor:
+    """The scales that bytes and steps stand for: float32 (groups, numbers)."""
+    codes, steps = quantized
+    return (codes.to(torch.float32) - _offset(signed, codes.device)) * _each(steps, len(codes))
+
+
+def _each(steps: torch.Tensor, groups: int) -> torch.Tensor:
+    return steps.repeat_interleave(SCALES_PER_STEP, dim=0)[:groups]
+
+
+def _most(signed: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([127.0 if sign else 255.0 for sign in signed], device=device)
+
+
+def _offset(signed: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([128.0 if sign else 0.0 for sign in signed], device=device)

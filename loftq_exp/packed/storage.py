@@ -1,0 +1,130 @@
+"""What stands for a packed weight in a file and in memory, and its way back to values.
+
+    qweight      uint8, one row of bytes: the codes, packed tight (see `loftq_exp.packed.codes`)
+    scales       (groups, numbers): of type scale_dtype or, quantized themselves, uint8
+    scale_steps  float32 (groups / 256 rounded up, numbers): only where the scales are quantized themselves
+
+Groups and numbers are those of the quantizer, see `loftq_exp.loftq.quantizers`. Values come back exactly as
+`Quantizer.decode_stored` gives them, rounded to the type that they would be stored in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from loftq_exp.config import BLOCKLESS_TYPES
+from loftq_exp.errors import UserError
+from loftq_exp.loftq.quantizers import Quantized, Quantizer
+from loftq_exp.loftq.scales import SCALES_PER_STEP, QuantizedScales, dequantize_scales, quantize_scales
+from loftq_exp.packed.codes import CODES_PER_GROUP, pack_codes, packed_bytes, unpack_codes
+from loftq_exp.packed.kernels import fused
+
+PARTS = ("qweight", "scales", "scale_steps")
+"""Names of the tensors that stand for one weight."""
+
+CHUNK_VALUES = 2**20
+"""Values that torch's form works on at a time: what it needs beside the result."""
+
+
+def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor that stands for a weight of this shape.
+
+    Raises UserError where the weight's values are not whole blocks.
+    """
+    values = math.prod(shape)
+    if quantizer.type not in BLOCKLESS_TYPES and values % quantizer.block_size:
+        raise UserError(f"quant.block_size={quantizer.block_size}: does not divide the {values} values of a weight of "
+                        f"{shape[0]} x {shape[1]}, and only whole blocks are packed; choose a smaller power of two")  # fmt: skip
+    groups, numbers = quantizer.scales_shape(shape)
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "qweight": (torch.uint8, (packed_bytes(values, quantizer.bits),)),
+        "scales": (torch.uint8 if quantizer.double else quantizer.scale_dtype, (groups, numbers)),
+    }
+    if quantizer.double:
+        specs["scale_steps"] = (torch.float32, (-(-groups // SCALES_PER_STEP), numbers))
+    return specs
+
+
+def pack(quantized: Quantized, quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a weight that `quantizer` encoded. Nothing is lost: its scales are rounded already."""
+    specs = part_specs(quantizer, (quantized.codes.shape[0], quantized.codes.shape[1]))
+    parts = {"qweight": pack_codes(quantized.codes, quantizer.bits)}
+    if quantizer.double:
+        codes, steps = quantize_scales(quantized.scales, quantizer.signed)
+        return parts | {"scales": codes, "scale_steps": steps}
+    return parts | {"scales": quantized.scales.to(specs["scales"][0])}
+
+
+def float_scales(parts: Mapping[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
+    """The scales in float32, (groups, numbers)."""
+    if quantizer.double:
+        return dequantize_scales(QuantizedScales(parts["scales"], parts["scale_steps"]), quantizer.signed)
+    return parts["scales"].to(torch.float32)
+
+
+def unpack(parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> Quantized:
+    """Codes and scales of a packed weight of this shape: what `pack` was given."""
+    codes = unpack_codes(parts["qweight"], quantizer.bits, math.prod(shape)).reshape(shape)
+    return Quantized(codes, float_scales(parts, quantizer))
+
+
+def dequantize(
+    parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The values of a packed weight, (out, in) in `dtype`: those that would be stored dense, converted.
+
+    Beside the result only a chunk of it is held, on a processor one block.
+    """
+    qweight, scales = parts["qweight"], float_scales(parts, quantizer)
+    values = torch.empty(shape, dtype=dtype, device=qweight.device)
+    kernel = fused(quantizer, dtype) if qweight.device.type == "cpu" else None
+    if kernel:
+        kernel(qweight, scales, values.view(-1))
+        return values
+    chunk = _chunk_values(quantizer, shape)
+    flat, per_byte_group = values.view(-1), CODES_PER_GROUP
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
+        some = qweight[start // per_byte_group * quantizer.bits : packed_bytes(stop, quantizer.bits)]
+        rows = slice(start // shape[1], -(-stop // shape[1]))
+        codes = unpack_codes(some, quantizer.bits, stop - start)
+        if quantizer.type in BLOCKLESS_TYPES:  # groups are rows, or all of the weight
+            codes, part = codes.reshape(-1, shape[1]), scales[quantizer.groups_of(shape, rows)]
+        else:
+            part = scales[start // quantizer.block_size : stop // quantizer.block_size]
+        flat[start:stop] = quantizer.decode_stored(Quantized(codes, part)).view(-1)
+    return values
+
+
+def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
+    """How many values to decode at a time: whole blocks or rows, and whole bytes."""
+    unit = shape[1] if quantizer.type in BLOCKLESS_TYPES else quantizer.block_size
+    unit = math.lcm(unit, CODES_PER_GROUP)
+    return max(CHUNK_VALUES // unit, 1) * unit
+
+
+def check_parts(name: str, parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> None:
+    """Raises UserError where the tensors do not stand for a weight of this shape: their length, type or content."""
+    for part, (dtype, expected) in part_specs(quantizer, shape).items():
+        found = parts[part]
+        if found.dtype != dtype or tuple(found.shape) != expected:
+            raise UserError(f"{name}.{part}: {_kind(found.dtype)} {tuple(found.shape)}, a weight of {shape[0]} x {shape[1]} at "
+                            f"{quantizer.bits} bits has {_kind(dtype)} {expected}; get the file again")  # fmt: skip
+    scales = parts.get("scale_steps", parts["scales"])
+    if not bool(torch.isfinite(scales).all()):
+        raise UserError(
+            f"{name}: {int((~torch.isfinite(scales)).sum())} of its scales are NaN or infinite; get the file again"
+        )
+    spare = -math.prod(shape) % CODES_PER_GROUP
+    last = unpack_codes(parts["qweight"][-quantizer.bits * (CODES_PER_GROUP // 8) :], quantizer.bits, CODES_PER_GROUP)
+    if spare and bool(last[CODES_PER_GROUP - spare :].any()):
+        raise UserError(f"{name}.qweight: codes beyond the weight's last value; get the file again")
+    if quantizer.type == "int" and bool((parts["qweight"][: math.prod(shape)] == 0).any()):
+        raise UserError(f"{name}.qweight: a code out of range, type int has 1 to 255; get the file again")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
