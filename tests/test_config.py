@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loftq_exp.config import BITS_OF_TYPE, RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.quant import BITS_OF_TYPE
 from loftq_exp.schema import dotted_names
 
 BASE: dict[str, Any] = {

@@ -15,9 +15,9 @@ from fractions import Fraction
 from typing import Any
 
 from loftq_exp.checkpoint.layout import Layout, Target
-from loftq_exp.config import PAPER_WIDTHS, QuantConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Option, allocate
+from loftq_exp.quant import PAPER_WIDTHS, QuantConfig
 
 log = logging.getLogger(__name__)
 

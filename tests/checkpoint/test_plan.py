@@ -25,9 +25,10 @@ from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.layout import AUTO_CLASSES, Layout, Target
 from loftq_exp.checkpoint.plan import Precision, candidates, code_bits, make_plan
 from loftq_exp.checkpoint.source import locate
-from loftq_exp.config import QuantConfig, RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import decompose, make_quantizer
+from loftq_exp.quant import QuantConfig
 
 PROJECTIONS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 128)}
 
