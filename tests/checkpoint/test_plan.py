@@ -177,13 +177,13 @@ def test_ranks_to_choose_from() -> None:
 # In checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def made(model: Path, root: Path, kind: str = "causal", **changes: Any) -> Initialised:
+def made(model: Path, root: Path, kind: str = "causal", save_format: str = "dense", **changes: Any) -> Initialised:
     """The initialised checkpoint of `model` with these settings of `quant`; one cache for all in `root`."""
     values = {
         "model": {"path": str(model), "kind": kind},
         "quant": {"method": "loftq", "rank": 8, "iter": 2} | changes, "task": {"kind": "gsm8k"}, "train": {},
         "stages": ["quantize"], "save_dir": str(root / str(len(list(root.iterdir())))), "cache_dir": str(root / "cache"),
-        "device": "cpu",
+        "device": "cpu", "save_format": save_format,
     }  # fmt: skip
     config = RunConfig.from_mapping(values)
     return initialise(locate(config.model, config.cache_path), config)
@@ -260,6 +260,18 @@ def test_a_mix_of_two_and_four_bits_stays_exact_in_four_bit_layers(tiny_llama_di
         layer = four_bit.get_submodule(weight["name"])
         assert isinstance(layer, Linear4bit)
         assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), value)
+
+
+def test_a_plan_of_bits_and_ranks_is_the_same_model_packed_and_dense(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    logits = []
+    for save_format in ("dense", "packed"):
+        init = made(tiny_llama_dir, tmp_path, save_format=save_format, bits=2.5, allocation="error+rank")
+        backbone = AUTO_CLASSES["causal"].from_pretrained(init.folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(backbone, str(init.folder), subfolder="loftq_init")
+        with torch.no_grad():
+            logits.append(model(torch.arange(3, 23)[None]).logits)
+    assert 3 in {weight["bits"] for weight in init.report["weights"]}, "which bitsandbytes' layers could not hold"
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
 
 
 def t5() -> hf.PreTrainedModel:
