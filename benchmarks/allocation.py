@@ -1,52 +1,103 @@
 """The paper's mixed precisions beside budgets spent where the error is, at equal bits: weight error, and perplexity.
 
     python benchmarks/allocation.py [--text /work/shared/data/wikitext-2/test.raw.txt] [--blocks 8] [--output-dir /tmp/allocation]
+    python benchmarks/allocation.py --sums --text /work/shared/data/wikitext-2/valid.tokens.txt --blocks 4
 
-LoftQ on SmolLM2-135M, 5 steps, rank 64; perplexity straight after initialisation, on the first blocks of 1024 tokens. Prints
-Markdown for docs/low-bit.md. What is finished is found again, so that a run that was interrupted goes on.
+LoftQ on SmolLM2-135M, 5 steps, rank 64; perplexity straight after initialisation, on the first blocks of 1024 tokens. With
+--sums, budgets that sum the errors in other ways, as explicit plans. Prints Markdown for docs/low-bit.md. What is finished is
+found again, so that a run that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import loftq_exp
+from loftq_exp.checkpoint.source import locate
+from loftq_exp.checkpoint.tensors import open_tensors
+from loftq_exp.loftq.allocation import Option, allocate
 
-RULES = {"paper": "the paper's rule", "error": "`allocation=error`", "error+rank": "`allocation=error+rank`"}
-SETTINGS = [(bits, rule, f"{bits:g}", text) for bits in (2.25, 2.5, 3.0) for rule, text in RULES.items()]
-"""Bits, quant.allocation, and how the table shows them."""
-BOUNDS = [
-    (16.0, None, "16", "not quantized"),
-    (2.0, None, "2", "NF2"),
-    (3.0, None, "3", "NF3"),
-    (4.0, None, "4", "NF4"),
+NOMINAL = (2.5, 2.25, 3.0)
+"""The paper's bits. Of 30 layers its rule comes to a little less, and the budgets get no more than that."""
+BUDGETS = {"error": "`allocation=error`", "error+rank": "`allocation=error+rank`"}
+
+SUMS: list[tuple[str, Callable[[int, float], float], tuple[int, ...]]] = [
+    ("squared, relative", lambda values, norm: 1.0, (2, 3, 4)),
+    ("squared, relative, times values", lambda values, norm: values, (2, 3, 4)),
+    ("squared, absolute", lambda values, norm: norm**2, (2, 3, 4)),
+    ("squared, relative, 2 and 4 bits only", lambda values, norm: 1.0, (2, 4)),
 ]
+"""Ways to sum errors: what a squared relative error is multiplied with, given a weight's values and norm, and the choices."""
+Measured = tuple[str, dict[str, Any], list[dict[str, Any]]]
+"""A row's name, the metrics, and the report's weights."""
 
 
-def measure(args: argparse.Namespace, bits: float, rule: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The metrics of a run, and what its report says of each weight."""
-    how = ["quant=lora"] if bits == 16 else [f"quant.bits={bits:g}", f"quant.allocation={rule or 'null'}"]
-    config = loftq_exp.compose(["stages=[quantize,evaluate]", "model=smollm2", *how, "task=wikitext",
+def measure(
+    args: argparse.Namespace, *quant: str, plan: dict[str, int] | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics of a run with these overrides and the plan given, and what its report says of each weight."""
+    config = loftq_exp.compose(["stages=[quantize,evaluate]", "model=smollm2", *quant, "task=wikitext",
                                 f"task.eval_file={args.text}", f"task.max_eval_samples={args.blocks}",
-                                "train.backbone=dense", "train.per_device_eval_batch_size=1", f"output_dir={args.output_dir}"])  # fmt: skip
+                                "train.backbone=dense", "train.per_device_eval_batch_size=4", f"output_dir={args.output_dir}"])  # fmt: skip
+    if plan:
+        config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, bits_per_layer=plan))
     result = loftq_exp.run(config)
     return result.metrics, json.loads((result.init_dir / "init_report.json").read_text())["weights"]
 
 
-def row(shown: str, text: str, metrics: dict[str, Any], weights: list[dict[str, Any]]) -> str:
+def row(text: str, metrics: dict[str, Any], weights: list[dict[str, Any]]) -> str:
     """A line of the table; errors are relative, squared ones summed over the weights and, by values, over the model's."""
     errors = [weight["errors"][-1] for weight in weights]
     values = [math.prod(weight["shape"]) for weight in weights]
     widths = ", ".join(f"{sum(w['bits'] == b for w in weights)} x {b}" for b in sorted({w["bits"] for w in weights}))
     by_value = math.sqrt(sum(v * e**2 for v, e in zip(values, errors, strict=True)) / sum(values))
-    cells = [shown, text, f"{metrics['bits_plan']['code_bits']:.4f}", widths, f"{metrics['adapter_bytes'] / 1e6:.1f}",
+    cells = [text, f"{metrics['bits_plan']['code_bits']:.4f}", widths, f"{metrics['adapter_bytes'] / 1e6:.1f}",
              f"{sum(errors) / len(errors):.4f}", f"{sum(e**2 for e in errors):.2f}", f"{by_value:.4f}",
              f"{metrics['scores']['nll']:.4f}", f"{metrics['scores']['perplexity']:.1f}"]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def rules(args: argparse.Namespace) -> Iterator[Measured]:
+    """The paper's rule and the budgets at its bits, and what bounds them."""
+    for bits in NOMINAL:
+        metrics, weights = measure(args, f"quant.bits={bits:g}", "quant.allocation=paper")
+        yield f"{bits:g}: the paper's rule", metrics, weights
+        budget = math.floor(metrics["bits_plan"]["code_bits"] * 1e4) / 1e4
+        for rule, text in BUDGETS.items():
+            yield f"{bits:g}: {text}", *measure(args, f"quant.bits={budget:g}", f"quant.allocation={rule}")
+    for text, override in (("NF3 in all weights", "quant.bits=3"), ("NF2 in all weights", "quant.bits=2"),
+                           ("not quantized", "quant=lora")):  # fmt: skip
+        yield text, *measure(args, override)
+
+
+def sums(args: argparse.Namespace) -> Iterator[Measured]:
+    """Plans of the least sum of errors, summed in several ways and over several choices, at the paper's 2.5 bits."""
+    norms = weight_norms(args)
+    alone = {bits: measure(args, f"quant.bits={bits}", "stages=[quantize]")[1] for bits in (2, 3, 4)}
+    metrics, found = measure(args, f"quant.bits={NOMINAL[0]:g}", "quant.allocation=paper")
+    yield "the paper's rule", metrics, found
+    budget = sum(math.prod(weight["shape"]) * weight["bits"] for weight in found)
+    for text, factor, widths in SUMS:
+        items = [
+            [Option(weight["errors"][-1] ** 2 * factor(math.prod(weight["shape"]), norms[weight["name"]]),
+                    (math.prod(weight["shape"]) * weight["bits"],)) for weight in same]
+            for same in zip(*(alone[bits] for bits in widths), strict=True)
+        ]  # fmt: skip
+        plan = {weight["name"]: widths[option] for weight, option in zip(found, allocate(items, [budget]), strict=True)}
+        yield text, *measure(args, plan=plan)
+
+
+def weight_norms(args: argparse.Namespace) -> dict[str, float]:
+    """||W|| of every matrix of the model by its module."""
+    source = locate(loftq_exp.compose(["model=smollm2"]).model, args.output_dir / "cache")
+    with open_tensors(source.folder) as tensors:
+        return {name.removesuffix(".weight"): float(tensors.read(name).double().norm()) for name in tensors.names}
 
 
 def main() -> None:
@@ -55,12 +106,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("/work/shared/data/wikitext-2/test.raw.txt"))
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--output-dir", type=Path, default=Path("/tmp/allocation"))
+    parser.add_argument("--sums", action="store_true")
     args = parser.parse_args()
     rows = []
-    for bits, rule, shown, text in [*SETTINGS, *BOUNDS]:
-        rows.append(row(shown, text, *measure(args, bits, rule)))
+    for measured in (sums if args.sums else rules)(args):
+        rows.append(row(*measured))
         print(rows[-1], flush=True)
-    headings = ("bits", "rule", "code bits", "weights x bits", "adapter MB", "mean error", "total squared error",
+    headings = ("", "code bits", "weights x bits", "adapter MB", "mean error", "total squared error",
                 "root mean squared error by value", "NLL", "perplexity")  # fmt: skip
     print("\n| " + " | ".join(headings) + " |\n|" + " --- |" * len(headings))
     print("\n".join(rows))

@@ -66,7 +66,7 @@ def test_help_is_a_page_for_a_newcomer(cli: Any) -> None:
     assert not list(Path.cwd().iterdir())
     section = outcome.out.partition("The settings that people need\n")[2].partition("\n\n")[0]
     shown = [line.split("=")[0].strip() for line in section.splitlines()]
-    assert len(shown) == 10
+    assert len(shown) == 11
     assert set(shown) <= set(dotted_names(RunConfig))
 
 

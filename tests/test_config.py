@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loftq_exp.config import BITS_OF_TYPE, RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.quant import BITS_OF_TYPE
 from loftq_exp.schema import dotted_names
 
 BASE: dict[str, Any] = {
@@ -153,7 +154,7 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
-    later = {"allocation": None, "bits_per_layer": None, "rank_choices": None}
+    later = {"double": False, "allocation": None, "bits_per_layer": None, "rank_choices": None}
     quant = config().quant
     assert quant.shaping == {name: value for name, value in dataclasses.asdict(quant).items() if name not in later}
     changes: list[dict[str, Any]] = [

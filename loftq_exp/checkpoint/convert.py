@@ -38,7 +38,7 @@ from loftq_exp.checkpoint.source import Source
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
 from loftq_exp.checkpoint.workers import Phases, side_by_side
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
-from loftq_exp.config import BLOCKLESS_TYPES, RunConfig, digest_of
+from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, Decomposition, Quantized, kaiming_uniform_A
@@ -46,6 +46,7 @@ from loftq_exp.loftq.scales import SCALES_PER_STEP
 from loftq_exp.packed.storage import pack, part_specs
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
+from loftq_exp.quant import BLOCKLESS_TYPES
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from fractions import Fraction
 from typing import Any
 
 from loftq_exp.checkpoint.layout import Layout, Target
-from loftq_exp.config import PAPER_WIDTHS, QuantConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Option, allocate
+from loftq_exp.quant import PAPER_WIDTHS, QuantConfig
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def code_bits(layout: Layout, plan: Plan) -> float:
 
 
 def describe_plan(layout: Layout, plan: Plan, quant: QuantConfig) -> dict[str, Any]:
-    """The plan in short, in plain containers: `rule`, mean `code_bits` and `factor_values`, and by kind of module how many
+    """The plan in short, in plain containers: `rule`, mean `code_bits`, `adapter_values`, and by kind of module how many
     weights and values have which bits, and which ranks."""
     kinds: dict[str, dict[str, Counter[str]]] = {}
     for target in layout.targets:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 import torch
 
-from loftq_exp.config import BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.quantizers import Quantized, Quantizer
 from loftq_exp.loftq.scales import SCALES_PER_STEP, QuantizedScales, dequantize_scales, quantize_scales
 from loftq_exp.packed.codes import CODES_PER_GROUP, pack_codes, packed_bytes, unpack_codes
 from loftq_exp.packed.kernels import fused, fused_product
+from loftq_exp.quant import BLOCKLESS_TYPES
 
 PARTS = ("qweight", "scales", "scale_steps")
 """Names of the tensors that stand for one weight."""

@@ -29,9 +29,9 @@ from loftq_exp.checkpoint.cache import (
     read_entry,
     weight_digest,
 )
-from loftq_exp.config import BITS_OF_TYPE
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import Decomposition, Quantizer, decompose, make_quantizer
+from loftq_exp.quant import BITS_OF_TYPE
 
 RECIPE = Recipe(make_quantizer("nf", 4, 64, torch.bfloat16), rank=4, steps=2, solver="randomized")
 QUANTIZERS = [

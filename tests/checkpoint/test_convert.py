@@ -32,8 +32,9 @@ from loftq_exp.checkpoint.layout import AUTO_CLASSES
 from loftq_exp.checkpoint.source import locate
 from loftq_exp.checkpoint.tensors import open_tensors
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec, tensor_bytes
-from loftq_exp.config import BITS_OF_TYPE, RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.quant import BITS_OF_TYPE
 
 RANK = 8
 LOFTQ = {"method": "loftq", "type": "nf", "bits": 4, "rank": RANK, "iter": 2}

@@ -20,13 +20,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from loftq_exp.checkpoint.artifact import Initialised, bnb4_config
+from loftq_exp.checkpoint.card import model_card
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.layout import AUTO_CLASSES, Layout, Target
 from loftq_exp.checkpoint.plan import Precision, candidates, code_bits, make_plan
 from loftq_exp.checkpoint.source import locate
-from loftq_exp.config import QuantConfig, RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import decompose, make_quantizer
+from loftq_exp.quant import QuantConfig
 
 PROJECTIONS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 128)}
 
@@ -175,13 +177,13 @@ def test_ranks_to_choose_from() -> None:
 # In checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def made(model: Path, root: Path, kind: str = "causal", **changes: Any) -> Initialised:
+def made(model: Path, root: Path, kind: str = "causal", save_format: str = "dense", **changes: Any) -> Initialised:
     """The initialised checkpoint of `model` with these settings of `quant`; one cache for all in `root`."""
     values = {
         "model": {"path": str(model), "kind": kind},
         "quant": {"method": "loftq", "rank": 8, "iter": 2} | changes, "task": {"kind": "gsm8k"}, "train": {},
         "stages": ["quantize"], "save_dir": str(root / str(len(list(root.iterdir())))), "cache_dir": str(root / "cache"),
-        "device": "cpu",
+        "device": "cpu", "save_format": save_format,
     }  # fmt: skip
     config = RunConfig.from_mapping(values)
     return initialise(locate(config.model, config.cache_path), config)
@@ -260,6 +262,18 @@ def test_a_mix_of_two_and_four_bits_stays_exact_in_four_bit_layers(tiny_llama_di
         assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), value)
 
 
+def test_a_plan_of_bits_and_ranks_is_the_same_model_packed_and_dense(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    logits = []
+    for save_format in ("dense", "packed"):
+        init = made(tiny_llama_dir, tmp_path, save_format=save_format, bits=2.5, allocation="error+rank")
+        backbone = AUTO_CLASSES["causal"].from_pretrained(init.folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(backbone, str(init.folder), subfolder="loftq_init")
+        with torch.no_grad():
+            logits.append(model(torch.arange(3, 23)[None]).logits)
+    assert 3 in {weight["bits"] for weight in init.report["weights"]}, "which bitsandbytes' layers could not hold"
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+
+
 def t5() -> hf.PreTrainedModel:
     return hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=3, num_heads=4,
@@ -302,6 +316,18 @@ def test_a_budget_finds_what_a_sweep_measured_and_leaves_what_it_measures(tiny_l
     sums = [sum(weight["errors"][-1] ** 2 for weight in init.report["weights"]) for init in (budget, paper)]
     assert sums[0] < sums[1]
     assert budget.report["bits_plan"]["code_bits"] <= 2.5
+
+
+def test_the_card_says_what_was_mixed(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    init = made(tiny_llama_dir, tmp_path, bits=2.5, allocation="error+rank")
+    values = {"model": {"path": str(tiny_llama_dir), "kind": "causal"}, "task": {"kind": "gsm8k"}, "train": {},
+              "quant": {"method": "loftq", "rank": 8, "iter": 2, "bits": 2.5, "allocation": "error+rank"}}  # fmt: skip
+    card = model_card(init, RunConfig.from_mapping(values), None)
+    widths = sorted({weight["bits"] for weight in init.report["weights"]})
+    ranks = sorted({weight["rank"] for weight in init.report["weights"]})
+    assert f"| bits | {init.report['bits_plan']['code_bits']:.4g} on average: {', '.join(map(str, widths))} (" in card
+    assert f"| rank | {', '.join(map(str, ranks))} (in all no more than 8 each) |" in card
+    assert "- 2.5-bit\n" in card
 
 
 def test_a_budget_for_qlora_follows_quantization_alone(tiny_llama_dir: Path, tmp_path: Path) -> None:
