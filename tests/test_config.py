@@ -153,13 +153,13 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
-    later = {"allocation": None, "bits_per_layer": None, "rank_choices": None}
+    later = ("allocation", "bits_per_layer", "rank_choices", "double")
     quant = config().quant
     assert quant.shaping == {name: value for name, value in dataclasses.asdict(quant).items() if name not in later}
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
         {"allocation": "error+rank", "rank_choices": [8, 64]}, {"bits_per_layer": {"*.q_proj": 4, "*": 2}},
-        {"bits_per_layer": {"*": 2, "*.q_proj": 4}},
+        {"bits_per_layer": {"*": 2, "*.q_proj": 4}}, {"double": True},
     ]  # fmt: skip
     folders = {config({f"quant.{name}": value for name, value in change.items()}).run_dir for change in changes}
     assert len(folders) == len(changes)
