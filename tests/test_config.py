@@ -160,7 +160,7 @@ def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
         {"allocation": "error+rank", "rank_choices": [8, 64]}, {"bits_per_layer": {"*.q_proj": 4, "*": 2}},
-        {"bits_per_layer": {"*": 2, "*.q_proj": 4}},
+        {"bits_per_layer": {"*": 2, "*.q_proj": 4}}, {"double": True},
     ]  # fmt: skip
     folders = {config({f"quant.{name}": value for name, value in change.items()}).run_dir for change in changes}
     assert len(folders) == len(changes)

@@ -107,6 +107,7 @@ class PackedLinear(nn.Linear):
         # `.half()` and the like convert what a layer computes with. The scales are no such thing: they only change place.
         kept = {name: tensor for name, tensor in self.parts.items() if tensor.is_floating_point()}
         super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         for name, tensor in kept.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype != tensor.dtype:
@@ -136,5 +137,5 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         to_input, to_bias, _ = ctx.needs_input_grad
         into_input = gradient @ ctx.layer.dequantize(gradient.dtype) if to_input else None
-        into_bias = gradient.flatten(0, -2).sum(dim=0) if to_bias else None
+        into_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0) if to_bias else None
         return into_input, into_bias, None

@@ -85,10 +85,10 @@ def dequantize(
         kernel(qweight, scales, values.view(-1))
         return values
     chunk = _chunk_values(quantizer, shape)
-    flat, per_byte_group = values.view(-1), CODES_PER_GROUP
+    flat = values.view(-1)
     for start in range(0, flat.numel(), chunk):
         stop = min(start + chunk, flat.numel())
-        some = qweight[start // per_byte_group * quantizer.bits : packed_bytes(stop, quantizer.bits)]
+        some = qweight[start // CODES_PER_GROUP * quantizer.bits : packed_bytes(stop, quantizer.bits)]
         rows = slice(start // shape[1], -(-stop // shape[1]))
         codes = unpack_codes(some, quantizer.bits, stop - start)
         if quantizer.type in BLOCKLESS_TYPES:  # groups are rows, or all of the weight
@@ -134,20 +134,27 @@ def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
     return max(CHUNK_VALUES // unit, 1) * unit
 
 
+def check_specs(
+    name: str, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], quantizer: Quantizer, shape: tuple[int, int]
+) -> None:
+    """Raises UserError where tensors of these types and shapes, by part, do not stand for a weight of this shape."""
+    for part, (dtype, expected) in part_specs(quantizer, shape).items():
+        if found.get(part) != (dtype, expected):
+            told = f"{_kind(found[part][0])} {found[part][1]}" if part in found else "missing"
+            raise UserError(f"{name}.{part}: {told}, a weight of {shape[0]} x {shape[1]} at {quantizer.bits} bits has "
+                            f"{_kind(dtype)} {expected}; get the file again")  # fmt: skip
+
+
 def check_parts(name: str, parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> None:
     """Raises UserError where the tensors do not stand for a weight of this shape: their length, type or content."""
-    for part, (dtype, expected) in part_specs(quantizer, shape).items():
-        found = parts[part]
-        if found.dtype != dtype or tuple(found.shape) != expected:
-            raise UserError(f"{name}.{part}: {_kind(found.dtype)} {tuple(found.shape)}, a weight of {shape[0]} x {shape[1]} at "
-                            f"{quantizer.bits} bits has {_kind(dtype)} {expected}; get the file again")  # fmt: skip
+    check_specs(name, {part: (found.dtype, tuple(found.shape)) for part, found in parts.items()}, quantizer, shape)
     scales = parts.get("scale_steps", parts["scales"])
     if not bool(torch.isfinite(scales).all()):
         raise UserError(
             f"{name}: {int((~torch.isfinite(scales)).sum())} of its scales are NaN or infinite; get the file again"
         )
     spare = -math.prod(shape) % CODES_PER_GROUP
-    last = unpack_codes(parts["qweight"][-quantizer.bits * (CODES_PER_GROUP // 8) :], quantizer.bits, CODES_PER_GROUP)
+    last = unpack_codes(parts["qweight"][-quantizer.bits :], quantizer.bits, CODES_PER_GROUP)
     if spare and bool(last[CODES_PER_GROUP - spare :].any()):
         raise UserError(f"{name}.qweight: codes beyond the weight's last value; get the file again")
     if quantizer.type == "int" and bool((parts["qweight"][: math.prod(shape)] == 0).any()):
