@@ -1,6 +1,6 @@
 """A real BERT of 22M parameters (MiniLM) fine-tuned on QNLI and MNLI: 16-bit LoRA, QLoRA and LoftQ, several seeds a row.
 
-    python benchmarks/minilm.py ../shared/data/glue [--task qnli mnli] [--quant nf2 uniform2 lora16 nf4] [--rank 16 32]
+    python benchmarks/minilm.py ../shared/data/glue [--task qnli mnli] [--quant lora16 nf4 nf2 uniform2] [--rank 16 32]
         [--seed 1 2 3] [--output-dir outputs]
 
 The folder holds TASK/train.jsonl and TASK/validation.jsonl. Each run is one that `python -m loftq_exp` would make, with the
@@ -23,8 +23,9 @@ import loftq_exp
 from loftq_exp.report.table import cells, markdown
 
 RECIPE = (
-    "model=minilm", "task=glue", "task.max_train_samples=4000", "quant.dropout=0", "train=demo", "train.learning_rate=1e-3",
-    "train.warmup_ratio=0.1", "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length",
+    "model=minilm", "task=glue", "task.max_train_samples=4000", "quant.dropout=0", "train=demo", "train.learning_rate=5e-4",
+    "train.weight_decay=0", "train.lr_scheduler_type=linear", "train.warmup_ratio=0.1", "train.logging_steps=10",
+    "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length",
 )  # fmt: skip
 """One for all rows."""
 STEPS = 5
@@ -67,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--task", nargs="+", default=["qnli", "mnli"])
-    parser.add_argument("--quant", nargs="+", default=["nf2", "uniform2", "lora16", "nf4"])
+    parser.add_argument("--quant", nargs="+", default=["lora16", "nf4", "nf2", "uniform2"])
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
