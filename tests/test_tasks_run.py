@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, seeded
+from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
+from loftq_exp.checkpoint.layout import AUTO_CLASSES
 from loftq_exp.tasks.arithmetic import generate
 from loftq_exp.tasks.glue import COLUMNS, LABELS
+from loftq_exp.tasks.gsm8k import ANSWER_MARK, GOLD_MARK, INSTRUCTION
 
 SPECIAL = ("<s>", "</s>", "<pad>")
 PASSAGE = "Emma Blue lives in Paris. She sells 31 red cups there. Her shop opened in 1998 with two friends. It rains."
@@ -74,24 +75,45 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, pair_tokenizer: PreTrained
         return saved(BertModel(config), pair_tokenizer, tmp_path_factory.mktemp("encoder"))
 
 
+DECODERS = [name for name, family in FAMILIES.items() if family.kind == "causal"]
+ENCODERS = [name for name, family in FAMILIES.items() if family.kind == "classification"]
+SUMMARIZERS = [name for name, family in FAMILIES.items() if family.kind == "seq2seq"]
+
+
 @pytest.fixture(scope="session")
-def summarizers(tmp_path_factory: pytest.TempPathFactory, pair_tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """A random BART and a random T5."""
-    bart = BartConfig(
-        vocab_size=len(pair_tokenizer), d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=160, bos_token_id=0,
-        eos_token_id=1, pad_token_id=2, decoder_start_token_id=1, forced_eos_token_id=1, init_std=0.2, dtype="float32",
-    )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=len(pair_tokenizer), d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, eos_token_id=1,
-        pad_token_id=2, decoder_start_token_id=2, dtype="float32",
-    )  # fmt: skip
-    folders = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, model in (("bart", BartForConditionalGeneration(bart)), ("t5", T5ForConditionalGeneration(t5))):
-            folders[name] = saved(model, pair_tokenizer, tmp_path_factory.mktemp(name))
-    return folders
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    pair_tokenizer: PreTrainedTokenizerFast,
+) -> Callable[[str], tuple[str, str]]:
+    """Gives the overrides that choose a family's model, with a tokenizer like the one that the family has."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> tuple[str, str]:
+        if name not in made:
+            family = FAMILIES[name]
+            tokenizer = tiny_tokenizer if family.kind == "causal" else pair_tokenizer
+            source = family.make()
+            source.config.update(
+                {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                 "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": 1, "max_position_embeddings": 164}
+            )  # fmt: skip
+            if (
+                source.config.model_type == "t5"
+            ):  # transformers 5.23 cannot generate with a decoder deeper than the encoder
+                source.config.num_decoder_layers = source.config.num_layers
+            folder = saved(seeded(lambda: type(source)(source.config)), tokenizer, tmp_path_factory.mktemp("family"))
+            if (
+                name == "roberta"
+            ):  # its tokenizer tells no text of a pair from the other, for which it has no embeddings
+                settings = folder / "tokenizer_config.json"
+                inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+                settings.write_text(json.dumps(json.loads(settings.read_text()) | inputs))
+            made[name] = folder
+        choice = {"phi": "phi-2"}.get(name, name.replace(",", "").split()[0])
+        return f"model={choice}", f"model.path={made[name]}"
+
+    return make
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
@@ -114,11 +136,11 @@ QUICK = ("quant.rank=4", "quant.iter=1", "device=cpu", "train.per_device_train_b
          "task.max_train_samples=8", "task.max_eval_samples=8")  # fmt: skip
 
 
-def finished(cli: Any, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """Metrics, samples and output of a run that must succeed."""
-    outcome = cli(*QUICK, *arguments)
+def finished(cli: Any, *arguments: str, folder: str = "outputs") -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Metrics, samples and output of a run that must succeed, the only one in `folder`."""
+    outcome = cli(*QUICK, *arguments, f"output_dir={folder}")
     assert outcome.code == 0, outcome
-    (record,) = Path("outputs/runs").glob("*/metrics.json")
+    (record,) = Path(folder, "runs").glob("*/metrics.json")
     samples = [json.loads(line) for line in (record.parent / "samples.jsonl").read_text().splitlines()]
     return json.loads(record.read_text()), samples, outcome.out
 
@@ -281,14 +303,16 @@ def test_real_squad(cli: Any, encoder: Path, shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "columns"),
-    [("bart", "xsum", ("document", "summary")), ("t5", "cnn_dailymail", ("article", "highlights"))],
+    ("name", "columns"), [("xsum", ("document", "summary")), ("cnn_dailymail", ("article", "highlights"))]
 )
-def test_summarization(cli: Any, summarizers: dict[str, Path], model: str, name: str, columns: tuple[str, str]) -> None:
+@pytest.mark.parametrize("model", SUMMARIZERS)
+def test_summarization(
+    cli: Any, checkpoint: Callable[[str], tuple[str, str]], model: str, name: str, columns: tuple[str, str]
+) -> None:
     summary = "Emma Blue sells cups."
     file = write_rows("rows.jsonl", [dict(zip(columns, (PASSAGE, summary), strict=True))] * 4)
     metrics, samples, out = finished(
-        cli, f"model={model}", f"model.path={summarizers[model]}", "task=summarization", f"task.name={name}",
+        cli, *checkpoint(model), "task=summarization", f"task.name={name}",
         *files(file), "task.max_source_length=64", "task.max_target_length=16", "task.num_beams=3",
         "task.source_prefix='summarize: '",
     )  # fmt: skip
@@ -301,12 +325,12 @@ def test_summarization(cli: Any, summarizers: dict[str, Path], model: str, name:
     assert samples[0]["nll"] > 0
 
 
-def test_a_summarizer_that_learns_its_rows_recites_them(cli: Any, summarizers: dict[str, Path]) -> None:
+def test_a_summarizer_that_learns_its_rows_recites_them(cli: Any, checkpoint: Callable[[str], tuple[str, str]]) -> None:
     rows = [{"document": f"{word} and more", "summary": f"{word} it is"} for word in ("red", "blue")]
     metrics, samples, _ = finished(
-        cli, "model=bart", f"model.path={summarizers['bart']}", "task=summarization", "task.name=xsum", "quant=lora",
+        cli, *checkpoint("bart"), "task=summarization", "task.name=xsum", "quant=lora",
         "quant.iter=0", *files(write_rows("rows.jsonl", rows)), "task.max_target_length=16", "task.num_beams=2",
-        "train.max_steps=150", "train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "quant.dropout=0",
+        "train.max_steps=90", "train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "quant.dropout=0",
         "quant.rank=16",
     )  # fmt: skip
     assert [sample["predicted"] for sample in samples] == [row["summary"] for row in rows], metrics["losses"][-1]
@@ -338,3 +362,102 @@ def test_real_wikitext_straight_after_initialisation(cli: Any, tiny_llama_dir: P
     )  # fmt: skip
     assert metrics["scored_adapter"] == "initial"
     assert metrics["scores"]["perplexity"] > 1
+
+
+# Families -------------------------------------------------------------------------------------------------------------
+
+EXACT = ("train.bf16=false", "train.backbone=dense", "train.max_steps=2", "train.learning_rate=1e-2")
+"""Two steps that are seen in the scores, which can then be computed again to the last digits."""
+
+
+def trained(kind: str) -> Any:
+    """The run's model as others load it: transformers and PEFT, no padding, no batches."""
+    (adapter,) = Path("outputs/runs").glob("*/adapter")
+    (init,) = {path.parent for path in adapter.parent.glob("*/init_report.json")}
+    backbone = AUTO_CLASSES[kind].from_pretrained(init, dtype=torch.float32)
+    return PeftModel.from_pretrained(backbone, str(adapter)).eval()
+
+
+def solutions(count: int = 4) -> list[dict[str, Any]]:
+    """Problems of different lengths."""
+    return [{"question": f"Emma has {n} cups{' and one more' * n}. How many?", "answer": f"Count {n}{' and 1' * n}.\n#### {2 * n}"}
+            for n in range(1, count + 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_gsm8k_on_each_decoder(
+    cli: Any, checkpoint: Callable[[str], tuple[str, str]], tiny_tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    """Each row alone, computed without loftq_exp, has the likelihood and the continuation that it has in a padded batch."""
+    metrics, samples, _ = finished(
+        cli, *checkpoint(name), "task=gsm8k",
+        *files(write_rows("rows.jsonl", solutions())), "task.max_target_length=48", *EXACT,
+    )  # fmt: skip
+    assert metrics["finetune"]["steps"] == 2
+    assert metrics["init"]["weights"] == FAMILIES[name].linears
+    model = trained("causal")
+    for row, sample in zip(solutions(), samples, strict=True):
+        prompt = tiny_tokenizer(f"{row['question']}\n{INSTRUCTION}\n", return_tensors="pt")["input_ids"]
+        target = [
+            *tiny_tokenizer(row["answer"].replace(GOLD_MARK, ANSWER_MARK), add_special_tokens=False)["input_ids"],
+            1,
+        ]
+        with torch.no_grad():
+            both = torch.cat([prompt, torch.tensor([target])], dim=1)
+            logits = model(input_ids=both).logits[0, prompt.shape[1] - 1 : -1]
+            written = model.generate(
+                input_ids=prompt, max_new_tokens=48, do_sample=False, eos_token_id=1, pad_token_id=1
+            )
+        assert sample["nll"] == pytest.approx(
+            float(torch.nn.functional.cross_entropy(logits, torch.tensor(target))), rel=1e-4
+        )
+        own = tiny_tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert sample["generated"] == own
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_wikitext_on_each_decoder(cli: Any, checkpoint: Callable[[str], tuple[str, str]], name: str) -> None:
+    Path("text.txt").write_text(f" = Cups = \n \n {PASSAGE} \n" * 8)
+    metrics, samples, _ = finished(
+        cli, *checkpoint(name), "task=wikitext", "task.block_size=32",
+        *files(Path("text.txt")),
+    )  # fmt: skip
+    assert metrics["finetune"] == {"steps": 2, "rows": 25, "backbone": "bnb4", "dtype": metrics["finetune"]["dtype"]}
+    assert len(samples) == 8
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_glue_on_each_encoder(
+    cli: Any, checkpoint: Callable[[str], tuple[str, str]], pair_tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    """Each pair alone, computed without loftq_exp, gets the label that it gets in a padded batch."""
+    rows = [
+        row | {"sentence": f"{row['sentence']}{' and so on' * number}"} for number, row in enumerate(glue_rows("qnli"))
+    ]
+    metrics, samples, _ = finished(
+        cli, *checkpoint(name), "task=glue", "task.name=qnli",
+        *files(write_rows("rows.jsonl", rows)), *EXACT,
+    )  # fmt: skip
+    assert metrics["init"]["weights"] == FAMILIES[name].linears
+    model = trained("classification")
+    for row, sample in zip(rows, samples, strict=True):
+        inputs = pair_tokenizer(row["question"], row["sentence"], return_tensors="pt")
+        if name == "roberta":
+            del inputs["token_type_ids"]
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        assert sample["predicted"] == LABELS["qnli"][int(logits.argmax())]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_anli_and_squad_on_each_encoder(cli: Any, checkpoint: Callable[[str], tuple[str, str]], name: str) -> None:
+    metrics, _, _ = finished(cli, *checkpoint(name), "task=anli", *files(write_rows("rows.jsonl", glue_rows("mnli"))))
+    assert metrics["finetune"]["steps"] == 2
+    assert set(metrics["scores"]) == {"accuracy"}
+    metrics, samples, _ = finished(
+        cli, *checkpoint(name), "model.kind=question-answering", "task=squad", *SHORT_WINDOWS,
+        *files(write_rows("squad.jsonl", squad_rows())), folder="squad",
+    )  # fmt: skip
+    assert len(samples) == 3
+    assert set(metrics["scores"]) == {"exact_match", "f1"}
+    assert all(sample["predicted"] in PASSAGE for sample in samples)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loftq_exp.checkpoint.artifact import Initialised
@@ -66,7 +67,10 @@ def finetune(
         resumed = last_whole_checkpoint(checkpoints)
         if resumed:
             log.info("finetune: goes on from %s", resumed.name)
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        # In bfloat16 the trainer computes under autocast, which brings an adapter's input back from the float32 to which PEFT
+        # widens it: without the detour the same values come out, in three quarters of the time.
+        with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if trainer.is_world_process_zero():
         _save_adapter(model, folder / "adapter")
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""Every model family from its real config class, in small: what tests make checkpoints of, and what must come of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers as hf
+
+DECODER: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.1,
+}  # fmt: skip
+FALCON: dict[str, Any] = {key: value for key, value in DECODER.items() if key != "intermediate_size"}
+ENCODER: dict[str, Any] = {**DECODER, "max_position_embeddings": 64}
+RELATIVE: dict[str, Any] = {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
+V3: dict[str, Any] = {
+    **RELATIVE, "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 16,
+    "position_biased_input": False,
+}  # fmt: skip
+BART: dict[str, Any] = {
+    "vocab_size": 96, "d_model": 64, "max_position_embeddings": 64, "scale_embedding": True, "init_std": 0.1,
+    "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
+    "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+GATED: dict[str, Any] = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model as it was pre-trained, what it is loaded as, and what must come of it, counted by hand."""
+
+    make: Callable[[], hf.PreTrainedModel]
+    kind: str
+    linears: int
+    """Linear layers in all blocks."""
+    left_dense: int = 0
+    """Of these, how many transformers loads only as dense layers."""
+    head: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Parameters that are trained beside the factors."""
+
+
+CLASSIFIER = {"classifier.weight": (2, 64), "classifier.bias": (2,)}
+DENSE = {"weight": (64, 64), "bias": (64,)}
+POOLED = {f"pooler.dense.{name}": shape for name, shape in DENSE.items()} | CLASSIFIER
+ROBERTA_HEAD = {f"classifier.dense.{name}": shape for name, shape in DENSE.items()}
+ROBERTA_HEAD |= {"classifier.out_proj.weight": (2, 64), "classifier.out_proj.bias": (2,)}
+
+FAMILIES = {
+    "llama-2": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), "causal", 2 * 7),
+    "mistral": Family(
+        lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=16)), "causal", 2 * 7
+    ),
+    "falcon": Family(  # one key-value head for all, attention beside the feed-forward part, as falcon-7b
+        lambda: hf.FalconForCausalLM(hf.FalconConfig(**FALCON, multi_query=True, parallel_attn=True)), "causal", 2 * 4, 2 * 4
+    ),
+    "falcon, one after the other": Family(  # as falcon-rw
+        lambda: hf.FalconForCausalLM(
+            hf.FalconConfig(**FALCON, multi_query=False, parallel_attn=False, alibi=True, bias=True)
+        ), "causal", 2 * 4, 2 * 4,
+    ),
+    "falcon, new decoder": Family(  # as falcon-40b
+        lambda: hf.FalconForCausalLM(hf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+        "causal", 2 * 4, 2 * 4,
+    ),
+    "phi": Family(lambda: hf.PhiForCausalLM(hf.PhiConfig(**DECODER)), "causal", 2 * 6),
+    "bart": Family(lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), "seq2seq", 2 * 6 + 3 * 10),
+    "t5": Family(lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), "seq2seq", 2 * 6 + 3 * 10, 5),
+    "t5 v1.1": Family(lambda: hf.T5ForConditionalGeneration(hf.T5Config(**GATED)), "seq2seq", 2 * 7 + 3 * 11, 5),
+    "deberta v1": Family(
+        lambda: hf.DebertaForMaskedLM(hf.DebertaConfig(**RELATIVE)), "classification", 2 * 6, head=POOLED
+    ),
+    "deberta v3": Family(
+        lambda: hf.DebertaV2ForMaskedLM(hf.DebertaV2Config(**V3)), "classification", 2 * 6, head=POOLED
+    ),
+    "bert": Family(
+        lambda: hf.BertForPreTraining(hf.BertConfig(**ENCODER, type_vocab_size=2)), "classification", 2 * 6, head=CLASSIFIER
+    ),
+    "roberta": Family(
+        lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**ENCODER, type_vocab_size=1, pad_token_id=1)),
+        "classification", 2 * 6, head=ROBERTA_HEAD,
+    ),
+}  # fmt: skip
+
+
+def seeded(make: Callable[[], hf.PreTrainedModel]) -> hf.PreTrainedModel:
+    """The model with values that depend on nothing else, biases and norms other than zero and one among them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+        for value in model.parameters():
+            if value.ndim == 1:
+                value.data.add_(torch.randn_like(value), alpha=0.1)
+    return model
