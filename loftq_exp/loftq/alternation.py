@@ -23,10 +23,10 @@ from loftq_exp.loftq.quantizers import Quantized, Quantizer
 
 T = TypeVar("T")
 
-TILE_VALUES = 2**18
-"""Values of a weight that are worked on at a time on a processor: 1 MiB in float32."""
+TILE_VALUES = 2**19
+"""Values of a weight that are worked on at a time on a processor: 2 MiB in float32."""
 
-TILES_AT_ONCE = 8
+TILES_AT_ONCE = 4
 """Tiles whose residual in float32 is in memory at a time."""
 
 TILE_ROWS = 32
@@ -116,26 +116,26 @@ class Alternation:
     def quantize(self) -> None:
         """Q = quantize(W - B A), and the residual W - Q. Tells the error of the factors before, which costs little here."""
         first = not self.errors
-        sums = self._over_tiles(self._quantize_tile)
+        norms = self._over_tiles(self._quantize_tile)
         if first:
-            self.norm = math.sqrt(sum(norm for _, norm in sums)) / self.unit
+            self.norm = _norm([norm for _, norm in norms]) / self.unit
         if first or self._unmeasured:
-            self._measured(sum(left for left, _ in sums))
+            self._measured([left for left, _ in norms])
 
-    def _quantize_tile(self, tile: slice) -> tuple[float, float]:
-        """What the tile adds to the squared error and, in the first pass, to the squared norm of W; both in units."""
+    def _quantize_tile(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norms in units of the tile's rows: of what the error is told from, and in the first pass of W."""
         weight, product, residual = self.weight[tile].to(torch.float32), self._product(tile), self.residual[tile]
         wide = residual if residual.dtype == torch.float32 else torch.empty_like(weight)
         codes, scales = self._quantized(tile)
-        left, norm = 0.0, 0.0
+        left = norm = weight[:0]
         if self._unmeasured:
             self.quantizer.leave(weight, product, self.unit, codes, scales, wide)
-            left = _squares(wide)
+            left = _row_norms(wide)
         self.quantizer.requantize(weight, product, self.unit, codes, scales, wide)
         if wide is not residual:
             residual.copy_(wide)
         if not self.errors:
-            left, norm = _squares(wide), _squares(weight * self.unit)
+            left, norm = _row_norms(wide), _row_norms(weight * self.unit)
         return left, norm
 
     def fit(self, rank: int, solver: str) -> None:
@@ -176,15 +176,15 @@ class Alternation:
     def result(self, rank: int = 0) -> Decomposition:
         """The decomposition as it stands. `rank` is that of the zero factors where none were fitted."""
         if self._unmeasured:
-            self._measured(sum(self._over_tiles(self._left_squares)))
+            self._measured(self._over_tiles(self._left_norms))
         rows, columns = self.shape
         lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
         lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
         return Decomposition(Quantized(self.codes, self.scales), lora_A, lora_B, tuple(self.errors), self.norm)
 
-    def _measured(self, squares: float) -> None:
-        """Notes an error from the sum of squares, in units, of what is left of the weight."""
-        self.errors.append(math.sqrt(squares) / self.unit / self.norm if self.norm else 0.0)
+    def _measured(self, norms: list[torch.Tensor]) -> None:
+        """Notes an error from the norms of the rows, in units, of what is left of the weight."""
+        self.errors.append(_norm(norms) / self.unit / self.norm if self.norm else 0.0)
         self._unmeasured = False
 
     def _over_tiles(self, work: Callable[[slice], T], tiles: Sequence[slice] | None = None) -> list[T]:
@@ -203,12 +203,12 @@ class Alternation:
         """Codes and scales of these rows, to be read or written."""
         return Quantized(self.codes[tile], self.scales[self.quantizer.groups_of(self.shape, tile)])
 
-    def _left_squares(self, tile: slice) -> float:
-        """The sum of squares of these rows of W - Q - B A, in units."""
+    def _left_norms(self, tile: slice) -> torch.Tensor:
+        """Norms of these rows of W - Q - B A, in units."""
         weight = self.weight[tile].to(torch.float32)
         left = torch.empty_like(weight)
         self.quantizer.leave(weight, self._product(tile), self.unit, *self._quantized(tile), left)
-        return _squares(left)
+        return _row_norms(left)
 
 
 @functools.cache
@@ -248,6 +248,10 @@ def _unit(weight: torch.Tensor) -> float:
     return 2.0 ** -min(max(math.frexp(max(-low, high))[1], -126), 126)
 
 
-def _squares(values: torch.Tensor) -> float:
-    """The sum of squares: rows in float32, their sum in float64."""
-    return float(torch.linalg.vector_norm(values, dim=1).to(torch.float64).square().sum())
+def _row_norms(values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(values, dim=1)
+
+
+def _norm(rows: list[torch.Tensor]) -> float:
+    """The Frobenius norm of a matrix from the norms of its rows, summed in float64."""
+    return float(torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64))

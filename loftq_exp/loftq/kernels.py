@@ -32,8 +32,8 @@ except ImportError:  # said once, by fused
 log = logging.getLogger(__name__)
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(weight, product, unit, codes, scales, out), as the methods of `Quantizer` have them, flat and of whole blocks. An empty
-product is zero. `out` must not overlap the others."""
+"""f(weight, product, unit, codes, scales, out), as the methods of `Quantizer` have them; whole blocks of them are worked on.
+An empty product is zero. `out` must not overlap the others."""
 
 
 class Kernels(NamedTuple):
@@ -88,8 +88,9 @@ def _caller(compiled: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel
         scales: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        arrays = [tensor.numpy() for tensor in (weight, product, codes, scales, out)]
-        compiled(*arrays, np.float32(unit), *tables, weight.numel() // block)
+        # In numpy, because each operation of torch lets go of Python's lock and has to wait for it.
+        flat = [tensor.numpy().reshape(-1) for tensor in (weight, product, codes, out)]
+        compiled(*flat[:3], scales.numpy(), flat[3], np.float32(unit), *tables, weight.numel() // block)
 
     return call
 

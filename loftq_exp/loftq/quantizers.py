@@ -114,7 +114,7 @@ class Quantizer(ABC):
         """
         whole, kernels = self._fused_part(weight)
         if kernels:
-            kernels.requantize(*self._flat(whole, weight, product, unit, codes, scales, residual))
+            kernels.requantize(weight, weight[:0] if product is None else product, unit, codes, scales, residual)
         if whole < weight.numel():
             rest, less = self._rest(whole, weight, product)
             quantized = self.encode(rest if less is None else rest - less)
@@ -144,7 +144,7 @@ class Quantizer(ABC):
         """
         whole, kernels = self._fused_part(weight)
         if kernels:
-            kernels.leave(*self._flat(whole, weight, product, unit, codes, scales, out))
+            kernels.leave(weight, weight[:0] if product is None else product, unit, codes, scales, out)
         if whole < weight.numel():
             rest, less = self._rest(whole, weight, product)
             rest_codes = codes.view(-1)[whole:].view(rest.shape)
@@ -157,22 +157,6 @@ class Quantizer(ABC):
         whole = weight.numel() - weight.numel() % self.block_size
         kernels = fused(self) if weight.device.type == "cpu" and whole else None
         return (whole if kernels else 0), kernels
-
-    def _flat(
-        self,
-        whole: int,
-        weight: torch.Tensor,
-        product: torch.Tensor | None,
-        unit: float,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        out: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The first `whole` values of each, as a `Kernel` takes them."""
-        weight, less, codes, out = (
-            tensor.view(-1)[:whole] for tensor in (weight, weight[:0] if product is None else product, codes, out)
-        )
-        return weight, less, unit, codes, scales[: whole // self.block_size], out
 
     @staticmethod
     def _rest(
