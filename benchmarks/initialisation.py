@@ -1,7 +1,9 @@
 """LoftQ's initialisation of one weight, ours beside others', in one run: writes docs/performance.md and its two plots.
 
-    make bench          (about a quarter of an hour on two cores; --quick: small weights only)
+    make bench                                                       (about a quarter of an hour on two cores)
+    python benchmarks/initialisation.py --only "1024 x 1024" scaling  (parts of it; the others stay as measured before)
 
+What was measured is kept in docs/performance.json, from which the page and the plots are made.
 The others run as they are. PEFT's `loftq_init` is its own source with the compute device, which cannot be chosen there, set
 to the processor; it has no 2- or 3-bit and no uniform quantizer, so that there its loop and its `_low_rank_decomposition`
 run on our quantizer. `torch.svd_lowrank` stands in the same loop. bitsandbytes' `quantize_4bit` is one quantization, nothing
@@ -13,12 +15,13 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import bitsandbytes.functional as bnb
 import matplotlib
@@ -35,6 +38,8 @@ import matplotlib.pyplot as plt
 
 T = TypeVar("T")
 DOCS = Path(__file__).parents[1] / "docs"
+KEPT = DOCS / "performance.json"
+MARK = "<!-- what follows is not made by make bench -->\n"
 STEPS = 5
 COLUMNS = ("out x in", "quantizer", "rank", "PEFT s", "ours s", "faster by", "spread", "error / PEFT's", "quantize_4bit s",
            "ours / quantize_4bit", "steps to PEFT's error", "then faster by")  # fmt: skip
@@ -49,6 +54,11 @@ class Case(NamedTuple):
     bits: int = 4
     rank: int = 64
 
+    @property
+    def label(self) -> str:
+        """What the row is called in `--only`."""
+        return f"{self.rows} x {self.columns} {self.type} {self.bits} rank {self.rank}"
+
 
 SMALL = [
     Case(1024, 1024),
@@ -58,6 +68,9 @@ SMALL = [
 ]
 LARGE = [Case(4096, 4096), *(Case(4096, 4096, *kind) for kind in (("nf", 2), ("nf", 3), ("uniform", 2), ("uniform", 3),
          ("uniform", 4))), Case(4096, 11008), Case(11008, 4096)]  # fmt: skip
+SIZES = [1024, 2048, 4096, 8192]
+MOST_FOR_PEFT = 4096
+CURVES_AT = 2048
 
 
 def pefts_own() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -79,7 +92,7 @@ def peft(weight: torch.Tensor, case: Case) -> float:
     if (case.type, case.bits) == ("nf", 4):
         backbone, lora_A, lora_B = PEFT(weight, 4, case.rank, STEPS)
         return relative(weight - backbone - lora_B @ lora_A, weight)
-    return looped(weight, case, lambda residual: full(residual, case.rank))
+    return looped(weight, case, full)
 
 
 def full(residual: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,13 +108,16 @@ def lowrank(residual: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def looped(
-    weight: torch.Tensor, case: Case, solve: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    weight: torch.Tensor,
+    case: Case,
+    solve: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    steps: int = STEPS,
 ) -> float:
     """The alternation on our quantizer with another's decomposition; its relative error."""
     quantizer, residual = quantizer_of(case), weight
-    for _ in range(STEPS):
+    for _ in range(steps):
         left = weight - quantizer.quantize(residual)
-        B, A = solve(left)
+        B, A = solve(left, case.rank)
         residual = weight - B @ A
     return relative(left - B @ A, weight)
 
@@ -125,7 +141,7 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - began, result
 
 
-def measure(case: Case, repeat: int) -> list[str]:
+def row(case: Case, repeat: int) -> list[str]:
     """One row of the table: PEFT once a repetition, with ours and quantize_4bit twice around it."""
     weight, quantizer = weight_of(case), quantizer_of(case)
 
@@ -153,15 +169,41 @@ def measure(case: Case, repeat: int) -> list[str]:
             f"{other:.3f}", f"{mine / other:.2f}", str(reached or "-"), then]  # fmt: skip
 
 
-def plot_scaling(sizes: list[int], most_for_peft: int) -> list[tuple[int, float, float | None]]:
+def scaling(size: int) -> tuple[int, float, float | None]:
+    """The size of a square weight, our seconds, and PEFT's where it is not too large for them."""
+    case = Case(size, size)
+    weight = weight_of(case)
+    own = functools.partial(decompose, weight, quantizer_of(case), case.rank, STEPS)
+    own()
+    mine = statistics.median(timed(own)[0] for _ in range(3))
+    return size, mine, timed(lambda: peft(weight, case))[0] if size <= MOST_FOR_PEFT else None
+
+
+def curves(size: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and error after 1 to 6 steps: exact, torch.svd_lowrank and ours."""
+    case = Case(size, size)
+    weight, quantizer = weight_of(case), quantizer_of(case)
+    decompose(weight, quantizer, case.rank, 2)
+    ways: dict[str, Callable[[int], float]] = {
+        "exact (full SVD)": lambda steps: looped(weight, case, full, steps),
+        "torch.svd_lowrank": lambda steps: looped(weight, case, lowrank, steps),
+        "loftq_exp": lambda steps: decompose(weight, quantizer, case.rank, steps).errors[-1],
+    }
+    return {label: [timed(functools.partial(way, steps)) for steps in range(1, 7)] for label, way in ways.items()}
+
+
+def parts() -> dict[str, Callable[[], Any]]:
+    """All that is measured, by name."""
+    return {
+        **{case.label: functools.partial(row, case, 3) for case in SMALL},
+        **{case.label: functools.partial(row, case, 1) for case in LARGE},
+        **{f"scaling {size}": functools.partial(scaling, size) for size in SIZES},
+        "error against time": functools.partial(curves, CURVES_AT),
+    }
+
+
+def plot_scaling(found: list[tuple[int, float, float | None]]) -> None:
     """Seconds against parameters for square weights, ours and PEFT's."""
-    found = []
-    for case in (Case(size, size) for size in sizes):
-        weight = weight_of(case)
-        own = functools.partial(decompose, weight, quantizer_of(case), case.rank, STEPS)
-        mine = statistics.median(timed(own)[0] for _ in range(3))
-        peers = timed(functools.partial(peft, weight, case))[0] if case.rows <= most_for_peft else None
-        found.append((case.rows, mine, peers))
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.loglog([s * s for s, *_ in found], [m for _, m, _ in found], "o-", label="loftq_exp")
     peers = [(s * s, p) for s, _, p in found if p is not None]
@@ -170,51 +212,31 @@ def plot_scaling(sizes: list[int], most_for_peft: int) -> list[tuple[int, float,
     axes.legend()
     figure.tight_layout()
     figure.savefig(DOCS / "scaling.png", dpi=120)
-    return found
 
 
-def plot_error_against_time(size: int) -> None:
-    """Error against seconds after 1 to 6 steps: exact, torch.svd_lowrank and ours."""
-    global STEPS
-    case = Case(size, size)
-    weight, quantizer = weight_of(case), quantizer_of(case)
-    decompose(weight, quantizer, 64, 2)
+def plot_error_against_time(found: dict[str, list[tuple[float, float]]]) -> None:
+    """Error against seconds after 1 to 6 steps."""
     figure, axes = plt.subplots(figsize=(6, 4))
-    curves: dict[str, list[tuple[float, float]]] = {"exact (full SVD)": [], "torch.svd_lowrank": [], "loftq_exp": []}
-    usual = STEPS
-    for steps in range(1, 7):
-        STEPS = steps
-        curves["exact (full SVD)"].append(timed(lambda: looped(weight, case, lambda left: full(left, 64))))
-        curves["torch.svd_lowrank"].append(timed(lambda: looped(weight, case, lambda left: lowrank(left, 64))))
-        curves["loftq_exp"].append(timed(lambda steps=steps: decompose(weight, quantizer, 64, steps).errors[-1]))
-    STEPS = usual
-    for (label, points), marker in zip(curves.items(), "s^o", strict=True):
+    for (label, points), marker in zip(found.items(), "s^o", strict=True):
         axes.semilogx(*zip(*points, strict=True), f"{marker}-", label=label)
-    axes.set(xlabel=f"seconds, {size} x {size}, rank 64, NF4, after 1 to 6 steps", ylabel="relative error")
+    axes.set(xlabel=f"seconds, {CURVES_AT} x {CURVES_AT}, rank 64, NF4, after 1 to 6 steps", ylabel="relative error")
     axes.legend()
     figure.tight_layout()
     figure.savefig(DOCS / "error-time.png", dpi=120)
 
 
-def main() -> None:
-    """Measures, prints and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small weights only, and nothing written")
-    args = parser.parse_args()
-    rows = [measure(case, 3) for case in SMALL]
-    if args.quick:
-        return print_table(f"one weight, {STEPS} steps", COLUMNS, rows)
-    rows += [measure(case, 1) for case in LARGE]
+def write(kept: dict[str, dict[str, Any]]) -> None:
+    """The page and its plots, from all parts."""
+    rows = [kept[case.label]["found"] for case in SMALL + LARGE]
     print_table(f"one weight, {STEPS} steps", COLUMNS, rows)
-    scaling = plot_scaling([1024, 2048, 4096, 8192], most_for_peft=4096)
-    plot_error_against_time(2048)
-    per_value = [seconds / size**2 * 1e9 for size, seconds, _ in scaling]
-    facts = provenance()
-    machine, versions = facts["hardware"], facts["versions"]
+    squares = [kept[f"scaling {size}"]["found"] for size in SIZES]
+    plot_scaling(squares)
+    plot_error_against_time(kept["error against time"]["found"])
+    per_value = [seconds / size**2 * 1e9 for size, seconds, _ in squares]
+    made = sorted({(part["machine"], f"commit {part['commit']}") for part in kept.values()})
+    days = sorted({part["created"][:10] for part in kept.values()})
     page = DOCS / "performance.md"
-    _, mark, kept = (page.read_text() if page.exists() else "").partition(
-        "<!-- what follows is not made by make bench -->\n"
-    )
+    _, mark, rest = (page.read_text() if page.exists() else "").partition(MARK)
     page.write_text(
         "# Performance\n\n"
         f"LoftQ's initialisation of one Gaussian weight in float32, {STEPS} steps, made by `make bench`. PEFT's side is its own "
@@ -222,14 +244,40 @@ def main() -> None:
         "A ratio of seconds is that of medians; weights of 4096 and more were run once by PEFT and twice by ours.\n\n"
         + markdown(COLUMNS, rows)
         + "\nNanoseconds a value for square weights: "
-        + ", ".join(f"{size}: {value:.1f}" for (size, *_), value in zip(scaling, per_value, strict=True))
-        + f"; the largest over that of 1024: {per_value[-1] / per_value[0]:.2f}.\n\n"
+        + ", ".join(f"{size}: {value:.1f}" for size, value in zip(SIZES, per_value, strict=True))
+        + f"; the largest over that of {SIZES[0]}: {per_value[-1] / per_value[0]:.2f}.\n\n"
         "![Seconds against parameters, ours and PEFT's](scaling.png)\n\n"
         "![Error against seconds for exact, torch.svd_lowrank and ours](error-time.png)\n\n"
-        f"Machine: {machine['processor']}, {machine['threads']} threads, {machine['cpu_capability']}. torch {versions['torch']}, "
-        f"PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, commit {facts['commit']}, {facts['created']}.\n"
-        f"No figure here is from a GPU: the CUDA path was not run.\n\n{mark}{kept}"
+        f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}: {'; '.join(', '.join(one) for one in made)}.\n"
+        f"No figure here is from a GPU: the CUDA path was not run.\n\n{mark}{rest}"
     )
+
+
+def main() -> None:
+    """Measures what is asked for, and writes the page once all parts are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="the parts with one of these in their name")
+    args = parser.parse_args()
+    chosen = {name: part for name, part in parts().items() if not args.only or any(text in name for text in args.only)}
+    if not chosen:
+        sys.exit(f"--only: no part has that in its name; choose of: {', '.join(parts())}")
+    kept = json.loads(KEPT.read_text()) if args.only and KEPT.exists() else {}
+    for name, part in chosen.items():
+        facts = provenance()
+        machine, versions = facts["hardware"], facts["versions"]
+        print(name, flush=True)
+        kept[name] = {
+            "found": part(),
+            "machine": f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_capability']}, torch "
+            f"{versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}",
+            "commit": facts["commit"],
+            "created": facts["created"],
+        }
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    if missing := [name for name in parts() if name not in kept]:
+        print(f"docs/performance.md is written once these are measured too: {', '.join(missing)}")
+    else:
+        write(kept)
 
 
 if __name__ == "__main__":

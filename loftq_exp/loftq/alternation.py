@@ -1,7 +1,7 @@
 """One weight on its way between backbone and factors: what the alternating algorithm holds, and its two moves.
 
-Nothing of the weight's size is made but the residual, in float32 and in the type of the solver's products, and the codes.
-The rest goes by tiles of rows that fit a processor's cache.
+Nothing of the weight's size is made but the codes, and the residual in the type of the solver's products. The rest goes by
+tiles of rows that fit a processor's cache; where the residual is wanted in float32, it is told from the codes once more.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,8 +23,14 @@ from loftq_exp.loftq.quantizers import Quantized, Quantizer
 
 T = TypeVar("T")
 
-TILE_VALUES = 2**18
-"""Values of a weight that are worked on at a time on a processor: 1 MiB in float32."""
+TILE_VALUES = 2**19
+"""Values of a weight that are worked on at a time on a processor: 2 MiB in float32."""
+
+TILES_AT_ONCE = 4
+"""Tiles whose residual in float32 is in memory at a time."""
+
+TILE_ROWS = 32
+"""The fewest rows of a tile: a product of fewer rows spends its time on the other factor."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,8 @@ class Alternation:
         groups, numbers = quantizer.scales_shape(self.shape)
         self.codes = torch.empty(self.shape, dtype=torch.uint8, device=device)
         self.scales = torch.empty(groups, numbers, dtype=torch.float32, device=device)
-        self.residual = torch.empty(self.shape, dtype=torch.float32, device=device)
-        fast = compute_dtype(device, None)
-        self.fast = self.residual if fast == torch.float32 else torch.empty(self.shape, dtype=fast, device=device)
+        self.residual = torch.empty(self.shape, dtype=compute_dtype(device, None), device=device)
+        """W - Q in units, in the type of the solver's products."""
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
         self._unmeasured = False
@@ -111,34 +116,53 @@ class Alternation:
     def quantize(self) -> None:
         """Q = quantize(W - B A), and the residual W - Q. Tells the error of the factors before, which costs little here."""
         first = not self.errors
-        sums = self._over_tiles(self._quantize_tile)
+        norms = self._over_tiles(self._quantize_tile)
         if first:
-            self.norm = math.sqrt(sum(norm for _, norm in sums)) / self.unit
+            self.norm = _norm([norm for _, norm in norms]) / self.unit
         if first or self._unmeasured:
-            self._measured(sum(left for left, _ in sums))
+            self._measured([left for left, _ in norms])
 
-    def _quantize_tile(self, tile: slice) -> tuple[float, float]:
-        """What the tile adds to the squared error and, in the first pass, to the squared norm of W; both in units."""
-        first, left, norm = not self.errors, 0.0, 0.0
-        product = self._product(tile)
+    def _quantize_tile(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norms in units of the tile's rows: of what the error is told from, and in the first pass of W."""
+        weight, product, residual = self.weight[tile].to(torch.float32), self._product(tile), self.residual[tile]
+        wide = residual if residual.dtype == torch.float32 else torch.empty_like(weight)
+        codes, scales = self._quantized(tile)
+        left = norm = weight[:0]
         if self._unmeasured:
-            left = self._left_squares(tile, product)
-        weight, residual = self.weight[tile].to(torch.float32), self.residual[tile]
-        scales = self.scales[self.quantizer.groups_of(self.shape, tile)]
-        self.quantizer.requantize(weight, product, self.unit, self.codes[tile], scales, residual)
-        if self.fast is not self.residual:
-            self.fast[tile] = residual
-        if first:
-            left, norm = _squares(residual), _squares(weight * self.unit)
+            self.quantizer.leave(weight, product, self.unit, codes, scales, wide)
+            left = _row_norms(wide)
+        self.quantizer.requantize(weight, product, self.unit, codes, scales, wide)
+        if wide is not residual:
+            residual.copy_(wide)
+        if not self.errors:
+            left, norm = _row_norms(wide), _row_norms(weight * self.unit)
         return left, norm
 
     def fit(self, rank: int, solver: str) -> None:
         """B A = svd_r(W - Q), started from the factors at hand."""
         start = self.lora_B if self.rank == rank else None
-        lora_B, lora_A = leading_factors(self.residual, self.fast, rank, solver, start)
+        squares = (self.errors[0] * self.norm * self.unit) ** 2  # read before the first step only
+        lora_B, lora_A = leading_factors(self.residual, squares, self._in_float32, rank, solver, start)
         share = math.sqrt(1 / self.unit)
         self.lora_B, self.lora_A = lora_B.mul_(share), lora_A.mul_(share)
         self._unmeasured = True
+
+    def _in_float32(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The residual in float32, some rows at a time; the next rows take the place of those before."""
+        if self.residual.dtype == torch.float32:
+            yield slice(0, self.shape[0]), self.residual
+            return
+        wide = self.scales.new_empty(0)
+        for tiles in _batches(self._tiles):
+            first, last = tiles[0].start, tiles[-1].stop
+            wide = self.scales.new_empty(last - first, self.shape[1]) if not wide.numel() else wide[: last - first]
+
+            def fill(tile: slice, wide: torch.Tensor = wide, first: int = first) -> None:
+                weight, out = self.weight[tile].to(torch.float32), wide[tile.start - first : tile.stop - first]
+                self.quantizer.leave(weight, None, self.unit, *self._quantized(tile), out)
+
+            self._over_tiles(fill, tiles)
+            yield slice(first, last), wide
 
     def resume(self, start: Decomposition) -> None:
         """Takes up where `start` left off; the residual is not known until the next `quantize`."""
@@ -152,21 +176,22 @@ class Alternation:
     def result(self, rank: int = 0) -> Decomposition:
         """The decomposition as it stands. `rank` is that of the zero factors where none were fitted."""
         if self._unmeasured:
-            self._measured(sum(self._over_tiles(lambda tile: self._left_squares(tile, self._product(tile)))))
+            self._measured(self._over_tiles(self._left_norms))
         rows, columns = self.shape
-        lora_A = self.residual.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
-        lora_B = self.residual.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
+        lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
+        lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
         return Decomposition(Quantized(self.codes, self.scales), lora_A, lora_B, tuple(self.errors), self.norm)
 
-    def _measured(self, squares: float) -> None:
-        """Notes an error from the sum of squares, in units, of what is left of the weight."""
-        self.errors.append(math.sqrt(squares) / self.unit / self.norm if self.norm else 0.0)
+    def _measured(self, norms: list[torch.Tensor]) -> None:
+        """Notes an error from the norms of the rows, in units, of what is left of the weight."""
+        self.errors.append(_norm(norms) / self.unit / self.norm if self.norm else 0.0)
         self._unmeasured = False
 
-    def _over_tiles(self, work: Callable[[slice], T]) -> list[T]:
-        """`work` on every tile, in order; on a processor side by side, on as many threads as torch uses."""
-        threads = min(torch.get_num_threads(), len(self._tiles))
-        return list(map(work, self._tiles) if threads == 1 else _pool(threads).map(work, self._tiles))
+    def _over_tiles(self, work: Callable[[slice], T], tiles: Sequence[slice] | None = None) -> list[T]:
+        """`work` on these tiles (all), in order; on a processor side by side, on as many threads as torch uses."""
+        tiles = self._tiles if tiles is None else tiles
+        threads = min(torch.get_num_threads(), len(tiles))
+        return list(map(work, tiles) if threads == 1 else _pool(threads).map(work, tiles))
 
     def _product(self, tile: slice) -> torch.Tensor | None:
         """These rows of B A; None where there are no factors."""
@@ -174,10 +199,16 @@ class Alternation:
             return None
         return self.lora_B[tile] @ self.lora_A
 
-    def _left_squares(self, tile: slice, product: torch.Tensor | None) -> float:
-        """The sum of squares of these rows of W - Q - B A, in units."""
-        residual = self.residual[tile]
-        return _squares(residual if product is None else torch.sub(residual, product, alpha=self.unit))
+    def _quantized(self, tile: slice) -> Quantized:
+        """Codes and scales of these rows, to be read or written."""
+        return Quantized(self.codes[tile], self.scales[self.quantizer.groups_of(self.shape, tile)])
+
+    def _left_norms(self, tile: slice) -> torch.Tensor:
+        """Norms of these rows of W - Q - B A, in units."""
+        weight = self.weight[tile].to(torch.float32)
+        left = torch.empty_like(weight)
+        self.quantizer.leave(weight, self._product(tile), self.unit, *self._quantized(tile), left)
+        return _row_norms(left)
 
 
 @functools.cache
@@ -190,11 +221,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def _batches(tiles: list[slice]) -> list[list[slice]]:
+    """Neighbouring tiles, as many as `TILES_AT_ONCE` says."""
+    return [tiles[first : first + TILES_AT_ONCE] for first in range(0, len(tiles), TILES_AT_ONCE)]
+
+
 def _tiles(shape: tuple[int, ...], aligned: int, device: torch.device) -> list[slice]:
     """The rows of a matrix in tiles of a multiple of `aligned` rows, but for the last."""
     rows, columns = shape
-    most = TILE_VALUES if device.type == "cpu" else rows * columns
-    size = min(max(most // columns // aligned, 1) * aligned, rows)
+    most = max(TILE_VALUES // columns, TILE_ROWS) if device.type == "cpu" else rows
+    size = min(max(most // aligned, 1) * aligned, rows)
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
@@ -212,6 +248,10 @@ def _unit(weight: torch.Tensor) -> float:
     return 2.0 ** -min(max(math.frexp(max(-low, high))[1], -126), 126)
 
 
-def _squares(values: torch.Tensor) -> float:
-    """The sum of squares: rows in float32, their sum in float64."""
-    return float(torch.linalg.vector_norm(values, dim=1).to(torch.float64).square().sum())
+def _row_norms(values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(values, dim=1)
+
+
+def _norm(rows: list[torch.Tensor]) -> float:
+    """The Frobenius norm of a matrix from the norms of its rows, summed in float64."""
+    return float(torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64))

@@ -1,11 +1,14 @@
-"""The quantizers' inner loop as one pass over memory: numba's compiled form of `Quantizer.requantize`.
+"""The quantizers' inner loops as one pass over memory: numba's compiled form of `Quantizer.requantize` and `Quantizer.leave`.
 
-`fused(quantizer)` gives a function that quantizes blocks of W - P and writes codes, scales and W - Q while the block is in
-the nearest cache, where torch's operations would go over memory some thirty times. It gives the same bytes as torch does:
-the same float32 operations in the same order, and nothing that regroups a sum. It runs on one thread, and lets go of
-Python's lock, so that others may run beside it.
+`fused(quantizer)` gives functions that quantize blocks of W - P, and that tell what Q and P leave of W, while the blocks are
+in the nearest cache, where torch's operations would go over memory some thirty times. They give the same bytes as torch does:
+the same float32 operations in the same order, and nothing that regroups a sum. They run on one thread, and let go of
+Python's lock, so that others may run beside them.
 
 Without numba, or for a quantizer or type that has no kernel, `fused` gives None and torch's form is used.
+
+How they are written follows from what the compiler makes vector instructions of: plain loops over a few blocks' values, one
+subject each, indexed from 0 in arrays of 32-bit numbers. A loop that counts in bytes takes three times as long.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,19 +32,30 @@ except ImportError:  # said once, by fused
 log = logging.getLogger(__name__)
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(weight, product, unit, codes, scales, residual), as `Quantizer.requantize` has them, flat and of whole blocks. An empty
-product is zero."""
+"""f(weight, product, unit, codes, scales, out), as the methods of `Quantizer` have them; whole blocks of them are worked on.
+An empty product is zero. `out` must not overlap the others."""
+
+
+class Kernels(NamedTuple):
+    """The compiled passes of one quantizer."""
+
+    requantize: Kernel
+    leave: Kernel
+
 
 LANES = 16
 """Values compared side by side in the search for a block's extremes."""
+
+CHUNK_VALUES = 1024
+"""About as many values go through one loop after the other: what a loop writes is in the nearest cache for the next."""
 
 SMALLEST_ABSMAX = 1e-38
 """bitsandbytes divides by no less than this, so that a block of zeros stays finite."""
 
 
 @functools.cache
-def fused(quantizer: Quantizer) -> Kernel | None:
-    """The compiled pass of `quantizer` for tensors on the CPU; None where there is none."""
+def fused(quantizer: Quantizer) -> Kernels | None:
+    """The compiled passes of `quantizer` for tensors on the CPU; None where there are none."""
     family, block = quantizer.kernel_family, quantizer.block_size
     if (
         family is None
@@ -53,11 +67,16 @@ def fused(quantizer: Quantizer) -> Kernel | None:
     if numba is None:
         _say_once()
         return None
-    rounded = quantizer.scale_dtype == torch.bfloat16
+    top, rounded = 2**quantizer.bits - 1, quantizer.scale_dtype == torch.bfloat16
     if family == "levels":
+        encode = _levels_encoder(top, block, rounded)
+        decode = _levels_decoder(block, rounded)
         tables = quantizer.thresholds().numpy(), quantizer.levels().numpy()
-        return _caller(_levels_kernel(2**quantizer.bits - 1, block, rounded), tables, block)
-    return _caller(_uniform_kernel(2**quantizer.bits - 1, block, rounded), (), block)
+    else:
+        encode = _uniform_encoder(top, block, rounded)
+        decode = _uniform_decoder(block, rounded)
+        tables = np.empty(0, np.float32), np.empty(0, np.float32)
+    return Kernels(*(_caller(kernel, tables, block) for kernel in _passes(encode, decode, block)))
 
 
 @functools.cache
@@ -72,33 +91,79 @@ def _caller(compiled: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel
         unit: float,
         codes: torch.Tensor,
         scales: torch.Tensor,
-        residual: torch.Tensor,
+        out: torch.Tensor,
     ) -> None:
-        arrays = [tensor.numpy() for tensor in (weight, product, codes, scales, residual)]
-        compiled(*arrays, np.float32(unit), *tables, weight.numel() // block)
+        # In numpy, because each operation of torch lets go of Python's lock and has to wait for it.
+        flat = [tensor.numpy().reshape(-1) for tensor in (weight, product, codes, out)]
+        compiled(*flat[:3], scales.numpy(), flat[3], np.float32(unit), *tables, weight.numel() // block)
 
     return call
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
+    """`function` as numba compiles it: on one thread, without Python's lock, every float32 operation as it is written."""
     # No NaN comes in, which lets the compiler take maxima lane by lane. Nothing else of fastmath: it would change bytes.
     return numba.njit(function, nogil=True, error_model="numpy", fastmath={"nnan"})
 
 
 @functools.cache
-def _rounding(rounded: bool) -> Any:
-    """In-place rounding of a float32 array to bfloat16's values, ties to even; or none."""
-    if not rounded:
-        return _compiled(lambda values: None)
+def _passes(encode: Any, decode: Any, block: int) -> tuple[Any, Any]:
+    """`requantize` and `leave`, over chunks of blocks."""
+    most = max(CHUNK_VALUES // block, 1)
 
-    def to_bfloat16(values: Any) -> None:
+    def requantize(weights: Any, products: Any, all_codes: Any, all_scales: Any, residuals: Any, unit: Any,
+                   thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
+        x, indices = np.empty(most * block, np.float32), np.empty(most * block, np.uint32)
+        for first in range(0, blocks, most):
+            some = min(most, blocks - first)
+            start, end = first * block, (first + some) * block
+            weight, codes, residual = weights[start:end], all_codes[start:end], residuals[start:end]
+            scales = all_scales[first : first + some]
+            if products.size:
+                product = products[start:end]
+                for i in range(end - start):
+                    x[i] = weight[i] - product[i]
+            else:
+                for i in range(end - start):
+                    x[i] = weight[i]
+            encode(x, codes, scales, thresholds, indices, some)
+            decode(codes, scales, levels, x, some)
+            for i in range(end - start):
+                residual[i] = (weight[i] - x[i]) * unit
+
+    def leave(weights: Any, products: Any, all_codes: Any, all_scales: Any, outs: Any, unit: Any,
+              thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
+        x = np.empty(most * block, np.float32)
+        for first in range(0, blocks, most):
+            some = min(most, blocks - first)
+            start, end = first * block, (first + some) * block
+            weight, out = weights[start:end], outs[start:end]
+            decode(all_codes[start:end], all_scales[first : first + some], levels, x, some)
+            if products.size:
+                product = products[start:end]
+                for i in range(end - start):
+                    out[i] = ((weight[i] - x[i]) - product[i]) * unit
+            else:
+                for i in range(end - start):
+                    out[i] = (weight[i] - x[i]) * unit
+
+    return compiled(requantize), compiled(leave)
+
+
+@functools.cache
+def _rounding(rounded: bool) -> Any:
+    """In-place rounding of a float32 array's first `count` values to bfloat16's, ties to even; or none."""
+    if not rounded:
+        return compiled(lambda values, count: None)
+
+    def to_bfloat16(values: Any, count: int) -> None:
         bits = values.view(np.uint32)
-        for i in range(bits.size):
+        for i in range(count):
             bits[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) & np.uint32(
                 0xFFFF0000
             )
 
-    return _compiled(to_bfloat16)
+    return compiled(to_bfloat16)
 
 
 @functools.cache
@@ -109,105 +174,110 @@ def _storing(rounded: bool) -> Any:
 
     def stored(scale: Any, scratch: Any) -> Any:
         scratch[0] = min(max(scale, -largest), largest)
-        round_in_place(scratch[:1])
+        round_in_place(scratch, 1)
         return scratch[0]
 
-    return _compiled(stored)
+    return compiled(stored)
 
 
 @functools.cache
-def _levels_kernel(top: int, block: int, rounded: bool) -> Any:
-    """NormalFloat's pass, see `NormalFloat._encode_groups`: absmax of the block, nearest level.
+def _levels_encoder(top: int, block: int, rounded: bool) -> Any:
+    """NormalFloat's codes and scales, see `NormalFloat._encode_groups`: absmax of the block, nearest level.
 
-    `top` and `block` are constants to the compiler, which unrolls the loops over them; and it vectorizes only what is
-    indexed from 0, so that each block is a slice.
+    `top` and `block` are constants to the compiler, which unrolls the loops over them. Values are not clamped to [-1, 1]
+    as torch's form has it: all thresholds lie within, so that no code changes.
     """
-    round_in_place, stored, subtract = _rounding(rounded), _storing(rounded), _subtracting(block)
+    stored, groups = _storing(rounded), block // LANES
     smallest, one = np.float32(SMALLEST_ABSMAX), np.float32(1)
 
-    def run(weights: Any, products: Any, all_codes: Any, scales: Any, residuals: Any, unit: Any,
-            thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
-        x, values = np.empty(block, np.float32), np.empty(block, np.float32)
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, indices: Any, blocks: int) -> None:
+        lanes = np.empty(LANES, np.float32)
         for b in range(blocks):
-            weight, codes = weights[b * block : (b + 1) * block], all_codes[b * block : (b + 1) * block]
-            residual = residuals[b * block : (b + 1) * block]
-            subtract(weight, products, b, x)
+            values = x[b * block : (b + 1) * block]
             for lane in range(LANES):
-                values[lane] = abs(x[lane])
-            for i in range(1, block // LANES):
-                for lane in range(LANES):
-                    values[lane] = max(values[lane], abs(x[i * LANES + lane]))
-            absmax = values[0]
+                largest = abs(values[lane])
+                for group in range(1, groups):
+                    largest = max(largest, abs(values[group * LANES + lane]))
+                lanes[lane] = largest
+            absmax = lanes[0]
             for lane in range(1, LANES):
-                absmax = max(absmax, values[lane])
-            absmax = stored(absmax, values)
+                absmax = max(absmax, lanes[lane])
+            absmax = stored(absmax, lanes)
             scales[b, 0] = absmax
             inverse = one / max(absmax, smallest)
             for i in range(block):
-                x[i] = min(max(x[i] * inverse, -one), one)
-            for i in range(block):
-                code = np.uint8(0)
-                for k in range(top):
-                    code += np.uint8(x[i] > thresholds[k])
-                codes[i] = code
-            for i in range(block):
-                values[i] = levels[codes[i]] * absmax
-            round_in_place(values)
-            for i in range(block):
-                residual[i] = (weight[i] - values[i]) * unit
+                values[i] *= inverse
+        for i in range(blocks * block):
+            index = np.uint32(0)
+            for k in range(top):
+                index += np.uint32(x[i] > thresholds[k])
+            indices[i] = index
+        for i in range(blocks * block):
+            codes[i] = np.uint8(indices[i])
 
-    return _compiled(run)
+    return compiled(encode)
 
 
 @functools.cache
-def _uniform_kernel(top: int, block: int, rounded: bool) -> Any:
+def _levels_decoder(block: int, rounded: bool) -> Any:
+    """What codes and absmaxes stand for once stored: level times absmax."""
+    round_in_place = _rounding(rounded)
+
+    def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:
+        for i in range(blocks * block):
+            x[i] = levels[codes[i]]
+        for b in range(blocks):
+            values, absmax = x[b * block : (b + 1) * block], scales[b, 0]
+            for i in range(block):
+                values[i] *= absmax
+        round_in_place(x, blocks * block)
+
+    return compiled(decode)
+
+
+@functools.cache
+def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
     """The paper's uniform quantizer, see `Uniform._encode_groups`: minimum and step of the block, nearest level."""
-    round_in_place, stored, subtract = _rounding(rounded), _storing(rounded), _subtracting(block)
+    stored, groups = _storing(rounded), block // LANES
     zero, last, infinite = np.float32(0), np.float32(top), np.float32(np.inf)
 
-    def run(weights: Any, products: Any, all_codes: Any, scales: Any, residuals: Any, unit: Any,
-            blocks: int) -> None:  # fmt: skip
-        x, values = np.empty(block, np.float32), np.empty(block, np.float32)
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, indices: Any, blocks: int) -> None:
+        lows, highs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for b in range(blocks):
-            weight, codes = weights[b * block : (b + 1) * block], all_codes[b * block : (b + 1) * block]
-            residual = residuals[b * block : (b + 1) * block]
-            subtract(weight, products, b, x)
+            values = x[b * block : (b + 1) * block]
             for lane in range(LANES):
-                smallest, largest = x[lane], x[lane]
-                for i in range(1, block // LANES):
-                    smallest = min(smallest, x[i * LANES + lane])
-                    largest = max(largest, x[i * LANES + lane])
-                values[lane], values[LANES + lane] = smallest, largest
-            low, high = values[0], values[LANES]
+                smallest, largest = values[lane], values[lane]
+                for group in range(1, groups):
+                    smallest = min(smallest, values[group * LANES + lane])
+                    largest = max(largest, values[group * LANES + lane])
+                lows[lane], highs[lane] = smallest, largest
+            low, high = lows[0], highs[0]
             for lane in range(1, LANES):
-                low = min(low, values[lane])
-                high = max(high, values[LANES + lane])
-            minimum = stored(low, values) + zero
-            step = stored(max((high - minimum) / last, zero), values)
+                low, high = min(low, lows[lane]), max(high, highs[lane])
+            minimum = stored(low, lows) + zero
+            step = stored(max((high - minimum) / last, zero), lows)
             scales[b, 0], scales[b, 1] = minimum, step
             divisor = step if step > zero else infinite
             for i in range(block):
-                level = min(max(np.rint((x[i] - minimum) / divisor), zero), last)
-                codes[i] = np.uint8(level)
-                values[i] = level * step + minimum
-            round_in_place(values)
-            for i in range(block):
-                residual[i] = (weight[i] - values[i]) * unit
+                values[i] = min(max(np.rint((values[i] - minimum) / divisor), zero), last)
+        for i in range(blocks * block):
+            codes[i] = np.uint8(x[i])
 
-    return _compiled(run)
+    return compiled(encode)
 
 
 @functools.cache
-def _subtracting(block: int) -> Any:
-    """Writes W - P of block `b` to x."""
+def _uniform_decoder(block: int, rounded: bool) -> Any:
+    """What codes, minima and steps stand for once stored: minimum + code times step."""
+    round_in_place = _rounding(rounded)
 
-    def subtract(weight: Any, products: Any, b: int, x: Any) -> None:
-        if products.size:
-            product = products[b * block : (b + 1) * block]
+    def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:
+        for i in range(blocks * block):
+            x[i] = np.float32(codes[i])
+        for b in range(blocks):
+            values, minimum, step = x[b * block : (b + 1) * block], scales[b, 0], scales[b, 1]
             for i in range(block):
-                x[i] = weight[i] - product[i]
-        else:
-            for i in range(block):
-                x[i] = weight[i]
+                values[i] = values[i] * step + minimum
+        round_in_place(x, blocks * block)
 
-    return _compiled(subtract)
+    return compiled(decode)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 from loftq_exp.errors import UserError
 
 SOLVERS = ("randomized", "exact")
 
-SOLVER_VERSION = "2"
+SOLVER_VERSION = "3"
 """Part of every cache key: change it when a solver's results change."""
 
 OVERSAMPLING = 16
@@ -74,7 +76,12 @@ def truncated_svd(
 
 
 def leading_factors(
-    matrix: torch.Tensor, fast: torch.Tensor, rank: int, solver: str, start: torch.Tensor | None = None
+    matrix: torch.Tensor,
+    squares: float,
+    in_float32: Callable[[], Iterable[tuple[slice, torch.Tensor]]],
+    rank: int,
+    solver: str,
+    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors (B, A) as `truncated_svd` has them, at the price that one step of an alternation is worth.
 
@@ -88,8 +95,9 @@ def leading_factors(
     bfloat16 and a Cholesky factor, on a small matrix and for `exact`, this is `truncated_svd`.
 
     Args:
-        matrix: M (m, n), finite, float32, near 1 in magnitude, any device.
-        fast: M again, in the type that products are taken in.
+        matrix: M (m, n), finite, near 1 in magnitude, in the type that products are taken in, any device.
+        squares: the sum of squares of M, for the search from a random start.
+        in_float32: gives M in float32 where it is needed, in pieces: some rows and their values, which the next overwrite.
         rank: r, from 1 to min(m, n).
         solver: `randomized` or `exact`.
         start: B (m, r) of a nearby matrix; none: random.
@@ -99,32 +107,41 @@ def leading_factors(
             left = _orthonormal(_random(matrix.shape[0], rank).to(matrix.device))
         else:
             left = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-        found = None if left is None else _sweep(fast, left, warm=start is not None)
+        found = None if left is None else _sweep(matrix, left, squares if start is None else None)
         if found is not None and start is None:
             # In float32, because the first step's factors may be truncated, and what is dropped is told from them.
-            found = _ritz(matrix, found[0])
+            right = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float32)
+            for rows, values in in_float32():
+                right.addmm_(found[0][rows].T, values)
+            found = _turned(found[0], right)
         if found is not None:
-            return _balanced(*found, scale=matrix.new_ones(()))
-    return truncated_svd(matrix, rank, solver)
+            left, singular, right = found
+            return _balanced(left, singular, right.T, scale=singular.new_ones(()))
+    whole = torch.empty_like(matrix, dtype=torch.float32)
+    for rows, values in in_float32():
+        whole[rows] = values
+    return truncated_svd(whole, rank, solver)
 
 
 _Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Left vectors (m, r), singular values (r,) in descending order, right vectors (n, r)."""
+"""Left vectors (m, r), singular values (r,) in descending order, right vectors as rows (r, n)."""
 
 
-def _sweep(matrix: torch.Tensor, left: torch.Tensor, warm: bool) -> _Triplets | None:
-    """The leading triplets after a few sweeps from the orthonormal `left`; None where the spectrum is too steep."""
+def _sweep(matrix: torch.Tensor, left: torch.Tensor, total: float | None) -> _Triplets | None:
+    """The leading triplets after a few sweeps from the orthonormal `left`; None where the spectrum is too steep.
+
+    `total` is the sum of squares of the matrix, by which the sweeps are told to be enough; none: one sweep is.
+    """
     found = _ritz(matrix, left)
-    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float32).square()) if not warm else 0.0
     captured = 0.0
     for _ in range(MOST_SWEEPS):
         if found is None:
             return None
         left, singular, right = found
         shift = SHIFT * singular[-1].square() / singular
-        better = _orthonormal(_times(matrix, right) - left * shift)
+        better = _orthonormal(_times(matrix, right.T) - left * shift)
         found = None if better is None else _ritz(matrix, better)
-        if warm or found is None:
+        if total is None or found is None:
             break
         before, captured = captured or float(singular.square().sum()), float(found[1].square().sum())
         if captured - before < LEAST_GAIN * (total - captured):
@@ -137,16 +154,22 @@ def _ritz(matrix: torch.Tensor, left: torch.Tensor) -> _Triplets | None:
 
     Turning to them in each sweep keeps the rounding of a large component from drowning the small ones.
     """
-    right = _times(matrix.T, left)
-    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(right.T @ right))
+    return _turned(left, _times(left.T.contiguous(), matrix))  # by rows: a transposed matrix would be copied first
+
+
+def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
+    """The triplets of the product of the orthonormal `left` (m, r) and `right` (r, n); None where they are too steep."""
+    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(right @ right.T))
     if not squares[0] <= STEEPEST**2 * squares[-1]:
         return None
     singular = squares.sqrt()
-    return left @ vectors, singular, right @ vectors / singular
+    return left @ vectors, singular, (vectors / singular).T @ right
 
 
-def _times(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
-    return (matrix @ thin.to(matrix.dtype)).to(torch.float32)
+def _times(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The product in float32 of factors in the matrix's type, which is the narrower one of the two."""
+    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return (one.to(dtype) @ other.to(dtype)).to(torch.float32)
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor | None:

@@ -25,7 +25,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.kernels import SMALLEST_ABSMAX, fused
+from loftq_exp.loftq.kernels import SMALLEST_ABSMAX, Kernels, fused
 from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
 from loftq_exp.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 
@@ -118,24 +118,59 @@ class Quantizer(ABC):
             scales: written: the rows of these blocks.
             residual: written: float32, W's shape.
         """
-        whole = weight.numel() - weight.numel() % self.block_size
-        kernel = fused(self) if weight.device.type == "cpu" and whole else None
-        done = 0
-        if kernel:
-            flat = [
-                tensor.view(-1)[:whole]
-                for tensor in (weight, weight[:0] if product is None else product, codes, residual)
-            ]
-            kernel(flat[0], flat[1], unit, flat[2], scales[: whole // self.block_size], flat[3])
-            done = whole
-        if done < weight.numel():
-            rest = weight.view(-1)[done:] if kernel else weight
-            less = rest if product is None else rest - product.view(-1)[done:].view(rest.shape)
-            quantized = self.encode(less)
-            codes.view(-1)[done:] = quantized.codes.view(-1)
+        whole, kernels = self._fused_part(weight)
+        if kernels:
+            kernels.requantize(weight, weight[:0] if product is None else product, unit, codes, scales, residual)
+        if whole < weight.numel():
+            rest, less = self._rest(whole, weight, product)
+            quantized = self.encode(rest if less is None else rest - less)
+            codes.view(-1)[whole:] = quantized.codes.view(-1)
             scales[len(scales) - len(quantized.scales) :] = quantized.scales
             left = rest - self.decode_stored(quantized)
-            residual.view(-1)[done:] = left.mul_(unit).view(-1)
+            residual.view(-1)[whole:] = left.mul_(unit).view(-1)
+
+    def leave(
+        self,
+        weight: torch.Tensor,
+        product: torch.Tensor | None,
+        unit: float,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """What Q and P leave of the weight: (W - decode_stored(Q) - P) * unit.
+
+        Args:
+            weight: W, float32, contiguous: whole blocks, or all of a weight.
+            product: P, of the same shape, or None for zero.
+            unit: a power of two.
+            codes: of Q, uint8, W's shape.
+            scales: of Q, the rows of these blocks.
+            out: written: float32, W's shape.
+        """
+        whole, kernels = self._fused_part(weight)
+        if kernels:
+            kernels.leave(weight, weight[:0] if product is None else product, unit, codes, scales, out)
+        if whole < weight.numel():
+            rest, less = self._rest(whole, weight, product)
+            rest_codes = codes.view(-1)[whole:].view(rest.shape)
+            stored = self.decode_stored(Quantized(rest_codes, scales[whole // self.block_size if whole else 0 :]))
+            left = rest - stored if less is None else rest - stored - less
+            out.view(-1)[whole:] = left.mul_(unit).view(-1)
+
+    def _fused_part(self, weight: torch.Tensor) -> tuple[int, Kernels | None]:
+        """How many leading values of `weight` the compiled passes take, whole blocks, and these passes."""
+        whole = weight.numel() - weight.numel() % self.block_size
+        kernels = fused(self) if weight.device.type == "cpu" and whole else None
+        return (whole if kernels else 0), kernels
+
+    @staticmethod
+    def _rest(
+        done: int, weight: torch.Tensor, product: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the compiled passes leave to torch: the short last block, or all."""
+        rest = weight.view(-1)[done:] if done else weight
+        return rest, None if product is None else product.view(-1)[done:].view(rest.shape)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight's stored quantized values, decode_stored(encode(weight)): float32, the weight's shape."""
@@ -146,7 +181,7 @@ class Quantizer(ABC):
     signed: ClassVar[tuple[bool, ...]] = (False,)
     """Which of these numbers may be negative."""
     kernel_family: ClassVar[str | None] = None
-    """Which of `loftq_exp.loftq.kernels` does this quantizer's arithmetic: `levels`, `uniform`, or none."""
+    """Which of `loftq_exp.loftq.kernels` do this quantizer's arithmetic: `levels`, `uniform`, or none."""
 
     def levels(self) -> torch.Tensor:
         """The ascending levels in [-1, 1] of a quantizer that has a table of them: float32, (2**bits,)."""

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loftq_exp.loftq.kernels import _compiled as compiled
-from loftq_exp.loftq.kernels import numba
+from loftq_exp.loftq.kernels import compiled, numba
 
 if TYPE_CHECKING:
     from loftq_exp.loftq.quantizers import Quantizer

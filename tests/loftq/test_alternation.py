@@ -36,11 +36,12 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def passed(quantizer: quantizers.Quantizer, weight: torch.Tensor, product: torch.Tensor | None) -> list[torch.Tensor]:
-    """Codes, scales and residual of one pass."""
+    """Codes, scales and residual of one pass, and what product and quantized values leave together."""
     codes, residual = torch.full(weight.shape, 255, dtype=torch.uint8), torch.full_like(weight, torch.nan)
-    scales = torch.full(quantizer.scales_shape(tuple(weight.shape)), torch.nan)
+    scales, left = torch.full(quantizer.scales_shape(tuple(weight.shape)), torch.nan), residual.clone()
     quantizer.requantize(weight, product, 0.25, codes, scales, residual)
-    return [codes, scales, residual]
+    quantizer.leave(weight, product, 0.25, codes, scales, left)
+    return [codes, scales, residual, left]
 
 
 @settings(max_examples=60)
@@ -104,11 +105,13 @@ def test_what_has_no_kernel_goes_through_torch(kind: tuple[str, int], block: int
     quantizer = make_quantizer(*kind, block, dtype)
     assert kernels.fused(quantizer) is None
     weight = normal(30, 70)
-    codes, scales, residual = passed(quantizer, weight, None)
-    quantized = quantizer.encode(weight)
+    codes, scales, residual, left = passed(quantizer, weight, weight.flip(0) * 0.1)
+    quantized = quantizer.encode(weight - weight.flip(0) * 0.1)
     assert torch.equal(codes, quantized.codes)
     assert torch.equal(scales, quantized.scales)
-    assert torch.equal(residual, (weight - quantizer.decode_stored(quantized)) * 0.25)
+    stored = quantizer.decode_stored(quantized)
+    assert torch.equal(residual, (weight - stored) * 0.25)
+    assert torch.equal(left, (weight - stored - weight.flip(0) * 0.1) * 0.25)
 
 
 # The fast alternation
@@ -155,12 +158,25 @@ def test_degenerate_weights(name: str, kind: tuple[str, int], scale: float) -> N
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_leading_factors_of_a_degenerate_matrix_are_near_the_best(name: str) -> None:
     matrix = DEGENERATE[name] / DEGENERATE[name].abs().amax().clamp(min=1e-30)
+    squares = float(matrix.square().sum())
     best = matrix - torch.mm(*truncated_svd(matrix, 16, "exact"))
     for fast in (matrix, matrix.bfloat16()):
-        B, A = leading_factors(matrix, fast, 16, "randomized")
+        B, A = leading_factors(fast, squares, lambda: [(slice(0, 300), matrix)], 16, "randomized")
         assert float((matrix - B @ A).norm()) <= 1.02 * float(best.norm()) + 1e-4 * float(matrix.norm())
-        B, A = leading_factors(matrix, fast, 16, "randomized", start=B)
+        B, A = leading_factors(fast, squares, lambda: [(slice(0, 300), matrix)], 16, "randomized", start=B)
         assert float((matrix - B @ A).norm()) <= 1.02 * float(best.norm()) + 1e-4 * float(matrix.norm())
+
+
+@pytest.mark.parametrize("shape", [(256, 300), (700, 400)])
+@pytest.mark.parametrize("kind", [("nf", 4), ("nf", 2), ("uniform", 2)])
+def test_a_truncated_step_knows_its_error_to_float32(shape: tuple[int, int], kind: tuple[str, int]) -> None:
+    weight, quantizer = normal(*shape), make_quantizer(*kind)
+    whole = decompose(weight, quantizer, 64, 1)
+    left = weight.double() - quantizer.decode_stored(whole.quantized).double()
+    for rank in (1, 8, 63, 64):
+        cut = whole.truncated(rank)
+        error = float((left - cut.lora_B.double() @ cut.lora_A.double()).norm() / weight.double().norm())
+        assert cut.errors[1] == pytest.approx(error, rel=5e-7)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (65, 99), (127, 33), (600, 1000)])
