@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from loftq_exp.checkpoint.artifact import Initialised, read_artifact
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.packaged import UNWRITABLE
-from loftq_exp.checkpoint.published import locate_published
+from loftq_exp.checkpoint.published import check_published, locate_published
 from loftq_exp.checkpoint.push import check_push, push
 from loftq_exp.checkpoint.source import Source, locate
 from loftq_exp.checkpoint.take import take
@@ -62,8 +62,9 @@ def _run(config: RunConfig) -> RunResult:
     folder = config.run_dir
     _check_machine(config)
     check_push(config)
+    check_published(config)
     data = _read_data(config)
-    _check_published(config, data.task)
+    _check_scores(config, data.task)
     source = _locate(config) if "quantize" in config.stages else None
     if source is None:
         _kept(config)
@@ -117,7 +118,7 @@ def _read_data(config: RunConfig) -> _Data:
     )
 
 
-def _check_published(config: RunConfig, task: Task) -> None:
+def _check_scores(config: RunConfig, task: Task) -> None:
     """Says which published scores have no column in the table: a name that is wrong, or of a split that is not scored."""
     shown = [name for column in task.table for name in column.scores]
     for name in config.published or ():

@@ -41,6 +41,12 @@ def published_names(config: RunConfig) -> tuple[str, ...]:
     return tuple(f"LoftQ/{name}" for name in ((newer, older) if model in OLDER_NAMES else (newer,)))
 
 
+def check_published(config: RunConfig) -> None:
+    """UserError for a combination that is not published: told from the settings alone, before anything is downloaded."""
+    if config.quant.method == "off-the-shelf" and config.quant.path is None:
+        published_names(config)
+
+
 def _pairs(pairs: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{bits}/{rank}" for bits, rank in pairs)
 

@@ -331,7 +331,8 @@ def test_every_published_combination_has_a_name() -> None:
     (["quant=loftq", "quant.path=a/b"], "quant.path=a/b: names a published checkpoint; add quant=off-the-shelf"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(cli: Any, arguments: list[str], message: str) -> None:
-    assert message in cli.refused("quant=off-the-shelf", *arguments, "stages=[quantize]")
+    """Told before the hub is asked for the task's data."""
+    assert message in cli.refused("quant=off-the-shelf", *arguments, "task=gsm8k")
     assert not Path("outputs").exists()
 
 
