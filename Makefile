@@ -41,6 +41,8 @@ format: $(STAMP) ## put the code in ruff's format
 
 bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/performance.md
 	$(BIN)/python benchmarks/initialisation.py
+	$(BIN)/python benchmarks/packed.py time
+	$(BIN)/python benchmarks/packed.py memory
 
 experiments: $(STAMP) ## write conf/experiment/ from the published tables in benchmarks/published.py
 	$(BIN)/python benchmarks/published.py

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from loftq_exp.checkpoint.convert import bits_per_weight
-from loftq_exp.config import BITS_OF_TYPE, BLOCKLESS_TYPES, RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
 from loftq_exp.packed import storage
 from loftq_exp.packed.kernels import fused
 from loftq_exp.packed.storage import check_parts, dequantize, pack, part_specs, unpack
+from loftq_exp.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 
 SHAPE = (40, 96)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
