@@ -20,7 +20,7 @@ from loftq_exp.checkpoint.plan import Precision
 from loftq_exp.checkpoint.source import Source
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
-from loftq_exp.packed.hf import NEEDS_US, LoftQConfig
+from loftq_exp.packed.hf import LoftQConfig
 
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
@@ -125,8 +125,6 @@ def write_surroundings(
     elif config.save_format == "packed":
         model_config.quantization_config = _packed_config(plan, config)
     model_config.save_pretrained(folder)
-    if config.save_format == "packed":
-        stop_other_readers(folder)
     for pattern in _CARRIED:
         for path in source.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
@@ -154,16 +152,6 @@ def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQCon
     bits = {module: precision.bits for module, precision in plan.items()}
     quant = config.quant
     return LoftQConfig(bits, quant.type, quant.block_size, quant.double, config.save_dtype)
-
-
-def stop_other_readers(folder: Path) -> None:
-    """Has transformers refuse the packed checkpoint in `folder` where loftq_exp was not imported, see NEEDS_US.
-
-    Into the file itself, because transformers' own writer leaves this setting out.
-    """
-    place = folder / "config.json"
-    values = json.loads(place.read_text()) | {"transformers_weights": NEEDS_US}
-    place.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _number(alpha: float) -> int:

@@ -112,11 +112,15 @@ def _errors(report: dict[str, Any]) -> str:
 
 
 def _code(config: RunConfig, report: dict[str, Any]) -> str:
-    """Loading with transformers, bitsandbytes and PEFT alone, in the way that changes no quantized value."""
+    """Loading in the way that changes no quantized value: with transformers, bitsandbytes and PEFT alone, but for packed
+    weights, which loftq_exp reads."""
     model_class = AUTO_CLASSES[config.model.kind].__name__
     dtype = f"torch.{report.get('off_the_shelf', {}).get('stored_dtype', config.save_dtype)}"
     packs = config.save_format == "dense" and config.fits_bnb4
-    lines = ["import torch", "from peft import PeftModel",
+    reader = (
+        ["import loftq_exp  # reads packed weights: pip install loftq_exp"] if config.save_format == "packed" else []
+    )
+    lines = [*reader, "import torch", "from peft import PeftModel",
              f"from transformers import {', '.join([model_class, *(['BitsAndBytesConfig'] if packs else [])])}", "",
              f'REPO = "{config.hub.repo_id}"']  # fmt: skip
     arguments = [f"dtype={dtype}"]

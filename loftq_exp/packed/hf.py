@@ -6,9 +6,12 @@ with packed layers, without a dense copy of any of them, and `save_pretrained` w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import wrapt
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
 from loftq_exp.packed.linear import PackedLinear
+from loftq_exp.packed.storage import PARTS, check_specs
 
 METHOD = "loftq"
 VERSION = 1
@@ -42,7 +46,7 @@ class LoftQConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: dict[str, int],
+        bits: dict[str, int] | None = None,
         type: str = "nf",
         block_size: int = 64,
         double: bool = False,
@@ -55,8 +59,14 @@ class LoftQConfig(QuantizationConfigMixin):
             names = f" and {', '.join(unknown)}" if unknown else ""
             raise UserError(f"quantization_config: packed by another loftq_exp (format {version}{names}; this one reads "
                             f"{VERSION}); update loftq_exp, or quantize again")  # fmt: skip
+        if not isinstance(bits, dict):
+            raise UserError(
+                "quantization_config.bits: not the bits of each packed module by its name; get config.json again"
+            )
+        if not isinstance(getattr(torch, str(scale_dtype), None), torch.dtype):
+            raise UserError(f"quantization_config.scale_dtype={scale_dtype}: not a type; get config.json again")
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration knows its own only
-        self.bits, self.type, self.block_size, self.double = dict(bits), type, block_size, double
+        self.bits, self.type, self.block_size, self.double = bits, type, block_size, double
         self.scale_dtype, self.version = scale_dtype, version
         for width in set(self.bits.values()):
             self.quantizer(width)  # refuses what does not exist
@@ -84,14 +94,22 @@ class LoftQHfQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
-    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
-        modules = dict(model.named_modules())
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **_: Any,
+    ) -> Any:
+        modules, layers = dict(model.named_modules()), {}
         for name, bits in self.quantization_config.bits.items():
             found = _module_name(name, model.base_model_prefix, modules)
             if found is None:
                 raise UserError(f"quantization_config.bits: {name} is no linear layer of {type(model).__name__}; "
                                 "load the class that the checkpoint was made for")  # fmt: skip
-            model.set_submodule(found, self._packed(modules[found], bits, dtype))
+            layers[found] = self._packed(modules[found], bits, dtype)
+            model.set_submodule(found, layers[found])
+        _check_files(checkpoint_files or (), model.base_model_prefix, layers)
         return model
 
     def _packed(self, linear: nn.Linear, bits: int, dtype: torch.dtype | None) -> PackedLinear:
@@ -118,7 +136,44 @@ class LoftQHfQuantizer(HfQuantizer):
         return True
 
 
-def _module_name(name: str, prefix: str, modules: dict[str, nn.Module]) -> str | None:
+@wrapt.patch_function_wrapper("transformers.configuration_utils", "PreTrainedConfig.to_diff_dict")
+def _stop_other_readers(to_diff_dict: Callable[[], dict[str, Any]], _: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Has config.json stop readers who lack this module, whoever writes it: transformers leaves the setting out."""
+    values = to_diff_dict(*args, **kwargs)
+    quantization = values.get("quantization_config") or {}
+    return values | ({"transformers_weights": NEEDS_US} if quantization.get("quant_method") == METHOD else {})
+
+
+_TYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of packed tensors, by safetensors' names."""
+
+
+def _check_files(files: Sequence[str], prefix: str, layers: Mapping[str, PackedLinear]) -> None:
+    """Raises UserError where the files do not have what the layers need, before transformers looks at them.
+
+    It would say so in a table, and where it is to ignore mismatched sizes, which it is for a head's sake, not at all.
+    """
+    found: dict[str, dict[str, tuple[torch.dtype | str, tuple[int, ...]]]] = {name: {} for name in layers}
+    renamed = False  # while loading, by transformers
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # no dict
+                    module, _, part = name.rpartition(".")
+                    owner = _module_name(module, prefix, layers)
+                    if owner is not None and part in PARTS:
+                        header = tensors.get_slice(name)
+                        kind = header.get_dtype()
+                        found[owner][part] = (_TYPES.get(kind, kind), tuple(header.get_shape()))
+                    renamed |= owner is None and part == "qweight"
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error}); get the file again") from None
+    for name, layer in layers.items() if files else ():
+        if found[name] or not renamed:
+            check_specs(name, found[name], layer.quantizer, layer.shape)
+
+
+def _module_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The linear module that the checkpoint calls `name`, in a class with or without a head; None: there is none."""
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         if isinstance(modules.get(candidate), nn.Linear):

@@ -135,7 +135,10 @@ def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
 
 
 def check_specs(
-    name: str, found: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], quantizer: Quantizer, shape: tuple[int, int]
+    name: str,
+    found: Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]],
+    quantizer: Quantizer,
+    shape: tuple[int, int],
 ) -> None:
     """Raises UserError where tensors of these types and shapes, by part, do not stand for a weight of this shape."""
     for part, (dtype, expected) in part_specs(quantizer, shape).items():
@@ -161,5 +164,5 @@ def check_parts(name: str, parts: Mapping[str, torch.Tensor], quantizer: Quantiz
         raise UserError(f"{name}.qweight: a code out of range, type int has 1 to 255; get the file again")
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _kind(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")

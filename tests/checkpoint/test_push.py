@@ -126,7 +126,7 @@ def test_the_card_says_what_it_is(cli: Any) -> None:
     assert model_card(init, config, None).count("base_model") == 0
 
 
-@pytest.mark.parametrize("overrides", [(), ("save_format=bnb4",), ("quant.bits=3",)])
+@pytest.mark.parametrize("overrides", [(), ("save_format=bnb4",), ("save_format=packed",), ("quant.bits=3",)])
 def test_the_code_on_the_card_runs(cli: Any, overrides: tuple[str, ...]) -> None:
     """As it stands there, but for the place: it must load the very model that was pushed."""
     cli(*cli.tiny, *QUANTIZE, *overrides)
@@ -134,6 +134,7 @@ def test_the_code_on_the_card_runs(cli: Any, overrides: tuple[str, ...]) -> None
     assert init is not None
     code = model_card(init, compose([*cli.tiny, *QUANTIZE, *PUSH, *overrides]), None).split("```")[1]
     assert ("four_bit" in code) == (not overrides)
+    assert ("import loftq_exp" in code) == ("save_format=packed" in overrides)
     loaded: dict[str, Any] = {}
     exec(code.removeprefix("python").replace(f'"{REPOSITORY}"', repr(str(checkpoint()))), loaded)
     assert type(loaded["model"].get_base_model()).__name__ == "LlamaForCausalLM"
