@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -112,11 +113,11 @@ def measure_time(folder: Path) -> None:
 def measure_memory(folder: Path) -> None:
     """Peak memory of the finetune stage of each form, as the system counts it."""
     rows = []
+    shutil.rmtree(folder / "memory", ignore_errors=True)
     for form in FORMS:
-        initialised(form, folder)
         command = [*overrides(form, folder), "stages=[finetune]", "train=demo", "train.max_steps=2",
-                   "train.backbone=auto", "train.per_device_train_batch_size=1", "task.max_train_samples=8", "seed=12"]  # fmt: skip
-        # The seed makes it another run, in another folder, so that it trains each time; save_dir lets it find its start.
+                   "train.backbone=auto", "train.per_device_train_batch_size=1", "task.max_train_samples=8"]  # fmt: skip
+        # From the same start, named by save_dir, in a folder where nothing was trained before.
         init = initialised(form, folder).parent
         process = subprocess.Popen([sys.executable, "-m", "loftq_exp", *command, f"save_dir={init}", f"output_dir={folder}/memory"],
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
