@@ -13,7 +13,7 @@ class PackedLoraLayer(Linear):
     """y = x Q' + s x A' B' on a `PackedLinear`. PEFT makes it through its custom modules, see `loftq_exp.registration`."""
 
     @property
-    def weight(self) -> None:
+    def weight(self) -> None:  # type: ignore[override]
         """None, as the packed layer's own. PEFT would give the packed bytes, and t5 turn its activations into their type."""
         return None
 
