@@ -461,3 +461,46 @@ def test_anli_and_squad_on_each_encoder(cli: Any, checkpoint: Callable[[str], tu
     assert len(samples) == 3
     assert set(metrics["scores"]) == {"exact_match", "f1"}
     assert all(sample["predicted"] in PASSAGE for sample in samples)
+
+
+# Packed backbones -----------------------------------------------------------------------------------------------------
+
+
+def trained_on_packed_layers(cli: Any, precision: tuple[str, ...], *arguments: str) -> None:
+    record, _, _ = finished(cli, *arguments, "save_format=packed", "train.max_steps=2", *precision)
+    assert record["finetune"]["backbone"] == "packed"
+    assert record["finetune"]["steps"] == 2
+    assert record["scored_adapter"] == "fine-tuned"
+    assert record["scores"]
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [("bart", ("quant.bits=2",)), ("t5", ("quant.bits=3", "quant.double=true", "train.bf16=true"))],
+)
+def test_summarizers_train_on_packed_layers(
+    cli: Any, summarizers: dict[str, Path], model: str, precision: tuple[str, ...]
+) -> None:
+    file = write_rows("rows.jsonl", [{"document": PASSAGE, "summary": "Emma Blue sells cups."}] * 4)
+    trained_on_packed_layers(
+        cli, precision, f"model={model}", f"model.path={summarizers[model]}", "task=summarization", "task.name=xsum",
+        *files(file), "task.max_source_length=64", "task.max_target_length=16", "task.num_beams=2",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("mnli", ("quant.type=uniform", "quant.bits=2")), ("stsb", ("quant.bits=3", "quant.allocation=paper"))],
+)
+def test_classifiers_train_on_packed_layers(cli: Any, encoder: Path, name: str, precision: tuple[str, ...]) -> None:
+    trained_on_packed_layers(
+        cli, precision, "model=bert", f"model.path={encoder}", "task=glue", f"task.name={name}",
+        *files(write_rows("rows.jsonl", glue_rows(name))),
+    )  # fmt: skip
+
+
+def test_spans_are_found_on_packed_layers(cli: Any, encoder: Path) -> None:
+    trained_on_packed_layers(
+        cli, ("quant.bits=2", "train.bf16=true"), "model=bert", "model.kind=question-answering", f"model.path={encoder}",
+        "task=squad", *SHORT_WINDOWS, *files(write_rows("rows.jsonl", squad_rows())),
+    )  # fmt: skip

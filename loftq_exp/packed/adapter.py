@@ -12,6 +12,11 @@ from loftq_exp.errors import UserError
 class PackedLoraLayer(Linear):
     """y = x Q' + s x A' B' on a `PackedLinear`. PEFT makes it through its custom modules, see `loftq_exp.registration`."""
 
+    @property
+    def weight(self) -> None:  # type: ignore[override]
+        """None, as the packed layer's own. PEFT would give the packed bytes, and t5 turn its activations into their type."""
+        return None
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refuses: Q + s B A is no packed weight. Raises UserError."""
         raise UserError("merge: a packed backbone cannot take the adapter's values; python -m loftq_exp.export writes a merged "

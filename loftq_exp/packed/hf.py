@@ -109,6 +109,10 @@ class LoftQHfQuantizer(HfQuantizer):
                                 "load the class that the checkpoint was made for")  # fmt: skip
             layers[found] = self._packed(modules[found], bits, dtype)
             model.set_submodule(found, layers[found])
+            # Some classes draw the weights of all their layers by name (t5), and those that the file has are only then left
+            # alone; a packed layer has none to draw.
+            for drawn in (layers[found], model.get_submodule(found.rpartition(".")[0])):
+                drawn._is_hf_initialized = True
         _check_files(checkpoint_files or (), model.base_model_prefix, layers)
         return model
 
