@@ -6,22 +6,17 @@ tiles of rows that fit a processor's cache; where the residual is wanted in floa
 
 from __future__ import annotations
 
-import functools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from loftq_exp.device import compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.lowrank import leading_factors
+from loftq_exp.loftq.pieces import slices, spread
 from loftq_exp.loftq.quantizers import Quantized, Quantizer
-
-T = TypeVar("T")
 
 TILE_VALUES = 2**19
 """Values of a weight that are worked on at a time on a processor: 2 MiB in float32."""
@@ -89,7 +84,7 @@ class Alternation:
         """Raises UserError for a weight that is not a finite floating-point matrix."""
         self.weight = weight.detach().contiguous()
         self.quantizer = quantizer
-        self.unit = _unit(weight)
+        self.unit = _unit(self.weight)
         device, self.shape = weight.device, tuple(weight.shape)
         groups, numbers = quantizer.scales_shape(self.shape)
         self.codes = torch.empty(self.shape, dtype=torch.uint8, device=device)
@@ -116,7 +111,7 @@ class Alternation:
     def quantize(self) -> None:
         """Q = quantize(W - B A), and the residual W - Q. Tells the error of the factors before, which costs little here."""
         first = not self.errors
-        norms = self._over_tiles(self._quantize_tile)
+        norms = spread(self._quantize_tile, self._tiles)
         if first:
             self.norm = _norm([norm for _, norm in norms]) / self.unit
         if first or self._unmeasured:
@@ -153,7 +148,8 @@ class Alternation:
             yield slice(0, self.shape[0]), self.residual
             return
         wide = self.scales.new_empty(0)
-        for tiles in _batches(self._tiles):
+        for some in slices(len(self._tiles), TILES_AT_ONCE):
+            tiles = self._tiles[some]
             first, last = tiles[0].start, tiles[-1].stop
             wide = self.scales.new_empty(last - first, self.shape[1]) if not wide.numel() else wide[: last - first]
 
@@ -161,7 +157,7 @@ class Alternation:
                 weight, out = self.weight[tile].to(torch.float32), wide[tile.start - first : tile.stop - first]
                 self.quantizer.leave(weight, None, self.unit, *self._quantized(tile), out)
 
-            self._over_tiles(fill, tiles)
+            spread(fill, tiles)
             yield slice(first, last), wide
 
     def resume(self, start: Decomposition) -> None:
@@ -176,7 +172,7 @@ class Alternation:
     def result(self, rank: int = 0) -> Decomposition:
         """The decomposition as it stands. `rank` is that of the zero factors where none were fitted."""
         if self._unmeasured:
-            self._measured(self._over_tiles(self._left_norms))
+            self._measured(spread(self._left_norms, self._tiles))
         rows, columns = self.shape
         lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
         lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
@@ -186,12 +182,6 @@ class Alternation:
         """Notes an error from the norms of the rows, in units, of what is left of the weight."""
         self.errors.append(_norm(norms) / self.unit / self.norm if self.norm else 0.0)
         self._unmeasured = False
-
-    def _over_tiles(self, work: Callable[[slice], T], tiles: Sequence[slice] | None = None) -> list[T]:
-        """`work` on these tiles (all), in order; on a processor side by side, on as many threads as torch uses."""
-        tiles = self._tiles if tiles is None else tiles
-        threads = min(torch.get_num_threads(), len(tiles))
-        return list(map(work, tiles) if threads == 1 else _pool(threads).map(work, tiles))
 
     def _product(self, tile: slice) -> torch.Tensor | None:
         """These rows of B A; None where there are no factors."""
@@ -211,27 +201,12 @@ class Alternation:
         return _row_norms(left)
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operations take one thread each: tiles do not wait for each other, operations would."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles", initializer=torch.set_num_threads, initargs=(1,))
-    usual = torch.get_num_threads()
-    list(pool.map(lambda _: time.sleep(0.01), range(threads)))
-    torch.set_num_threads(usual)  # what threads to come start with
-    return pool
-
-
-def _batches(tiles: list[slice]) -> list[list[slice]]:
-    """Neighbouring tiles, as many as `TILES_AT_ONCE` says."""
-    return [tiles[first : first + TILES_AT_ONCE] for first in range(0, len(tiles), TILES_AT_ONCE)]
-
-
 def _tiles(shape: tuple[int, ...], aligned: int, device: torch.device) -> list[slice]:
     """The rows of a matrix in tiles of a multiple of `aligned` rows, but for the last."""
     rows, columns = shape
     most = max(TILE_VALUES // columns, TILE_ROWS) if device.type == "cpu" else rows
     size = min(max(most // aligned, 1) * aligned, rows)
-    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+    return slices(rows, size)
 
 
 def _unit(weight: torch.Tensor) -> float:
@@ -239,7 +214,8 @@ def _unit(weight: torch.Tensor) -> float:
     name = f"weight of shape {tuple(weight.shape)}"
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise UserError(f"{name} and {weight.dtype}: not a floating-point matrix; pass one of shape (out, in)")
-    low, high = (float(end.to(torch.float32)) for end in torch.aminmax(weight.detach()))
+    ends = spread(lambda rows: torch.stack(torch.aminmax(weight[rows])), _tiles(tuple(weight.shape), 1, weight.device))
+    low, high = (float(end.to(torch.float32)) for end in torch.stack(ends).aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         lost = weight.numel() - int(torch.isfinite(weight.to(torch.float32)).sum())
         raise UserError(

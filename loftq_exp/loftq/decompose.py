@@ -10,6 +10,7 @@ import torch
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.alternation import Alternation, Decomposition
 from loftq_exp.loftq.lowrank import check_svd_settings
+from loftq_exp.loftq.pieces import conducted
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
 
 SHARED_RANK = 64
@@ -25,7 +26,6 @@ def first_rank(rank: int, shape: tuple[int, ...], solver: str) -> int:
     return rank if solver == "exact" else max(rank, min(SHARED_RANK, *shape))
 
 
-@torch.no_grad()
 def decompose(
     weight: torch.Tensor,
     quantizer: Quantizer,
@@ -59,6 +59,13 @@ def decompose(
         UserError: for a weight that is not a finite floating-point matrix, or a setting that does not exist or fit.
         ValueError: for a `start` of another shape or rank, or of more steps.
     """
+    return conducted(lambda: _decompose(weight, quantizer, rank, num_iter, solver, start), weight.device)
+
+
+@torch.no_grad()  # which is a setting of each thread
+def _decompose(
+    weight: torch.Tensor, quantizer: Quantizer, rank: int, num_iter: int, solver: str, start: Decomposition | None
+) -> Decomposition:
     if num_iter < 0:
         raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
     alternation = Alternation(weight, quantizer)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from loftq_exp.errors import UserError
+from loftq_exp.loftq.pieces import slices, spread, torchs_own_threads
 
 SOLVERS = ("randomized", "exact")
 
@@ -28,6 +29,9 @@ From the factors of the step before, one sweep does."""
 
 MOST_SWEEPS = 10
 """Where `leading_factors` stops at the latest."""
+
+PIECE = 1024
+"""Rows or columns of a matrix whose product with a thin one is one piece of work on a processor."""
 
 SHIFT = 0.3
 """Share of the smallest squared singular value by which `leading_factors` shifts the spectrum."""
@@ -112,7 +116,7 @@ def leading_factors(
             # In float32, because the first step's factors may be truncated, and what is dropped is told from them.
             right = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float32)
             for rows, values in in_float32():
-                right.addmm_(found[0][rows].T, values)
+                _add_product(right, found[0][rows].T, values)
             found = _turned(found[0], right)
         if found is not None:
             left, singular, right = found
@@ -120,7 +124,8 @@ def leading_factors(
     whole = torch.empty_like(matrix, dtype=torch.float32)
     for rows, values in in_float32():
         whole[rows] = values
-    return truncated_svd(whole, rank, solver)
+    with torchs_own_threads():
+        return truncated_svd(whole, rank, solver)
 
 
 _Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -139,7 +144,7 @@ def _sweep(matrix: torch.Tensor, left: torch.Tensor, total: float | None) -> _Tr
             return None
         left, singular, right = found
         shift = SHIFT * singular[-1].square() / singular
-        better = _orthonormal(_times(matrix, right.T) - left * shift)
+        better = _orthonormal(_times_thin(matrix, right.T) - left * shift)
         found = None if better is None else _ritz(matrix, better)
         if total is None or found is None:
             break
@@ -154,7 +159,7 @@ def _ritz(matrix: torch.Tensor, left: torch.Tensor) -> _Triplets | None:
 
     Turning to them in each sweep keeps the rounding of a large component from drowning the small ones.
     """
-    return _turned(left, _times(left.T.contiguous(), matrix))  # by rows: a transposed matrix would be copied first
+    return _turned(left, _thin_times(left.T.contiguous(), matrix))  # by rows: a transposed matrix would be copied first
 
 
 def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
@@ -166,10 +171,26 @@ def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
     return left @ vectors, singular, (vectors / singular).T @ right
 
 
-def _times(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The product in float32 of factors in the matrix's type, which is the narrower one of the two."""
-    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return (one.to(dtype) @ other.to(dtype)).to(torch.float32)
+def _times_thin(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
+    """matrix @ thin, taken in the matrix's type, in float32."""
+    thin = thin.to(matrix.dtype)
+    return torch.cat(spread(lambda rows: (matrix[rows] @ thin).to(torch.float32), _pieces(matrix, 0)))
+
+
+def _thin_times(thin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """thin @ matrix, taken in the matrix's type, in float32."""
+    thin = thin.to(matrix.dtype)
+    return torch.cat(spread(lambda some: (thin @ matrix[:, some]).to(torch.float32), _pieces(matrix, 1)), dim=1)
+
+
+def _add_product(total: torch.Tensor, thin: torch.Tensor, matrix: torch.Tensor) -> None:
+    """total += thin @ matrix."""
+    spread(lambda some: total[:, some].addmm_(thin, matrix[:, some]), _pieces(matrix, 1))
+
+
+def _pieces(matrix: torch.Tensor, dim: int) -> list[slice]:
+    length = matrix.shape[dim]
+    return slices(length, PIECE if matrix.device.type == "cpu" else length)
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor | None:
