@@ -111,10 +111,9 @@ def _expression(pattern: str, numbers: Iterable[str]) -> str:
 def _by_error(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors]) -> Plan:
     """The plan of least error within the budgets: code bits as of quant.bits, and an adapter as large as of quant.rank.
 
-    The error is the sum of the squared relative errors ||W - Q - s B A||^2 / ||W||^2, in which each weight counts the
-    same. Each works on a normalised input and what it adds is normalised again, so that it is the relative error of what it
-    computes that goes on; and the small projections of attention matter like the large ones while they cost few bits. By
-    perplexity this is better than absolute errors, and than relative ones that count by values: see docs/low-bit.md.
+    The error is the sum of the squared relative errors ||W - Q - s B A||^2 / ||W||^2, in which each weight counts once: the
+    small projections of attention matter like the large ones, and cost few bits. By perplexity that is better than absolute
+    errors, and than relative ones times the weights' values; docs/low-bit.md has the figures.
     """
     items = [
         [Option(error**2, _sizes(target, precision)) for precision, error in errors[target.module].items()]
