@@ -121,6 +121,8 @@ def _quiet_libraries() -> None:
     """Leaves the terminal to this run's own lines."""
     for name in ("hydra", "httpx", "httpx2", "datasets", "absl", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Where a processor could use a kernel from the hub, a warning each time that it is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable hub is one line of ours, not one a retry
