@@ -21,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder, out = local_path(options.folder), local_path(options.out)
         adapter = local_path(options.adapter) if options.adapter else None
         quiet_libraries()
-        from loftq_exp.checkpoint.export import (
-            export,  # torch and transformers take seconds, which a typo should not cost
-        )
+        from loftq_exp.checkpoint.export import export  # torch takes seconds, which a typo should not cost
 
         sys.stdout.write(f"{export(folder, out, adapter, options.to, options.dtype)}\n")
         return 0

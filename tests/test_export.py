@@ -230,7 +230,7 @@ def test_patterns_of_ranks_and_alphas_mean_what_they_mean_to_peft(models: Models
 
 
 def test_ranks_that_the_initialisation_chose(models: Models, tmp_path: Path) -> None:
-    init = models.made("llama", "packed", bits=3, allocation="error+rank", rank_choices=[4, 8])
+    init = models.made("llama", "packed", bits=3, allocation="error+rank", rank_choices=[4, 8, 16])
     assert json.loads((init.folder / "loftq_init/adapter_config.json").read_text())["rank_pattern"]
     expected = outputs(trained(init, tmp_path / "adapter"))
     assert run(init, tmp_path / "out", "--adapter", str(tmp_path / "adapter")) == 0
