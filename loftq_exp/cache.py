@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from loftq_exp.checkpoint.cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
+from loftq_exp.command import OneLineParser
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.progress import progress
@@ -56,21 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line, as the rest of the project does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the message as a UserError instead of printing the usage."""
-        raise UserError(f"{message}; see python -m loftq_exp.cache --help")
-
-
 def _parser() -> argparse.ArgumentParser:
     """The command's options; `--cache-dir` may stand before or after the subcommand."""
-    common = _Parser(add_help=False)
+    common = OneLineParser(add_help=False)
     # Suppressed, because a subcommand's own default would replace what was given before it.
     common.add_argument("--cache-dir", default=argparse.SUPPRESS, help=f"cache_dir of the runs ({DEFAULT_FOLDER})")
     about = "Shows and tends the cache of decompositions. Safe beside running jobs."
-    parser = _Parser(prog="python -m loftq_exp.cache", description=about, parents=[common])
+    parser = OneLineParser(prog="python -m loftq_exp.cache", description=about, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="list|size|verify|prune")
     listing = commands.add_parser("list", parents=[common], help="every entry with what it holds, last used first")
     listing.set_defaults(command=_list)

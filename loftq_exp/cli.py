@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -30,6 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from loftq_exp.command import quiet_libraries
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.schema import dotted_names, nearest
@@ -68,7 +68,8 @@ OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*gr
 def main() -> None:
     """Entry point of `loftq-exp` and `python -m loftq_exp`: exits with 0 when every job succeeded, else with 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    _quiet_libraries()
+    quiet_libraries()
+    threading.excepthook = _tell_of_thread
     os.environ.pop(SWEEP_FOLDER, None)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here and are told in one line below
     try:
@@ -115,16 +116,6 @@ def _forget_empty_sweep() -> None:
     folder = os.environ.get(SWEEP_FOLDER)
     if folder and not list(Path(folder).glob("job-*.json")):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _quiet_libraries() -> None:
-    """Leaves the terminal to this run's own lines."""
-    for name in ("hydra", "httpx", "httpx2", "datasets", "absl", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable hub is one line of ours, not one a retry
-    threading.excepthook = _tell_of_thread
 
 
 def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:

@@ -479,11 +479,11 @@ def trained_on_packed_layers(cli: Any, precision: tuple[str, ...], *arguments: s
     [("bart", ("quant.bits=2",)), ("t5", ("quant.bits=3", "quant.double=true", "train.bf16=true"))],
 )
 def test_summarizers_train_on_packed_layers(
-    cli: Any, summarizers: dict[str, Path], model: str, precision: tuple[str, ...]
+    cli: Any, checkpoint: Callable[[str], tuple[str, str]], model: str, precision: tuple[str, ...]
 ) -> None:
     file = write_rows("rows.jsonl", [{"document": PASSAGE, "summary": "Emma Blue sells cups."}] * 4)
     trained_on_packed_layers(
-        cli, precision, f"model={model}", f"model.path={summarizers[model]}", "task=summarization", "task.name=xsum",
+        cli, precision, *checkpoint(model), "task=summarization", "task.name=xsum",
         *files(file), "task.max_source_length=64", "task.max_target_length=16", "task.num_beams=2",
     )  # fmt: skip
 

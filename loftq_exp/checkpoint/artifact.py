@@ -62,15 +62,15 @@ def read_artifact(folder: Path) -> Initialised | None:
 
 
 @contextmanager
-def exclusive(final: Path) -> Iterator[None]:
-    """Holds the right to write `final`: other processes wait, and find it done."""
+def exclusive(final: Path, setting: str = "save_dir") -> Iterator[None]:
+    """Holds the right to write `final`: other processes wait, and find it done. Refusals name the `setting` it comes from."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(final.parent / f".{final.name}.lock")
         lock.acquire()
     except OSError as error:
         raise UserError(
-            f"save_dir={final.parent}: cannot be written ({error.strerror}); set another save_dir"
+            f"{setting}={final.parent}: cannot be written ({error.strerror}); set another {setting}"
         ) from None
     try:
         yield
@@ -79,15 +79,15 @@ def exclusive(final: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(final: Path) -> Iterator[Path]:
+def written_whole(final: Path, setting: str = "save_dir") -> Iterator[Path]:
     """A folder to write into that takes the place of `final` when the block ends, and leaves nothing where it fails.
 
     To be used under `exclusive`. What a killed process left is removed first. Raises UserError where `final` is no
-    initialised checkpoint: what somebody else put there is not ours to replace.
+    initialised checkpoint: what somebody else put there is not ours to replace. Refusals name the `setting` it comes from.
     """
     if final.exists() and not (final / REPORT).is_file() and not _is_empty(final):
-        raise UserError(f"save_dir={final.parent}: {final.name} in it is no initialised checkpoint (it has no {REPORT}); "
-                        "move it away or set another save_dir")  # fmt: skip
+        raise UserError(f"{setting}={final.parent}: {final.name} in it is no initialised checkpoint (it has no {REPORT}); "
+                        f"move it away or set another {setting}")  # fmt: skip
     partial = final.parent / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -100,8 +100,8 @@ def written_whole(final: Path) -> Iterator[Path]:
         partial.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"save_dir={final.parent}: cannot be written ({error.strerror}); "
-                        "free space there or set another save_dir") from None  # fmt: skip
+        raise UserError(f"{setting}={final.parent}: cannot be written ({error.strerror}); "
+                        f"free space there or set another {setting}") from None  # fmt: skip
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -125,9 +125,7 @@ def write_surroundings(
     elif config.save_format == "packed":
         model_config.quantization_config = _packed_config(plan, config)
     model_config.save_pretrained(folder)
-    for pattern in _CARRIED:
-        for path in source.folder.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    carry_files(source.folder, folder)
     quant = config.quant
     others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
     adapter = LoraConfig(
@@ -146,6 +144,13 @@ def write_surroundings(
     # PEFT's own writer would put the target modules in the order of a set, another one in every process.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copies what a checkpoint keeps beside weights and config: tokenizer, generation config, licence."""
+    for pattern in _CARRIED:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQConfig:

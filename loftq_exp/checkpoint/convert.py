@@ -227,7 +227,7 @@ class _Worker:
             quantized = Quantized(*(tensor.cpu() for tensor in result.quantized))
             return {packed_name(name, part): tensor for part, tensor in pack(quantized, quantizer).items()}
         values = result.backbone(quantizer, self.dtype).cpu()
-        return {name: values} if config.save_format == "dense" else _four_bit(name, values)
+        return {name: values} if config.save_format == "dense" else four_bit_parts(name, values)
 
     def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
         """The types and shapes of what `initialise` gives for a target at so many bits."""
@@ -237,7 +237,7 @@ class _Worker:
             return {packed_name(name, part): TensorSpec(*spec) for part, spec in parts.items()}
         if self.config.save_format == "dense":
             return {name: TensorSpec(self.dtype, shape)}
-        zeros = _four_bit(name, torch.zeros(shape, dtype=self.dtype))  # sizes follow from the shape alone
+        zeros = four_bit_parts(name, torch.zeros(shape, dtype=self.dtype))  # sizes follow from the shape alone
         return {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
 
 
@@ -281,7 +281,7 @@ def packed_name(tensor: str, part: str) -> str:
     return tensor.removesuffix("weight") + part
 
 
-def _four_bit(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+def four_bit_parts(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """bitsandbytes' packed form of a target's values, by the names that it gives to its parts."""
     from bitsandbytes.functional import quantize_4bit
 

@@ -111,7 +111,6 @@ def find_layout(
             f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
         )
     prefix = model.base_model_prefix
-    in_float32 = list(model._keep_in_fp32_modules or ())
     outside = tuple(name for name in linears if name not in inside)
     head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
     targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
@@ -119,14 +118,20 @@ def find_layout(
         targets=targets,
         target_modules=_shortest_endings(inside, modules),
         other_linears=outside,
-        left_dense=tuple(
-            name
-            for name in inside
-            if type(linears[name]) is not nn.Linear or not should_convert_module(name, in_float32)
-        ),
+        left_dense=left_dense(model, inside),
         foreign=_foreign(model, head, shapes),
         head=head,
         ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+    )
+
+
+def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> tuple[str, ...]:
+    """Those of these linear layers that transformers leaves dense when it loads 4-bit layers, see `Layout.left_dense`."""
+    in_float32 = list(model._keep_in_fp32_modules or ())
+    return tuple(
+        name
+        for name in linears
+        if type(model.get_submodule(name)) is not nn.Linear or not should_convert_module(name, in_float32)
     )
 
 

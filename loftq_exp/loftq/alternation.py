@@ -7,6 +7,7 @@ tiles of rows that fit a processor's cache; where the residual is wanted in floa
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,6 +97,7 @@ class Alternation:
         self._unmeasured = False
         self.errors: list[float] = []
         self.norm = 0.0
+        self._rooms = threading.local()
         self._tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), device)
 
     @property
@@ -119,8 +121,8 @@ class Alternation:
 
     def _quantize_tile(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Norms in units of the tile's rows: of what the error is told from, and in the first pass of W."""
-        weight, product, residual = self.weight[tile].to(torch.float32), self._product(tile), self.residual[tile]
-        wide = residual if residual.dtype == torch.float32 else torch.empty_like(weight)
+        weight, product, residual = self._weight(tile), self._product(tile), self.residual[tile]
+        wide = residual if residual.dtype == torch.float32 else self._scratch(tile, "left")
         codes, scales = self._quantized(tile)
         left = norm = weight[:0]
         if self._unmeasured:
@@ -154,8 +156,8 @@ class Alternation:
             wide = self.scales.new_empty(last - first, self.shape[1]) if not wide.numel() else wide[: last - first]
 
             def fill(tile: slice, wide: torch.Tensor = wide, first: int = first) -> None:
-                weight, out = self.weight[tile].to(torch.float32), wide[tile.start - first : tile.stop - first]
-                self.quantizer.leave(weight, None, self.unit, *self._quantized(tile), out)
+                out = wide[tile.start - first : tile.stop - first]
+                self.quantizer.leave(self._weight(tile), None, self.unit, *self._quantized(tile), out)
 
             spread(fill, tiles)
             yield slice(first, last), wide
@@ -187,7 +189,25 @@ class Alternation:
         """These rows of B A; None where there are no factors."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        return self.lora_B[tile] @ self.lora_A
+        return torch.mm(self.lora_B[tile], self.lora_A, out=self._scratch(tile, "product"))
+
+    def _weight(self, tile: slice) -> torch.Tensor:
+        """These rows of W in float32."""
+        weight = self.weight[tile]
+        return weight if weight.dtype == torch.float32 else self._scratch(tile, "weight").copy_(weight)
+
+    def _scratch(self, tile: slice, purpose: str) -> torch.Tensor:
+        """Room for a tile's values in float32, on a processor the same for each tile of a thread.
+
+        What a thread frees there goes back to the system, which would clear the same memory for each tile anew.
+        """
+        rows, columns = tile.stop - tile.start, self.shape[1]
+        if self.weight.device.type != "cpu":
+            return self.scales.new_empty(rows, columns)
+        rooms: dict[str, torch.Tensor] = self._rooms.__dict__
+        if purpose not in rooms:
+            rooms[purpose] = self.scales.new_empty(self._tiles[0].stop, columns)
+        return rooms[purpose][:rows]
 
     def _quantized(self, tile: slice) -> Quantized:
         """Codes and scales of these rows, to be read or written."""
@@ -195,9 +215,8 @@ class Alternation:
 
     def _left_norms(self, tile: slice) -> torch.Tensor:
         """Norms of these rows of W - Q - B A, in units."""
-        weight = self.weight[tile].to(torch.float32)
-        left = torch.empty_like(weight)
-        self.quantizer.leave(weight, self._product(tile), self.unit, *self._quantized(tile), left)
+        left = self._scratch(tile, "left")
+        self.quantizer.leave(self._weight(tile), self._product(tile), self.unit, *self._quantized(tile), left)
         return _row_norms(left)
 
 

@@ -1,0 +1,29 @@
+"""What the commands share: options that are refused in one line, and a terminal that is left to their own lines."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import warnings
+from typing import NoReturn
+
+from loftq_exp.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that refuses in one line, as the rest of the project does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the message as a UserError instead of printing the usage."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to our own lines. To be called before torch and transformers are imported."""
+    for name in ("hydra", "httpx", "httpx2", "datasets", "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each optional package that is not there
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable hub is one line of ours, not one a retry
