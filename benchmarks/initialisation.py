@@ -28,7 +28,8 @@ import matplotlib
 import torch
 from peft.utils import loftq_utils
 
-from loftq_exp.loftq import decompose, make_quantizer
+from loftq_exp import loftq_init
+from loftq_exp.loftq import make_quantizer
 from loftq_exp.loftq.quantizers import Quantizer
 from loftq_exp.provenance import provenance
 from loftq_exp.report.table import markdown, print_table
@@ -42,7 +43,10 @@ KEPT = DOCS / "performance.json"
 MARK = "<!-- what follows is not made by make bench -->\n"
 STEPS = 5
 COLUMNS = ("out x in", "quantizer", "rank", "PEFT s", "ours s", "faster by", "spread", "error / PEFT's", "quantize_4bit s",
-           "ours / quantize_4bit", "steps to PEFT's error", "then faster by")  # fmt: skip
+           "ours / quantize_4bit", "the same, telling errors", "steps to PEFT's error", "then faster by")  # fmt: skip
+
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Backbone, A and B."""
 
 
 class Case(NamedTuple):
@@ -73,7 +77,7 @@ MOST_FOR_PEFT = 4096
 CURVES_AT = 2048
 
 
-def pefts_own() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def pefts_own() -> Callable[..., Found]:
     """PEFT's `loftq_init` with its compute device set to the processor, and not a word else changed."""
     source = inspect.getsource(loftq_utils.loftq_init)
     chosen = 'compute_device = "xpu" if is_xpu_available() else "cuda"'
@@ -87,12 +91,16 @@ def pefts_own() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 PEFT = pefts_own()
 
 
-def peft(weight: torch.Tensor, case: Case) -> float:
-    """Relative error after PEFT's five steps."""
+def peft(weight: torch.Tensor, case: Case) -> Found:
+    """What PEFT's five steps find."""
     if (case.type, case.bits) == ("nf", 4):
-        backbone, lora_A, lora_B = PEFT(weight, 4, case.rank, STEPS)
-        return relative(weight - backbone - lora_B @ lora_A, weight)
+        return PEFT(weight, 4, case.rank, STEPS)
     return looped(weight, case, full)
+
+
+def ours(weight: torch.Tensor, case: Case, steps: int = STEPS) -> Found:
+    """What our function of that name finds."""
+    return loftq_init(weight, case.bits, case.rank, steps, quant_type=case.type)
 
 
 def full(residual: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,18 +120,20 @@ def looped(
     case: Case,
     solve: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
     steps: int = STEPS,
-) -> float:
-    """The alternation on our quantizer with another's decomposition; its relative error."""
+) -> Found:
+    """The alternation on our quantizer with another's decomposition."""
     quantizer, residual = quantizer_of(case), weight
     for _ in range(steps):
-        left = weight - quantizer.quantize(residual)
-        B, A = solve(left, case.rank)
+        backbone = quantizer.quantize(residual)
+        B, A = solve(weight - backbone, case.rank)
         residual = weight - B @ A
-    return relative(left - B @ A, weight)
+    return backbone, A, B
 
 
-def relative(residual: torch.Tensor, weight: torch.Tensor) -> float:
-    return float(residual.norm() / weight.norm())
+def error(weight: torch.Tensor, found: Found) -> float:
+    """||W - Q - B A|| / ||W||."""
+    backbone, A, B = found
+    return float((weight - backbone - B @ A).norm() / weight.norm())
 
 
 def quantizer_of(case: Case) -> Quantizer:
@@ -143,53 +153,58 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 
 def row(case: Case, repeat: int) -> list[str]:
     """One row of the table: PEFT once a repetition, with ours and quantize_4bit twice around it."""
-    weight, quantizer = weight_of(case), quantizer_of(case)
+    weight = weight_of(case)
+    mine: list[float] = []
+    told: list[float] = []
+    others: list[float] = []
+    peers: list[float] = []
 
-    def ours(steps: int) -> float:
-        return decompose(weight, quantizer, case.rank, steps).errors[-1]
+    def measure_ours() -> Found:
+        seconds, found = timed(lambda: ours(weight, case))
+        others.append(timed(lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4"))[0])
+        told.append(timed(lambda: loftq_init(weight, case.bits, case.rank, STEPS, quant_type=case.type,
+                                             return_errors=True))[0])  # fmt: skip
+        mine.append(seconds)
+        return found
 
-    def alone() -> float:
-        return float(bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")[0].shape[0])
-
-    ours(2), alone()  # what is compiled or loaded once is not part of any side
-    peers, own, others = [], [], []
+    measure_ours()  # what is compiled or loaded once is not part of any side
+    for times in (mine, told, others):
+        times.clear()
     for _ in range(repeat):
-        own.append(timed(lambda: ours(STEPS)))
-        others.append(timed(alone)[0])
-        peers.append(timed(lambda: peft(weight, case)))
-        own.append(timed(lambda: ours(STEPS)))
-        others.append(timed(alone)[0])
-    seconds, error = statistics.median(s for s, _ in peers), peers[0][1]
-    mine, other = statistics.median(s for s, _ in own), statistics.median(others)
-    ratios = [seconds / s for s, _ in own]
-    reached = next((steps for steps in range(1, 9) if ours(steps) <= error), None)
-    then = f"{seconds / timed(lambda: ours(reached))[0]:.0f}" if reached else "not reached in 8"
-    return [f"{case.rows} x {case.columns}", f"{case.type} {case.bits}", str(case.rank), f"{seconds:.2f}", f"{mine:.3f}",
-            f"{seconds / mine:.0f}", f"{min(ratios):.0f} to {max(ratios):.0f}", f"{own[0][1] / error:.4f}",
-            f"{other:.3f}", f"{mine / other:.2f}", str(reached or "-"), then]  # fmt: skip
+        own = measure_ours()
+        seconds, theirs = timed(lambda: peft(weight, case))
+        peers.append(seconds)
+        measure_ours()
+    peer, our, other = map(statistics.median, (peers, mine, others))
+    ratios, least = [peer / seconds for seconds in mine], error(weight, theirs)
+    reached = next((steps for steps in range(1, 9) if error(weight, ours(weight, case, steps)) <= least), None)
+    then = f"{peer / timed(lambda: ours(weight, case, reached or STEPS))[0]:.0f}" if reached else "not reached in 8"
+    return [f"{case.rows} x {case.columns}", f"{case.type} {case.bits}", str(case.rank), f"{peer:.2f}", f"{our:.3f}",
+            f"{peer / our:.0f}", f"{min(ratios):.0f} to {max(ratios):.0f}", f"{error(weight, own) / least:.4f}",
+            f"{other:.3f}", f"{our / other:.2f}", f"{statistics.median(told) / other:.2f}", str(reached or "-"), then]  # fmt: skip
 
 
 def scaling(size: int) -> tuple[int, float, float | None]:
     """The size of a square weight, our seconds, and PEFT's where it is not too large for them."""
     case = Case(size, size)
     weight = weight_of(case)
-    own = functools.partial(decompose, weight, quantizer_of(case), case.rank, STEPS)
-    own()
-    mine = statistics.median(timed(own)[0] for _ in range(3))
+    ours(weight, case)
+    mine = statistics.median(timed(lambda: ours(weight, case))[0] for _ in range(3))
     return size, mine, timed(lambda: peft(weight, case))[0] if size <= MOST_FOR_PEFT else None
 
 
 def curves(size: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds and error after 1 to 6 steps: exact, torch.svd_lowrank and ours."""
     case = Case(size, size)
-    weight, quantizer = weight_of(case), quantizer_of(case)
-    decompose(weight, quantizer, case.rank, 2)
-    ways: dict[str, Callable[[int], float]] = {
+    weight = weight_of(case)
+    ours(weight, case)
+    ways: dict[str, Callable[[int], Found]] = {
         "exact (full SVD)": lambda steps: looped(weight, case, full, steps),
         "torch.svd_lowrank": lambda steps: looped(weight, case, lowrank, steps),
-        "loftq_exp": lambda steps: decompose(weight, quantizer, case.rank, steps).errors[-1],
+        "loftq_exp": lambda steps: ours(weight, case, steps),
     }
-    return {label: [timed(functools.partial(way, steps)) for steps in range(1, 7)] for label, way in ways.items()}
+    points = {label: [timed(functools.partial(way, steps)) for steps in range(1, 7)] for label, way in ways.items()}
+    return {label: [(seconds, error(weight, found)) for seconds, found in some] for label, some in points.items()}
 
 
 def parts() -> dict[str, Callable[[], Any]]:
@@ -241,7 +256,8 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
         "# Performance\n\n"
         f"LoftQ's initialisation of one Gaussian weight in float32, {STEPS} steps, made by `make bench`. PEFT's side is its own "
         "`loftq_init` with the compute device set to the processor (for quantizers that it lacks, its loop on ours).\n"
-        "A ratio of seconds is that of medians; weights of 4096 and more were run once by PEFT and twice by ours.\n\n"
+        "A ratio of seconds is that of medians; weights of 4096 and more were run once by PEFT and twice by ours. The error after "
+        "each step, which PEFT does not tell, is told on request (`return_errors=True`) and by every run: the column beside.\n\n"
         + markdown(COLUMNS, rows)
         + "\nNanoseconds a value for square weights: "
         + ", ".join(f"{size}: {value:.1f}" for size, value in zip(SIZES, per_value, strict=True))

@@ -14,6 +14,7 @@ from torch import nn
 
 from loftq_exp.checkpoint.artifact import REPORT, Initialised, read_artifact
 from loftq_exp.checkpoint.convert import packed_name
+from loftq_exp.checkpoint.four_bit import values_of_four_bit
 from loftq_exp.checkpoint.layout import skeleton, stored_name
 from loftq_exp.checkpoint.tensors import CheckpointTensors, open_tensors
 from loftq_exp.errors import UserError
@@ -74,14 +75,10 @@ class Backbone:
         return dequantize(parts, quantizer, weight.shape, torch.float32)
 
     def _four_bit(self, weight: BackboneWeight) -> torch.Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
         read = {name.removeprefix(f"{weight.tensor}."): self.tensors.read(name) for name in weight.parts}
         codes = read.pop(weight.tensor)
         try:
-            state = QuantState.from_dict(read, torch.device("cpu"))
-            shape, state.shape = state.shape, torch.Size([codes.numel() * 2])  # one row, which has whole blocks
-            return dequantize_4bit(codes, state).reshape(shape)
+            return values_of_four_bit(codes, read)
         except (ValueError, KeyError, AssertionError, RuntimeError) as error:
             raise self._damaged(f"{weight.tensor} is no packed 4-bit weight") from error
 

@@ -34,10 +34,11 @@ import xxhash
 from loftq_exp.checkpoint.writer import tensor_bytes
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Quantized, Quantizer, first_rank
+from loftq_exp.packed.codes import pack_codes, unpack_codes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Counted up whenever the meaning of a key or an entry changes."""
 
 _DAY = 24 * 3600.0
@@ -130,7 +131,7 @@ class DecompositionCache:
         beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(_encoded(path.stem, recipe.shaping(digest), result))
+            beside.write_bytes(_encoded(path.stem, recipe, digest, result))
             beside.replace(path)
         except OSError as error:
             raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
@@ -170,13 +171,10 @@ def read_entry(path: Path) -> Decomposition:
         raise DamagedEntry(f"not a whole file: {error}") from None
     if checksum != _checksum(tensors, meta["entry"]) or entry["key"] != path.stem:
         raise DamagedEntry("its checksum differs")
-    codes = tensors["codes"]
-    if entry["packed"]:
-        codes = torch.stack((codes >> 4, codes & 15), -1).reshape(-1)
-    shape = entry["shape"]
-    codes = codes[: shape[0] * shape[1]].reshape(shape)
+    rows, columns = entry["shape"]
+    codes = unpack_codes(tensors["codes"], entry["bits"], rows * columns)
     return Decomposition(
-        quantized=Quantized(codes, tensors["scales"]),
+        quantized=Quantized(codes.reshape(rows, columns), tensors["scales"]),
         lora_A=tensors["lora_A"],
         lora_B=tensors["lora_B"],
         errors=tuple(entry["errors"]),
@@ -207,19 +205,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _encoded(key: str, recipe: dict[str, Any], result: Decomposition) -> bytes:
-    codes = result.quantized.codes.cpu().reshape(-1)
-    packed = int(codes.max()) < 16 if codes.numel() else False
-    if packed:
-        pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).reshape(-1, 2)
-        codes = (pairs[:, 0] << 4) | pairs[:, 1]
+def _encoded(key: str, recipe: Recipe, digest: str, result: Decomposition) -> bytes:
+    codes, bits = result.quantized.codes.cpu(), recipe.quantizer.bits
     tensors = {
-        "codes": codes.contiguous(),
+        "codes": pack_codes(codes, bits),
         "scales": result.quantized.scales.cpu().contiguous(),
         "lora_A": result.lora_A.cpu().contiguous(),
         "lora_B": result.lora_B.cpu().contiguous(),
     }
-    entry = json.dumps({"key": key, "recipe": recipe, "shape": list(result.quantized.codes.shape), "packed": packed,
+    entry = json.dumps({"key": key, "recipe": recipe.shaping(digest), "shape": list(codes.shape), "bits": bits,
                         "errors": list(result.errors), "norm": result.norm})  # fmt: skip
     return safetensors.torch.save(tensors, metadata={"entry": entry, "checksum": _checksum(tensors, entry)})
 

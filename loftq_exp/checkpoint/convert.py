@@ -29,6 +29,7 @@ from loftq_exp.checkpoint.artifact import (
 )
 from loftq_exp.checkpoint.cache import FORMAT, weight_digest
 from loftq_exp.checkpoint.decomposer import Decomposer
+from loftq_exp.checkpoint.four_bit import four_bit_of_codes, four_bit_specs
 from loftq_exp.checkpoint.head import FORMAT as HEAD_FORMAT
 from loftq_exp.checkpoint.head import PREFIX, head_tensors
 from loftq_exp.checkpoint.layout import HEAD_KINDS, Layout, Target, find_layout
@@ -226,8 +227,9 @@ class _Worker:
         if config.save_format == "packed":
             quantized = Quantized(*(tensor.cpu() for tensor in result.quantized))
             return {packed_name(name, part): tensor for part, tensor in pack(quantized, quantizer).items()}
-        values = result.backbone(quantizer, self.dtype).cpu()
-        return {name: values} if config.save_format == "dense" else four_bit_parts(name, values)
+        if config.save_format == "bnb4":
+            return four_bit_of_codes(name, result.quantized, quantizer, self.dtype)
+        return {name: result.backbone(quantizer, self.dtype).cpu()}
 
     def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
         """The types and shapes of what `initialise` gives for a target at so many bits."""
@@ -237,8 +239,7 @@ class _Worker:
             return {packed_name(name, part): TensorSpec(*spec) for part, spec in parts.items()}
         if self.config.save_format == "dense":
             return {name: TensorSpec(self.dtype, shape)}
-        zeros = four_bit_parts(name, torch.zeros(shape, dtype=self.dtype))  # sizes follow from the shape alone
-        return {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
+        return four_bit_specs(name, shape, self.dtype)
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
@@ -279,14 +280,6 @@ def _backbone_specs(
 def packed_name(tensor: str, part: str) -> str:
     """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
     return tensor.removesuffix("weight") + part
-
-
-def four_bit_parts(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """bitsandbytes' packed form of a target's values, by the names that it gives to its parts."""
-    from bitsandbytes.functional import quantize_4bit
-
-    codes, state = quantize_4bit(values, blocksize=64, quant_type="nf4")
-    return {name: codes} | {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
 
 
 def _adapter_name(target: Target, factor: str) -> str:

@@ -22,7 +22,7 @@ from loftq_exp.checkpoint.artifact import (
     written_whole,
 )
 from loftq_exp.checkpoint.backbone import Backbone, open_backbone
-from loftq_exp.checkpoint.convert import four_bit_parts
+from loftq_exp.checkpoint.four_bit import four_bit_of_values, four_bit_specs
 from loftq_exp.checkpoint.layout import AUTO_CLASSES, left_dense, load_config
 from loftq_exp.checkpoint.lora import CONFIG, WEIGHTS, Adapter, default_adapter, open_adapter
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
@@ -106,8 +106,7 @@ def _target_specs(backbone: Backbone, module: str, name: str, to: str, dtype: to
         }
     if to == "dense":
         return {name: TensorSpec(dtype, weight.shape)}
-    zeros = four_bit_parts(name, torch.zeros(weight.shape, dtype=dtype))  # sizes follow from the shape alone
-    return {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in zeros.items()}
+    return four_bit_specs(name, weight.shape, dtype)
 
 
 def _target_tensors(
@@ -118,7 +117,7 @@ def _target_tensors(
         backbone.values(module)  # refuses what does not stand for a weight
         return {_full_name(part, backbone): backbone.tensors.read(part) for part in backbone.weights[module].parts}
     merged = _converted(name, adapter.merged(module, backbone.values(module)), dtype)
-    return {name: merged} if to == "dense" else four_bit_parts(name, merged)
+    return {name: merged} if to == "dense" else four_bit_of_values(name, merged)
 
 
 def _written_type(stored: torch.dtype, to: str, dtype: torch.dtype) -> torch.dtype:

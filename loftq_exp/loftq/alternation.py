@@ -40,7 +40,8 @@ class Decomposition:
     lora_B: torch.Tensor
     """(out, rank) float32; zeros without steps."""
     errors: tuple[float, ...]
-    """Relative Frobenius errors: ||W - quantize(W)|| / ||W||, then ||W - Q_t - B_t A_t|| / ||W|| after each step t."""
+    """Relative Frobenius errors: ||W - quantize(W)|| / ||W||, then ||W - Q_t - B_t A_t|| / ||W|| after each step t.
+    NaN after steps whose error was not asked for."""
     norm: float
     """Frobenius norm of W."""
 
@@ -81,8 +82,8 @@ class Alternation:
     large or small values in range and changes no digit.
     """
 
-    def __init__(self, weight: torch.Tensor, quantizer: Quantizer) -> None:
-        """Raises UserError for a weight that is not a finite floating-point matrix."""
+    def __init__(self, weight: torch.Tensor, quantizer: Quantizer, measure: bool = True) -> None:
+        """`measure`: whether the errors after steps are wanted. Raises UserError for a weight that is no finite matrix."""
         self.weight = weight.detach().contiguous()
         self.quantizer = quantizer
         self.unit = _unit(self.weight)
@@ -94,6 +95,7 @@ class Alternation:
         """W - Q in units, in the type of the solver's products."""
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
+        self.measure = measure
         self._unmeasured = False
         self.errors: list[float] = []
         self.norm = 0.0
@@ -142,7 +144,10 @@ class Alternation:
         lora_B, lora_A = leading_factors(self.residual, squares, self._in_float32, rank, solver, start)
         share = math.sqrt(1 / self.unit)
         self.lora_B, self.lora_A = lora_B.mul_(share), lora_A.mul_(share)
-        self._unmeasured = True
+        if self.measure:
+            self._unmeasured = True
+        else:
+            self.errors.append(math.nan)
 
     def _in_float32(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The residual in float32, some rows at a time; the next rows take the place of those before."""

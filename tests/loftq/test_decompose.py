@@ -298,6 +298,17 @@ class TestLoftqInit:
         best = torch.linalg.svdvals(weight.double() - backbone.double())[16:].square().sum().sqrt()
         assert left <= best * 1.01
 
+    @pytest.mark.parametrize(("rows", "columns", "rank"), [(256, 192, 8), (96, 320, 64), (20, 30, 4)])
+    @pytest.mark.parametrize("num_iter", [0, 1, 3])
+    def test_telling_errors_changes_no_byte(self, rows, columns, rank, num_iter):
+        weight = weight_like(rows, columns)
+        rank = min(rank, rows, columns)
+        *told, errors = loftq_init(weight, 4, rank, num_iter, return_errors=True)
+        assert len(errors) == num_iter + 1
+        assert all(map(math.isfinite, errors))
+        for with_errors, without in zip(told, loftq_init(weight, 4, rank, num_iter), strict=True):
+            assert torch.equal(with_errors, without)
+
     def test_parameter_in_plain_tensors_out(self):
         results = loftq_init(torch.nn.Parameter(weight_like(20, 30)), 4, 4)
         assert not any(isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad for tensor in results)
