@@ -4,8 +4,9 @@
 `loftq_exp.packed.storage`: the same float32 operations in the same order. `fused_product(quantizer)` gives one that multiplies
 a few rows by the weight and never writes its values: in generation, writing them would take longer than all else.
 
-Codes of 2, 4 and 8 bits are taken from words of 32 bits, which the compiler makes vector instructions of. 3-bit codes cross
-words: of these a table has what 12 bits stand for, so that one load brings four levels.
+Codes of 2, 3 and 4 bits are looked up in vector registers where the processor can, see `loftq_exp.packed.registers`. Else
+codes of 2, 4 and 8 bits are taken from words of 32 bits, and of 3-bit codes, which cross words, a table has what 12 bits stand
+for, so that one load brings four levels.
 
 Without numba, or for a quantizer or type that has no kernel, both give None and torch's form is used.
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from loftq_exp.loftq.kernels import compiled, numba
+from loftq_exp.packed import registers
 
 if TYPE_CHECKING:
     from loftq_exp.loftq.quantizers import Quantizer
@@ -28,7 +30,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """f(packed, scales, values): whole blocks; scales float32 (blocks, numbers); values flat, of the kernel's type, written."""
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(packed, scales, rows, products): rows (n, in) float32, products (n, out) float32, written."""
+"""f(packed, scales, rows, products): scales bfloat16 or float32, rows (n, in) float32, products (n, out) float32, written."""
 
 WIDTHS = (2, 3, 4, 8)
 """Bits a code that there are kernels for."""
@@ -63,11 +65,18 @@ def fused_product(quantizer: Quantizer) -> Product | None:
     """
     if not _has_kernel(quantizer):
         return None
-    table = _table(quantizer)
-    run = _product_kernel(quantizer.bits, quantizer.block_size, quantizer.kernel_family == "uniform")
+    table, affine = _table(quantizer), quantizer.kernel_family == "uniform"
+    run = _product_kernel(quantizer.bits, quantizer.block_size, affine)
+    single = None
+    if _in_registers(quantizer.bits):
+        single = registers.dotting(quantizer.bits, registers.lanes(), quantizer.block_size, affine)
 
     def call(packed: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, products: torch.Tensor) -> None:
-        run(packed.numpy(), scales.numpy(), table, rows.numpy(), products.numpy())
+        if single and len(rows) == 1:
+            held = scales.view(torch.uint16) if scales.dtype == torch.bfloat16 else scales
+            single(packed.numpy(), held.view(-1).numpy(), table, rows.view(-1).numpy(), products.view(-1).numpy())
+        else:
+            run(packed.numpy(), scales.to(torch.float32).numpy(), table, rows.numpy(), products.numpy())
 
     return call
 
@@ -77,11 +86,17 @@ def _has_kernel(quantizer: Quantizer) -> bool:
     return numba is not None and kind and quantizer.block_size % 32 == 0
 
 
+def _in_registers(bits: int) -> bool:
+    return bits in registers.WIDTHS and registers.lanes() > 0
+
+
 def _table(quantizer: Quantizer) -> np.ndarray:
     """What a code stands for before scaling; of 3 bits, for every content of 12 bits what its four codes stand for."""
     bits = quantizer.bits
     levels = quantizer.kernel_family == "levels"
     of_code = (quantizer.levels() if levels else torch.arange(2**bits, dtype=torch.float32)).numpy()
+    if _in_registers(bits):
+        return registers.padded(of_code)
     if bits != 3:
         return of_code
     return np.ascontiguousarray(of_code[(np.arange(4096)[:, None] >> np.arange(0, 12, 3)) & 7])
@@ -122,6 +137,8 @@ def _kernel(bits: int, block: int, affine: bool, stored_rounded: bool, rounded: 
 @functools.cache
 def _looking_up(bits: int) -> Any:
     """Writes what packed codes stand for to x."""
+    if _in_registers(bits):
+        return registers.looking_up(bits, registers.lanes())
     if bits == 3:
 
         def look_up_three(packed: Any, table: Any, x: Any) -> None:
