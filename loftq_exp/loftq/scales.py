@@ -45,11 +45,14 @@ def quantize_scales(scales: torch.Tensor, signed: tuple[bool, ...]) -> Quantized
 def dequantize_scales(quantized: QuantizedScales, signed: tuple[bool, ...]) -> torch.Tensor:
     """The scales that bytes and steps stand for: float32 (groups, numbers)."""
     codes, steps = quantized
-    return (codes.to(torch.float32) - _offset(signed, codes.device)) * _each(steps, len(codes))
+    multiples = codes.to(torch.float32)
+    if any(signed):
+        multiples -= _offset(signed, codes.device)
+    return multiples * _each(steps, len(codes))
 
 
 def _each(steps: torch.Tensor, groups: int) -> torch.Tensor:
-    return steps.repeat_interleave(SCALES_PER_STEP, dim=0)[:groups]
+    return steps[:, None].expand(-1, SCALES_PER_STEP, -1).reshape(-1, steps.shape[1])[:groups]
 
 
 def _most(signed: tuple[bool, ...], device: torch.device) -> torch.Tensor:
