@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from loftq_exp.loftq import registers
+from loftq_exp.loftq.compiled import compiled, numba
+
 if TYPE_CHECKING:
     from loftq_exp.loftq.quantizers import Quantizer
-
-try:
-    import numba
-except ImportError:  # said once, by fused
-    numba = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +67,9 @@ def fused(quantizer: Quantizer) -> Kernels | None:
         return None
     top, rounded = 2**quantizer.bits - 1, quantizer.scale_dtype == torch.bfloat16
     if family == "levels":
-        encode = _levels_encoder(top, block, rounded)
-        decode = _levels_decoder(block, rounded)
-        tables = quantizer.thresholds().numpy(), quantizer.levels().numpy()
+        encode = _levels_encoder(quantizer.bits, block, rounded)
+        decode = _levels_decoder(quantizer.bits, block, rounded)
+        tables = registers.padded(quantizer.thresholds().numpy()), registers.padded(quantizer.levels().numpy())
     else:
         encode = _uniform_encoder(top, block, rounded)
         decode = _uniform_decoder(block, rounded)
@@ -98,12 +96,6 @@ def _caller(compiled: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel
         compiled(*flat[:3], scales.numpy(), flat[3], np.float32(unit), *tables, weight.numel() // block)
 
     return call
-
-
-def compiled(function: Any) -> Any:
-    """`function` as numba compiles it: on one thread, without Python's lock, every float32 operation as it is written."""
-    # No NaN comes in, which lets the compiler take maxima lane by lane. Nothing else of fastmath: it would change bytes.
-    return numba.njit(function, nogil=True, error_model="numpy", fastmath={"nnan"})
 
 
 @functools.cache
@@ -181,13 +173,13 @@ def _storing(rounded: bool) -> Any:
 
 
 @functools.cache
-def _levels_encoder(top: int, block: int, rounded: bool) -> Any:
+def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
     """NormalFloat's codes and scales, see `NormalFloat._encode_groups`: absmax of the block, nearest level.
 
-    `top` and `block` are constants to the compiler, which unrolls the loops over them. Values are not clamped to [-1, 1]
+    `block` is constant to the compiler, which unrolls the loops over it. Values are not clamped to [-1, 1]
     as torch's form has it: all thresholds lie within, so that no code changes.
     """
-    stored, groups = _storing(rounded), block // LANES
+    stored, nearest, groups = _storing(rounded), _nearest(bits), block // LANES
     smallest, one = np.float32(SMALLEST_ABSMAX), np.float32(1)
 
     def encode(x: Any, codes: Any, scales: Any, thresholds: Any, indices: Any, blocks: int) -> None:
@@ -207,25 +199,63 @@ def _levels_encoder(top: int, block: int, rounded: bool) -> Any:
             inverse = one / max(absmax, smallest)
             for i in range(block):
                 values[i] *= inverse
-        for i in range(blocks * block):
-            index = np.uint32(0)
-            for k in range(top):
-                index += np.uint32(x[i] > thresholds[k])
-            indices[i] = index
-        for i in range(blocks * block):
-            codes[i] = np.uint8(indices[i])
+        nearest(x, thresholds, indices, codes, blocks * block)
 
     return compiled(encode)
 
 
 @functools.cache
-def _levels_decoder(block: int, rounded: bool) -> Any:
+def _nearest(bits: int) -> Any:
+    """Writes how many thresholds are below each of x's first `count` values: the code of the nearest level."""
+    top, lanes = 2**bits - 1, registers.lanes()
+    if bits in registers.WIDTHS and lanes:
+        nearest_of_some = registers.nearest(bits, lanes)
+
+        def in_registers(x: Any, thresholds: Any, indices: Any, codes: Any, count: int) -> None:
+            for i in range(count // lanes):
+                nearest_of_some(x, thresholds, codes, lanes * i)
+
+        return compiled(in_registers)
+
+    def counted(x: Any, thresholds: Any, indices: Any, codes: Any, count: int) -> None:
+        for i in range(count):
+            index = np.uint32(0)
+            for k in range(top):  # a constant to the compiler, which unrolls it
+                index += np.uint32(x[i] > thresholds[k])
+            indices[i] = index
+        for i in range(count):
+            codes[i] = np.uint8(indices[i])
+
+    return compiled(counted)
+
+
+@functools.cache
+def _levels_of(bits: int) -> Any:
+    """Writes the levels of the first `count` codes to x."""
+    lanes = registers.lanes()
+    if bits in registers.WIDTHS and lanes:
+        levels_of_some = registers.levels_of(bits, lanes)
+
+        def in_registers(codes: Any, levels: Any, x: Any, count: int) -> None:
+            for i in range(count // lanes):
+                levels_of_some(codes, levels, x, lanes * i)
+
+        return compiled(in_registers)
+
+    def from_memory(codes: Any, levels: Any, x: Any, count: int) -> None:
+        for i in range(count):
+            x[i] = levels[codes[i]]
+
+    return compiled(from_memory)
+
+
+@functools.cache
+def _levels_decoder(bits: int, block: int, rounded: bool) -> Any:
     """What codes and absmaxes stand for once stored: level times absmax."""
-    round_in_place = _rounding(rounded)
+    round_in_place, levels_of = _rounding(rounded), _levels_of(bits)
 
     def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:
-        for i in range(blocks * block):
-            x[i] = levels[codes[i]]
+        levels_of(codes, levels, x, blocks * block)
         for b in range(blocks):
             values, absmax = x[b * block : (b + 1) * block], scales[b, 0]
             for i in range(block):

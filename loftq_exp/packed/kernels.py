@@ -4,7 +4,7 @@
 `loftq_exp.packed.storage`: the same float32 operations in the same order. `fused_product(quantizer)` gives one that multiplies
 a few rows by the weight and never writes its values: in generation, writing them would take longer than all else.
 
-Codes of 2, 3 and 4 bits are looked up in vector registers where the processor can, see `loftq_exp.packed.registers`. Else
+Codes of 2, 3 and 4 bits are looked up in vector registers where the processor can, see `loftq_exp.loftq.registers`. Else
 codes of 2, 4 and 8 bits are taken from words of 32 bits, and of 3-bit codes, which cross words, a table has what 12 bits stand
 for, so that one load brings four levels.
 
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loftq_exp.loftq.kernels import compiled, numba
-from loftq_exp.packed import registers
+from loftq_exp.loftq import registers
+from loftq_exp.loftq.compiled import compiled, numba
 
 if TYPE_CHECKING:
     from loftq_exp.loftq.quantizers import Quantizer

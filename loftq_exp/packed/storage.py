@@ -35,9 +35,7 @@ def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[
     Raises UserError where the weight's values are not whole blocks.
     """
     values = math.prod(shape)
-    if quantizer.type not in BLOCKLESS_TYPES and values % quantizer.block_size:
-        raise UserError(f"quant.block_size={quantizer.block_size}: does not divide the {values} values of a weight of "
-                        f"{shape[0]} x {shape[1]}, and only whole blocks are packed; choose a smaller power of two")  # fmt: skip
+    _check_whole_blocks(quantizer, shape)
     groups, numbers = quantizer.scales_shape(shape)
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "qweight": (torch.uint8, (packed_bytes(values, quantizer.bits),)),
@@ -50,12 +48,19 @@ def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[
 
 def pack(quantized: Quantized, quantizer: Quantizer) -> dict[str, torch.Tensor]:
     """The tensors that stand for a weight that `quantizer` encoded. Nothing is lost: its scales are rounded already."""
-    specs = part_specs(quantizer, (quantized.codes.shape[0], quantized.codes.shape[1]))
+    _check_whole_blocks(quantizer, tuple(quantized.codes.shape))
     parts = {"qweight": pack_codes(quantized.codes, quantizer.bits)}
     if quantizer.double:
         codes, steps = quantize_scales(quantized.scales, quantizer.signed)
         return parts | {"scales": codes, "scale_steps": steps}
-    return parts | {"scales": quantized.scales.to(specs["scales"][0])}
+    return parts | {"scales": quantized.scales.to(quantizer.scale_dtype)}
+
+
+def _check_whole_blocks(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
+    values = math.prod(shape)
+    if quantizer.type not in BLOCKLESS_TYPES and values % quantizer.block_size:
+        raise UserError(f"quant.block_size={quantizer.block_size}: does not divide the {values} values of a weight of "
+                        f"{shape[0]} x {shape[1]}, and only whole blocks are packed; choose a smaller power of two")  # fmt: skip
 
 
 def float_scales(parts: Mapping[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loftq_exp.loftq import registers
 from loftq_exp.loftq.quantizers import make_quantizer
-from loftq_exp.packed import kernels, registers
+from loftq_exp.packed import kernels
 from loftq_exp.packed.codes import pack_codes
 from loftq_exp.packed.storage import dequantize, pack, product
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from loftq_exp.loftq.kernels import compiled, numba
+from loftq_exp.loftq.compiled import compiled, numba
 
 WIDTHS = (2, 3, 4)
 """Bits a code whose levels fit."""
@@ -85,6 +85,57 @@ def _intrinsic(bits: int, lanes: int) -> Any:
     return look_up_some
 
 
+def nearest(bits: int, lanes: int) -> Any:
+    """f(x, thresholds, codes, first), for compiled functions: the codes of `lanes` values from there on.
+
+    A code is the number of thresholds below the value. Of 2**bits - 1 ascending thresholds it is found by halving.
+    """
+    from llvmlite import ir
+    from numba.core import types
+    from numba.extending import intrinsic
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, thresholds, codes = (_data(context, builder, signature, arguments, at) for at in range(3))
+        values = _load(builder, builder.gep(x, [arguments[3]]), ir.VectorType(ir.FloatType(), lanes), 4)
+        bounds, below = _levels(builder, thresholds, bits, lanes), _constant([0] * lanes)
+        for half in (2**bit for bit in reversed(range(bits))):
+            bound = _named(builder, bounds, builder.add(below, _constant([half - 1] * lanes)), lanes)
+            above = builder.fcmp_ordered(">", values, bound)
+            below = builder.add(below, builder.select(above, _constant([half] * lanes), _constant([0] * lanes)))
+        found = builder.trunc(below, ir.VectorType(ir.IntType(8), lanes))
+        target = builder.gep(codes, [arguments[3]])
+        builder.store(found, builder.bitcast(target, found.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def nearest_of_some(typing: Any, x: Any, thresholds: Any, codes: Any, first: Any) -> Any:
+        return types.void(x, thresholds, codes, types.intp), emit
+
+    return nearest_of_some
+
+
+def levels_of(bits: int, lanes: int) -> Any:
+    """f(codes, table, x, first), for compiled functions: the levels of `lanes` codes, a byte each, from there on."""
+    from llvmlite import ir
+    from numba.core import types
+    from numba.extending import intrinsic
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, table, x = (_data(context, builder, signature, arguments, at) for at in range(3))
+        some = _load(builder, builder.gep(codes, [arguments[3]]), ir.VectorType(ir.IntType(8), lanes), 1)
+        indices = builder.zext(some, ir.VectorType(ir.IntType(32), lanes))
+        found = _named(builder, _levels(builder, table, bits, lanes), indices, lanes)
+        target = builder.gep(x, [arguments[3]])
+        builder.store(found, builder.bitcast(target, found.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def levels_of_some(typing: Any, codes: Any, table: Any, x: Any, first: Any) -> Any:
+        return types.void(codes, table, x, types.intp), emit
+
+    return levels_of_some
+
+
 def _dot(bits: int, lanes: int, block: int, affine: bool) -> Any:
     """f(packed, scales, table, row, first block, blocks): the sum over the row of what these blocks stand for, times it."""
     from llvmlite import ir
@@ -138,13 +189,18 @@ def _levels(builder: Any, table: Any, bits: int, lanes: int) -> list[Any]:
 
 
 def _looked_up(builder: Any, source: Any, levels: list[Any], bits: int, lanes: int) -> Any:
-    """What the codes that begin at `source` stand for, one a lane."""
+    """What the packed codes that begin at `source` stand for, one a lane."""
     words, shifts = _words(builder, source, bits, lanes)
     indices = builder.and_(builder.lshr(words, _constant(shifts)), _constant([2**bits - 1] * lanes))
+    return _named(builder, levels, indices, lanes)
+
+
+def _named(builder: Any, levels: list[Any], indices: Any, lanes: int) -> Any:
+    """The level that each lane's index names, of 8 or 16 in a register or two."""
     found = [_permuted(builder, some, indices, lanes) for some in levels]
     if len(found) == 1:
         return found[0]
-    upper = builder.icmp_unsigned(">=", indices, _constant([lanes] * lanes))  # 16 levels in two registers of 8
+    upper = builder.icmp_unsigned(">=", indices, _constant([lanes] * lanes))
     return builder.select(upper, found[1], found[0])
 
 
