@@ -15,6 +15,11 @@ import numpy as np
 
 from loftq_exp.loftq.compiled import compiled, numba
 
+if numba is not None:
+    from llvmlite import binding, ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic
+
 WIDTHS = (2, 3, 4)
 """Bits a code whose levels fit."""
 
@@ -24,14 +29,16 @@ TABLE_SIZE = 16
 
 @functools.cache
 def lanes() -> int:
-    """Codes that this processor looks up at a time: 16 with AVX-512, 8 with AVX2; 0 where it has neither, or numba is told to
-    compile for another processor."""
+    """Codes that this processor looks up at a time: 16 with AVX-512, 8 with AVX2 and FMA.
+
+    0 where it has neither, or numba is told to compile for another processor.
+    """
     if numba is None or any(getattr(numba.config, name, None) for name in ("CPU_NAME", "CPU_FEATURES")):
         return 0
-    import llvmlite.binding
-
-    features = llvmlite.binding.get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 0
+    features = binding.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16
+    return 8 if features.get("avx2") and features.get("fma") else 0
 
 
 @functools.cache
@@ -40,7 +47,7 @@ def looking_up(bits: int, lanes: int) -> Any:
 
     x.size is a multiple of 16, `packed` has as many codes, and the table TABLE_SIZE levels.
     """
-    look_up_some, size = _intrinsic(bits, lanes), lanes * bits // 8
+    look_up_some, size = _look_up(bits, lanes), lanes * bits // 8
 
     def look_up(packed: Any, table: Any, x: Any) -> None:
         for i in range(packed.size // size):
@@ -66,10 +73,8 @@ def dotting(bits: int, lanes: int, block: int, affine: bool) -> Any:
     return compiled(dot)
 
 
-def _intrinsic(bits: int, lanes: int) -> Any:
+def _look_up(bits: int, lanes: int) -> Any:
     """f(packed, first byte, table, x, first value): looks up `lanes` codes."""
-    from numba.core import types
-    from numba.extending import intrinsic
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, table, x = (_data(context, builder, signature, arguments, at) for at in (0, 2, 3))
@@ -90,9 +95,6 @@ def nearest(bits: int, lanes: int) -> Any:
 
     A code is the number of thresholds below the value. Of 2**bits - 1 ascending thresholds it is found by halving.
     """
-    from llvmlite import ir
-    from numba.core import types
-    from numba.extending import intrinsic
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, thresholds, codes = (_data(context, builder, signature, arguments, at) for at in range(3))
@@ -116,9 +118,6 @@ def nearest(bits: int, lanes: int) -> Any:
 
 def levels_of(bits: int, lanes: int) -> Any:
     """f(codes, table, x, first), for compiled functions: the levels of `lanes` codes, a byte each, from there on."""
-    from llvmlite import ir
-    from numba.core import types
-    from numba.extending import intrinsic
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, table, x = (_data(context, builder, signature, arguments, at) for at in range(3))
@@ -138,9 +137,6 @@ def levels_of(bits: int, lanes: int) -> Any:
 
 def _dot(bits: int, lanes: int, block: int, affine: bool) -> Any:
     """f(packed, scales, table, row, first block, blocks): the sum over the row of what these blocks stand for, times it."""
-    from llvmlite import ir
-    from numba.core import cgutils, types
-    from numba.extending import intrinsic
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, scales, table, row = (_data(context, builder, signature, arguments, at) for at in range(4))
@@ -182,8 +178,6 @@ def _data(context: Any, builder: Any, signature: Any, arguments: Any, at: int) -
 
 def _levels(builder: Any, table: Any, bits: int, lanes: int) -> list[Any]:
     """The registers that hold the levels."""
-    from llvmlite import ir
-
     kind = ir.VectorType(ir.FloatType(), lanes)
     return [_load(builder, builder.gep(table, [_long(at)]), kind, 4) for at in range(0, 2**bits, lanes)]
 
@@ -206,8 +200,6 @@ def _named(builder: Any, levels: list[Any], indices: Any, lanes: int) -> Any:
 
 def _scale(builder: Any, scales: Any, at: Any, lanes: int) -> Any:
     """One scale in every lane, from float32 or from the upper half of one."""
-    from llvmlite import ir
-
     value = builder.load(builder.gep(scales, [at]))
     if value.type != ir.FloatType():
         word = builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16))
@@ -219,8 +211,6 @@ def _scale(builder: Any, scales: Any, at: Any, lanes: int) -> Any:
 
 def _summed(builder: Any, vector: Any, lanes: int) -> Any:
     """The sum of the lanes, halves added to halves."""
-    from llvmlite import ir
-
     while lanes > 1:
         lanes //= 2
         low, high = (
@@ -232,8 +222,6 @@ def _summed(builder: Any, vector: Any, lanes: int) -> Any:
 
 def _words(builder: Any, source: Any, bits: int, lanes: int) -> tuple[Any, list[int]]:
     """A word of 32 bits a lane that has its code, and by how much it must be shifted down. Reads the codes' own bytes only."""
-    from llvmlite import ir
-
     own = [bits * lane for lane in range(lanes)]
     if bits * lanes == 64:
         return _spread(builder, [_word(builder, source, 0, 32), _word(builder, source, 4, 32)], lanes), own[:8] * 2
@@ -248,16 +236,12 @@ def _words(builder: Any, source: Any, bits: int, lanes: int) -> tuple[Any, list[
 
 def _word(builder: Any, source: Any, byte: int, bits: int) -> Any:
     """So many bits from there on, as a word of 32."""
-    from llvmlite import ir
-
     value = _load(builder, builder.gep(source, [_long(byte)]), ir.IntType(bits), 1)
     return value if bits == 32 else builder.zext(value, ir.IntType(32))
 
 
 def _spread(builder: Any, words: list[Any], lanes: int) -> Any:
     """The words, each in its share of the lanes."""
-    from llvmlite import ir
-
     kind = ir.VectorType(ir.IntType(32), 2)
     pair = ir.Constant(kind, ir.Undefined)
     for position, word in enumerate(words):
@@ -278,8 +262,6 @@ def _multiplied(builder: Any, one: Any, other: Any, total: Any) -> Any:
 
 def _called(builder: Any, name: str, arguments: list[Any]) -> Any:
     """One of LLVM's own functions, whose result has the type of its first argument."""
-    from llvmlite import ir
-
     kind = ir.FunctionType(arguments[0].type, [argument.type for argument in arguments])
     return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
 
@@ -291,14 +273,10 @@ def _load(builder: Any, pointer: Any, kind: Any, align: int) -> Any:
 
 
 def _long(value: int) -> Any:
-    from llvmlite import ir
-
     return ir.IntType(64)(value)
 
 
 def _constant(values: list[int]) -> Any:
-    from llvmlite import ir
-
     return ir.Constant(ir.VectorType(ir.IntType(32), len(values)), values)
 
 
