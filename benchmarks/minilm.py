@@ -1,7 +1,7 @@
 """A real BERT of 22M parameters (MiniLM) fine-tuned on QNLI and MNLI: 16-bit LoRA, QLoRA and LoftQ, several seeds a row.
 
     python benchmarks/minilm.py ../shared/data/glue [--task qnli mnli] [--quant lora16 nf4 nf2 uniform2] [--rank 16 32]
-        [--seed 1 2 3] [--packed] [--output-dir outputs]
+        [--seed 1 2 3] [--epochs 1] [--packed] [--output-dir outputs]
 
 The folder holds TASK/train.jsonl and TASK/validation.jsonl. Each run is one that `python -m loftq_exp` would make, with the
 overrides that it prints; finished ones are found and not run again, so that a stopped table goes on, and several processes
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, task: str, method: tuple[str, ...], rank: int,
     overrides = [
         *RECIPE, f"task.name={task}", f"task.train_file={folder / 'train.jsonl'}",
         f"task.eval_file={folder / 'validation.jsonl'}", *method, f"quant.rank={rank}", f"seed={seed}",
-        f"output_dir={args.output_dir}", *(PACKED if args.packed else ()),
+        f"train.num_train_epochs={args.epochs}", f"output_dir={args.output_dir}", *(PACKED if args.packed else ()),
     ]  # fmt: skip
     print(" ".join(overrides), flush=True)
     return loftq_exp.run(loftq_exp.compose(overrides)).metrics
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--quant", nargs="+", default=["lora16", "nf4", "nf2", "uniform2"])
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--seed", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--packed", action="store_true", help="train on packed backbones instead of their dense values")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     args = parser.parse_args()
