@@ -61,9 +61,7 @@ def decompose(
         UserError: for a weight that is not a finite floating-point matrix, or a setting that does not exist or fit.
         ValueError: for a `start` of another shape or rank, or of more steps.
     """
-    return conducted(
-        lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure), weight.numel(), weight.device
-    )
+    return conducted(lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure), weight.device)
 
 
 @torch.no_grad()  # which is a setting of each thread

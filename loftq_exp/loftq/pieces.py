@@ -22,22 +22,15 @@ T = TypeVar("T")
 
 _local = threading.local()
 
-LEAST_SHARED = 3_000_000
-"""Values of the smallest weight that is worth more than one core: pieces of less wait for each other longer than they take."""
 
-
-def conducted(work: Callable[[], T], values: int, device: torch.device) -> T:
-    """`work()` on so many values, with torch's threads for `spread` instead of for torch; on few with one of them.
-
-    On another device than the processor just `work()`.
-    """
+def conducted(work: Callable[[], T], device: torch.device) -> T:
+    """`work()`, with torch's threads for `spread` instead of for torch. On another device than the processor just `work()`."""
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu":
         return work()
 
     def conduct() -> T:
         _local.threads = threads
-        _local.at_once = threads if values >= LEAST_SHARED else 1
         return work()
 
     # On a thread of its own, because the number of torch's threads is one of each thread's.
@@ -50,7 +43,7 @@ def conducted(work: Callable[[], T], values: int, device: torch.device) -> T:
 
 def spread(work: Callable[[S], T], pieces: Sequence[S]) -> list[T]:
     """`work` on every piece, in order; within `conducted` side by side."""
-    threads = min(getattr(_local, "at_once", 1), len(pieces))
+    threads = min(getattr(_local, "threads", 1), len(pieces))
     return list(map(work, pieces) if threads == 1 else _pool(threads).map(work, pieces))
 
 
