@@ -248,7 +248,12 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
     plot_scaling(squares)
     plot_error_against_time(kept["error against time"]["found"])
     per_value = [seconds / size**2 * 1e9 for size, seconds, _ in squares]
-    made = sorted({(part["machine"], f"commit {part['commit']}") for part in kept.values()})
+    machines = sorted({part["machine"] for part in kept.values()})
+    commits = {
+        machine: sorted({part["commit"] for part in kept.values() if part["machine"] == machine})
+        for machine in machines
+    }
+    made = "; ".join(f"{machine}, commits {', '.join(commits[machine])}" for machine in machines)
     days = sorted({part["created"][:10] for part in kept.values()})
     page = DOCS / "performance.md"
     _, mark, rest = (page.read_text() if page.exists() else "").partition(MARK)
@@ -264,7 +269,7 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
         + f"; the largest over that of {SIZES[0]}: {per_value[-1] / per_value[0]:.2f}.\n\n"
         "![Seconds against parameters, ours and PEFT's](scaling.png)\n\n"
         "![Error against seconds for exact, torch.svd_lowrank and ours](error-time.png)\n\n"
-        f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}: {'; '.join(', '.join(one) for one in made)}.\n"
+        f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}: {made}.\n"
         f"No figure here is from a GPU: the CUDA path was not run.\n\n{mark}{rest}"
     )
 
