@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loftq_exp.loftq import registers
+from loftq_exp.loftq.compiled import compiled
 from loftq_exp.loftq.quantizers import make_quantizer
 from loftq_exp.packed import kernels
 from loftq_exp.packed.codes import pack_codes
@@ -50,6 +51,26 @@ def test_every_code_in_every_lane(bits: int, lanes: int) -> None:
         pack_codes(torch.from_numpy(codes), bits).numpy(), registers.padded(levels), found
     )
     assert np.array_equal(found, levels[codes])
+
+
+@pytest.mark.parametrize("lanes", FORMS)
+@pytest.mark.parametrize("bits", registers.WIDTHS)
+def test_a_value_gets_the_code_that_counting_thresholds_gives_and_back_its_level(bits: int, lanes: int) -> None:
+    nearest, levels_of = registers.nearest(bits, lanes), registers.levels_of(bits, lanes)
+
+    def both(x: np.ndarray, thresholds: np.ndarray, levels: np.ndarray, codes: np.ndarray, values: np.ndarray) -> None:
+        for i in range(x.size // lanes):
+            nearest(x, thresholds, codes, lanes * i)
+            levels_of(codes, levels, values, lanes * i)
+
+    levels = np.sort(np.random.default_rng(bits).standard_normal(2**bits)).astype(np.float32)
+    thresholds = (levels[:-1] + levels[1:]) / 2
+    ends = [np.nextafter(thresholds, np.float32(end)) for end in (-9, 9)]  # and the thresholds themselves: not above
+    x = np.resize(np.concatenate([thresholds, *ends, levels, np.float32([-9, 9])]), 160).astype(np.float32)
+    codes, values = np.empty(x.size, np.uint8), np.empty_like(x)
+    compiled(both)(x, registers.padded(thresholds), registers.padded(levels), codes, values)
+    assert np.array_equal(codes, (x[:, None] > thresholds).sum(axis=1))
+    assert np.array_equal(values, levels[codes])
 
 
 CASES = [
