@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from loftq_exp.checkpoint.cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
-from loftq_exp.command import OneLineParser
+from loftq_exp.command import OneLineParser, exit_code
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.progress import progress
@@ -42,19 +42,16 @@ class _File:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error, and for damage."""
-    try:
+
+    def work() -> int:
         options = _parser().parse_args(arguments)
         folder = local_path(getattr(options, "cache_dir", DEFAULT_FOLDER))
         if not folder.is_dir():
             raise UserError(f"--cache-dir={folder}: there is no such folder; give the cache_dir of a run")
         code: int = options.command(folder, options)
         return code
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted: what was removed is gone, all else is whole\n")
-        return 130
+
+    return exit_code(work, "what was removed is gone, all else is whole")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 from loftq_exp.errors import UserError
@@ -17,6 +19,18 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises the message as a UserError instead of printing the usage."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def exit_code(work: Callable[[], int], interrupted: str) -> int:
+    """The exit code of a command's work. A refusal is one line on standard error and 1; an interruption the line given and 130."""
+    try:
+        return work()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"error: interrupted: {interrupted}\n")
+        return 130
 
 
 def quiet_libraries() -> None:

@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from loftq_exp.command import OneLineParser, quiet_libraries
+from loftq_exp.command import OneLineParser, exit_code, quiet_libraries
 from loftq_exp.config import local_path
-from loftq_exp.errors import UserError
 
 FORMS = ("dense", "bnb4", "packed")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -16,7 +15,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error."""
-    try:
+
+    def work() -> int:
         options = _parser().parse_args(arguments)
         folder, out = local_path(options.folder), local_path(options.out)
         adapter = local_path(options.adapter) if options.adapter else None
@@ -25,12 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"{export(folder, out, adapter, options.to, options.dtype)}\n")
         return 0
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted: nothing was exported\n")
-        return 130
+
+    return exit_code(work, "nothing was exported")
 
 
 def _parser() -> argparse.ArgumentParser:

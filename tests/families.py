@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+
+from loftq_exp.config import RunConfig
 
 DECODER: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,3 +101,16 @@ def seeded(make: Callable[[], hf.PreTrainedModel]) -> hf.PreTrainedModel:
             if value.ndim == 1:
                 value.data.add_(torch.randn_like(value), alpha=0.1)
     return model
+
+
+def quantize_config(folder: Path, root: Path, kind: str, save_format: str, **changes: Any) -> RunConfig:
+    """Settings that initialise the model in `folder`, everything under `root`; __ in the changes stands for a dot."""
+    values: dict[str, Any] = {
+        "model": {"path": str(folder), "kind": kind}, "task": {"kind": "gsm8k"}, "train": {}, "stages": ["quantize"],
+        "quant": {"method": "loftq", "type": "nf", "bits": 2, "rank": 8, "iter": 1}, "device": "cpu",
+        "save_dir": str(root / save_format), "cache_dir": str(root / "cache"), "save_format": save_format,
+    }  # fmt: skip
+    for name, value in changes.items():
+        group, _, key = name.rpartition("__")
+        (values[group] if group else values)[key] = value
+    return RunConfig.from_mapping(values)

@@ -109,16 +109,15 @@ def open_backbone(folder: Path) -> Iterator[Backbone]:
         odd = sorted(set(packing.bits).symmetric_difference(shapes))[0]
         raise UserError(f"DIR={folder}: {REPORT} and config.json do not agree on {odd}; quantize again")
     with open_tensors(folder) as tensors:
-        backbone = Backbone(init, model, tensors, storage, packing)
+        backbone, modules = Backbone(init, model, tensors, storage, packing), dict(model.named_modules())
         for module, shape in shapes.items():
-            backbone.weights[module] = _find(backbone, module, shape)
+            backbone.weights[module] = _find(backbone, module, modules.get(module), shape)
         yield backbone
 
 
-def _find(backbone: Backbone, module: str, shape: tuple[int, int]) -> BackboneWeight:
+def _find(backbone: Backbone, module: str, linear: nn.Module | None, shape: tuple[int, int]) -> BackboneWeight:
     """Where the weight of one module is in the file; UserError where it is missing, or no linear layer of the model."""
     model, names = backbone.model, backbone.tensors.names
-    linear = dict(model.named_modules()).get(module)
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
         raise backbone._damaged(f"config.json has no linear layer {module} of {shape[0]} x {shape[1]}, {REPORT} has")
     first = PARTS[0] if backbone.storage == "packed" else "weight"

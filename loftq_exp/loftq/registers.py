@@ -80,7 +80,7 @@ def _look_up(bits: int, lanes: int) -> Any:
         packed, table, x = (_data(context, builder, signature, arguments, at) for at in (0, 2, 3))
         source, target = builder.gep(packed, [arguments[1]]), builder.gep(x, [arguments[4]])
         found = _looked_up(builder, source, _levels(builder, table, bits, lanes), bits, lanes)
-        builder.store(found, builder.bitcast(target, found.type.as_pointer()), align=4)
+        _store(builder, found, target, 4)
         return context.get_dummy_value()
 
     @intrinsic
@@ -106,7 +106,7 @@ def nearest(bits: int, lanes: int) -> Any:
             below = builder.add(below, builder.select(above, _constant([half] * lanes), _constant([0] * lanes)))
         found = builder.trunc(below, ir.VectorType(ir.IntType(8), lanes))
         target = builder.gep(codes, [arguments[3]])
-        builder.store(found, builder.bitcast(target, found.type.as_pointer()), align=1)
+        _store(builder, found, target, 1)
         return context.get_dummy_value()
 
     @intrinsic
@@ -125,7 +125,7 @@ def levels_of(bits: int, lanes: int) -> Any:
         indices = builder.zext(some, ir.VectorType(ir.IntType(32), lanes))
         found = _named(builder, _levels(builder, table, bits, lanes), indices, lanes)
         target = builder.gep(x, [arguments[3]])
-        builder.store(found, builder.bitcast(target, found.type.as_pointer()), align=4)
+        _store(builder, found, target, 4)
         return context.get_dummy_value()
 
     @intrinsic
@@ -270,6 +270,10 @@ def _load(builder: Any, pointer: Any, kind: Any, align: int) -> Any:
     value = builder.load(builder.bitcast(pointer, kind.as_pointer()))
     value.align = align
     return value
+
+
+def _store(builder: Any, value: Any, pointer: Any, align: int) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
 def _long(value: int) -> Any:

@@ -32,6 +32,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     flat = codes.reshape(-1)
     if flat.numel() and int(flat.max()) >= 2**bits:
         raise UserError(f"codes: {int(flat.max())} does not fit into {bits} bits; give codes below {2**bits}")
+    if bits == 8:
+        return torch.nn.functional.pad(flat, (0, -flat.numel() % CODES_PER_GROUP)).contiguous()
     packed = flat.new_empty(packed_bytes(flat.numel(), bits))
     for start in range(0, flat.numel(), CHUNK_CODES):
         some = flat[start : start + CHUNK_CODES]

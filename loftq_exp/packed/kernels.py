@@ -30,7 +30,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """f(packed, scales, values): whole blocks; scales float32 (blocks, numbers); values flat, of the kernel's type, written."""
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(packed, scales, rows, products): scales bfloat16 or float32, rows (n, in) float32, products (n, out) float32, written."""
+"""f(packed, scales, rows, products): scales of any float type, rows (n, in) float32, products (n, out) float32, written."""
 
 WIDTHS = (2, 3, 4, 8)
 """Bits a code that there are kernels for."""
@@ -73,7 +73,7 @@ def fused_product(quantizer: Quantizer) -> Product | None:
 
     def call(packed: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, products: torch.Tensor) -> None:
         if single and len(rows) == 1:
-            held = scales.view(torch.uint16) if scales.dtype == torch.bfloat16 else scales
+            held = scales.view(torch.uint16) if scales.dtype == torch.bfloat16 else scales.to(torch.float32)
             single(packed.numpy(), held.view(-1).numpy(), table, rows.view(-1).numpy(), products.view(-1).numpy())
         else:
             run(packed.numpy(), scales.to(torch.float32).numpy(), table, rows.numpy(), products.numpy())

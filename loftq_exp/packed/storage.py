@@ -123,11 +123,7 @@ def product(
     if kernel is None or torch.finfo(rows.dtype).eps < torch.finfo(quantizer.scale_dtype).eps:
         return None
     products = torch.empty(count, shape[0], dtype=torch.float32)
-    scales = (
-        float_scales(parts, quantizer)
-        if quantizer.scale_dtype == torch.float16 or quantizer.double
-        else parts["scales"]
-    )
+    scales = float_scales(parts, quantizer) if quantizer.double else parts["scales"]
     kernel(parts["qweight"], scales, rows.detach().reshape(count, -1).to(torch.float32).contiguous(), products)
     return products.to(rows.dtype).reshape(*rows.shape[:-1], shape[0])
 

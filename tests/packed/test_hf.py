@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import quantize_config
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from loftq_exp.checkpoint import convert
 from loftq_exp.checkpoint.convert import initialise
 from loftq_exp.checkpoint.source import locate
 from loftq_exp.checkpoint.writer import SafetensorsWriter
-from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.packed.adapter import PackedLoraLayer
 from loftq_exp.packed.hf import LoftQConfig
@@ -34,15 +34,7 @@ from loftq_exp.packed.linear import PackedLinear
 
 def made(model: Path, root: Path, save_format: str = "packed", **changes: Any) -> Path:
     """The folder of the initialised checkpoint of `model`, where __ in the changes stands for a dot."""
-    values: dict[str, Any] = {
-        "model": {"path": str(model), "kind": "causal"}, "task": {"kind": "gsm8k"}, "train": {}, "stages": ["quantize"],
-        "quant": {"method": "loftq", "type": "nf", "bits": 2, "rank": 8, "iter": 1}, "device": "cpu",
-        "save_dir": str(root / save_format), "cache_dir": str(root / "cache"), "save_format": save_format,
-    }  # fmt: skip
-    for name, value in changes.items():
-        group, _, key = name.rpartition("__")
-        (values[group] if group else values)[key] = value
-    config = RunConfig.from_mapping(values)
+    config = quantize_config(model, root, "causal", save_format, **changes)
     return initialise(locate(config.model, config.cache_path), config).folder
 
 

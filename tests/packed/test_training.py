@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from families import quantize_config
 from safetensors.torch import load_file
 
 from loftq_exp.checkpoint.artifact import Initialised
@@ -95,15 +96,7 @@ MODELS: dict[str, tuple[str, Callable[[], hf.PreTrainedModel]]] = {
 
 
 def initialised(folder: Path, root: Path, kind: str, save_format: str, **changes: Any) -> tuple[Initialised, RunConfig]:
-    values: dict[str, Any] = {
-        "model": {"path": str(folder), "kind": kind}, "task": {"kind": "gsm8k"}, "train": {}, "stages": ["quantize"],
-        "quant": {"method": "loftq", "type": "nf", "bits": 3, "rank": 8, "iter": 1}, "device": "cpu",
-        "save_dir": str(root / save_format), "cache_dir": str(root / "cache"), "save_format": save_format,
-    }  # fmt: skip
-    for name, value in changes.items():
-        group, _, key = name.rpartition("__")
-        (values[group] if group else values)[key] = value
-    config = RunConfig.from_mapping(values)
+    config = quantize_config(folder, root, kind, save_format, **{"quant__bits": 3, **changes})
     return initialise(locate(config.model, config.cache_path), config), config
 
 
