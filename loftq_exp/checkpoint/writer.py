@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,9 @@ from types import TracebackType
 import torch
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+SYNC_BYTES = 64 << 20
+"""Each time that so much was written the system is told to bring it to the disk, so that little is left to wait for at the end."""
 
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -55,6 +60,9 @@ class SafetensorsWriter:
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
         self._files: list[Path] = []
+        self._unsynced, self._counting = 0, threading.Lock()
+        self._syncer = ThreadPoolExecutor(1, "sync")
+        self._syncs: list[Future[None]] = []
         shards = _shards(self._specs, max_shard_bytes)
         files = [f"{stem}.safetensors"]
         if len(shards) > 1:
@@ -98,16 +106,22 @@ class SafetensorsWriter:
         path.write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes a tensor to its place; its type and shape must be the announced ones."""
+        """Writes a tensor to its place; its type and shape must be the announced ones. Threads may write side by side."""
         spec = self._specs[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
         descriptor, offset = self._places[name]
         _write_at(descriptor, tensor_bytes(tensor), offset)
         self._missing.discard(name)
+        with self._counting:
+            self._unsynced += spec.nbytes
+            if self._unsynced >= SYNC_BYTES:
+                self._unsynced = 0
+                self._syncs.append(self._syncer.submit(os.fdatasync, descriptor))
 
     def close(self) -> None:
         """Closes the files as they are."""
+        self._syncer.shutdown(cancel_futures=True)
         while self._descriptors:
             os.close(self._descriptors.pop())
 
@@ -126,6 +140,8 @@ class SafetensorsWriter:
             if kind is None:
                 if self._missing:
                     raise ValueError(f"never written: {sorted(self._missing)[:3]}")
+                for sync in self._syncs:
+                    sync.result()  # its error is told to no later sync
                 for descriptor in self._descriptors:
                     os.fsync(descriptor)
                 self._files.clear()  # whole, and to stay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loftq_exp.checkpoint import writer as module
 from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec, tensor_bytes
 
 DTYPES = (
@@ -184,6 +186,23 @@ def test_a_full_disk_shows_before_the_work(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         SafetensorsWriter(tmp_path, {"a": TensorSpec(torch.float32, (8,))})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_brought_to_the_disk_meanwhile_is_an_error_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+
+    def failing(descriptor: int) -> None:
+        synced.append(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    monkeypatch.setattr(module, "SYNC_BYTES", 100)
+    with pytest.raises(OSError, match="Input/output error"):
+        written(tmp_path, {name: torch.ones(20) for name in "abcde"})
+    assert synced, "each time that two of the five tensors were written"
     assert list(tmp_path.iterdir()) == []
 
 
