@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -33,12 +34,12 @@ import xxhash
 
 from loftq_exp.checkpoint.writer import tensor_bytes
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Quantized, Quantizer, first_rank
+from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
 from loftq_exp.packed.codes import pack_codes, unpack_codes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Counted up whenever the meaning of a key or an entry changes."""
 
 _DAY = 24 * 3600.0
@@ -59,6 +60,32 @@ def weight_digest(weight: torch.Tensor) -> str:
     digest = xxhash.xxh3_128(f"{weight.dtype} {tuple(weight.shape)} ".encode())
     digest.update(tensor_bytes(weight))
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Kept(Factors):
+    """A decomposition as the cache keeps it: its codes take their own bits each, see `loftq_exp.packed.codes`."""
+
+    packed: torch.Tensor
+    """uint8, one row of bytes."""
+    scales: torch.Tensor
+    """float32, (groups, numbers a group)."""
+    bits: int
+    """Bits a code."""
+
+    @classmethod
+    def of(cls, result: Decomposition, bits: int) -> Kept:
+        """The same decomposition, packed, on the CPU."""
+        codes, scales, lora_A, lora_B = (
+            tensor.cpu().contiguous() for tensor in (*result.quantized, result.lora_A, result.lora_B)
+        )
+        return cls(lora_A, lora_B, result.errors, result.norm, result.unit, pack_codes(codes, bits), scales, bits)
+
+    @property
+    def quantized(self) -> Quantized:
+        """Codes, a byte each, and scales."""
+        codes = unpack_codes(self.packed, self.bits, math.prod(self.shape))
+        return Quantized(codes.reshape(self.shape), self.scales)
 
 
 @dataclass(frozen=True)
@@ -102,7 +129,7 @@ class DecompositionCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "decompositions"
 
-    def find(self, recipe: Recipe, digest: str, shape: tuple[int, ...]) -> Decomposition | None:
+    def find(self, recipe: Recipe, digest: str, shape: tuple[int, ...]) -> Kept | None:
         """The result with the most steps up to the recipe's; a shorter one can be continued. None where there is none.
 
         Raises UserError where an entry is there and must not be read.
@@ -125,13 +152,13 @@ class DecompositionCache:
             return found.truncated(recipe.rank) if steps == 1 else found
         return None
 
-    def put(self, recipe: Recipe, digest: str, result: Decomposition) -> None:
-        """Keeps the result of this very recipe. Raises UserError where the folder cannot be written."""
-        path = self.path(recipe.key(digest))
+    def put(self, recipe: Recipe, digest: str, result: Decomposition) -> Kept:
+        """Keeps the result of this very recipe, and gives it as `find` would. Raises UserError where the folder cannot be written."""
+        path, kept = self.path(recipe.key(digest)), Kept.of(result, recipe.quantizer.bits)
         beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(_encoded(path.stem, recipe, digest, result))
+            beside.write_bytes(_encoded(path.stem, recipe, digest, kept))
             beside.replace(path)
         except OSError as error:
             raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
@@ -139,6 +166,7 @@ class DecompositionCache:
         finally:
             with contextlib.suppress(OSError):  # where nothing could be written, nothing is there
                 beside.unlink()
+        return kept
 
     def path(self, key: str) -> Path:
         """Where the entry with this key lies."""
@@ -158,7 +186,7 @@ class DecompositionCache:
                     yield path
 
 
-def read_entry(path: Path) -> Decomposition:
+def read_entry(path: Path) -> Kept:
     """The decomposition in an entry. Raises FileNotFoundError, or DamagedEntry where it is not whole and sound."""
     data = path.read_bytes()
     try:
@@ -171,14 +199,15 @@ def read_entry(path: Path) -> Decomposition:
         raise DamagedEntry(f"not a whole file: {error}") from None
     if checksum != _checksum(tensors, meta["entry"]) or entry["key"] != path.stem:
         raise DamagedEntry("its checksum differs")
-    rows, columns = entry["shape"]
-    codes = unpack_codes(tensors["codes"], entry["bits"], rows * columns)
-    return Decomposition(
-        quantized=Quantized(codes.reshape(rows, columns), tensors["scales"]),
+    return Kept(
         lora_A=tensors["lora_A"],
         lora_B=tensors["lora_B"],
         errors=tuple(entry["errors"]),
         norm=entry["norm"],
+        unit=entry["unit"],
+        packed=tensors["codes"],
+        scales=tensors["scales"],
+        bits=entry["bits"],
     )
 
 
@@ -205,16 +234,10 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _encoded(key: str, recipe: Recipe, digest: str, result: Decomposition) -> bytes:
-    codes, bits = result.quantized.codes.cpu(), recipe.quantizer.bits
-    tensors = {
-        "codes": pack_codes(codes, bits),
-        "scales": result.quantized.scales.cpu().contiguous(),
-        "lora_A": result.lora_A.cpu().contiguous(),
-        "lora_B": result.lora_B.cpu().contiguous(),
-    }
-    entry = json.dumps({"key": key, "recipe": recipe.shaping(digest), "shape": list(codes.shape), "bits": bits,
-                        "errors": list(result.errors), "norm": result.norm})  # fmt: skip
+def _encoded(key: str, recipe: Recipe, digest: str, kept: Kept) -> bytes:
+    tensors = {"codes": kept.packed, "scales": kept.scales, "lora_A": kept.lora_A, "lora_B": kept.lora_B}
+    entry = json.dumps({"key": key, "recipe": recipe.shaping(digest), "shape": list(kept.shape), "bits": kept.bits,
+                        "errors": list(kept.errors), "norm": kept.norm, "unit": kept.unit})  # fmt: skip
     return safetensors.torch.save(tensors, metadata={"entry": entry, "checksum": _checksum(tensors, entry)})
 
 

@@ -27,7 +27,7 @@ from loftq_exp.checkpoint.artifact import (
     write_surroundings,
     written_whole,
 )
-from loftq_exp.checkpoint.cache import FORMAT, weight_digest
+from loftq_exp.checkpoint.cache import FORMAT, Kept, weight_digest
 from loftq_exp.checkpoint.decomposer import Decomposer
 from loftq_exp.checkpoint.four_bit import four_bit_of_codes, four_bit_specs
 from loftq_exp.checkpoint.head import FORMAT as HEAD_FORMAT
@@ -42,9 +42,9 @@ from loftq_exp.checkpoint.writer import SafetensorsWriter, TensorSpec
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, Decomposition, Quantized, kaiming_uniform_A
+from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
 from loftq_exp.loftq.scales import SCALES_PER_STEP
-from loftq_exp.packed.storage import pack, part_specs
+from loftq_exp.packed.storage import dequantize, part_specs, parts_of
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
 from loftq_exp.quant import BLOCKLESS_TYPES
@@ -221,15 +221,15 @@ class _Worker:
         report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, 0.0, hit, computed, {})
         return stored, lora_A.cpu(), lora_B.cpu(), report
 
-    def _stored(self, name: str, result: Decomposition, bits: int) -> dict[str, torch.Tensor]:
+    def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
         """The tensors that stand for one target in the file: its values, or a packed form of the same values."""
         config, quantizer = self.config, self.decomposer.quantizers[bits]
-        if config.save_format == "packed":
-            quantized = Quantized(*(tensor.cpu() for tensor in result.quantized))
-            return {packed_name(name, part): tensor for part, tensor in pack(quantized, quantizer).items()}
         if config.save_format == "bnb4":
-            return four_bit_of_codes(name, result.quantized, quantizer, self.dtype)
-        return {name: result.backbone(quantizer, self.dtype).cpu()}
+            return four_bit_of_codes(name, kept.packed, kept.scales, kept.shape, quantizer)
+        parts = parts_of(kept.packed, kept.scales, quantizer)
+        if config.save_format == "packed":
+            return {packed_name(name, part): tensor for part, tensor in parts.items()}
+        return {name: dequantize(parts, quantizer, kept.shape, self.dtype)}
 
     def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
         """The types and shapes of what `initialise` gives for a target at so many bits."""

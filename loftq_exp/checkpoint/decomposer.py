@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
 
-from loftq_exp.checkpoint.cache import DecompositionCache, Recipe, weight_digest
+from loftq_exp.checkpoint.cache import DecompositionCache, Kept, Recipe, weight_digest
 from loftq_exp.checkpoint.layout import Layout, Target
 from loftq_exp.checkpoint.plan import Errors, Precision, candidates
 from loftq_exp.checkpoint.tensors import CheckpointTensors
@@ -14,7 +15,7 @@ from loftq_exp.checkpoint.workers import Phases, side_by_side
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import Decomposition, decompose, make_quantizer
+from loftq_exp.loftq import Rooms, decompose, make_quantizer
 from loftq_exp.progress import progress
 
 
@@ -22,7 +23,7 @@ from loftq_exp.progress import progress
 class Decomposed:
     """A decomposition, and what it took to have it."""
 
-    result: Decomposition
+    result: Kept
     cache_hit: bool
     steps_computed: int
 
@@ -34,6 +35,7 @@ class Decomposer:
         self.quant = config.quant
         self.device = compute_device(config.device)
         self.cache = DecompositionCache(config.cache_path)
+        self._of_thread = threading.local()
         self.quantizers = {}
         if config.quant.type != "none":
             dtype = getattr(torch, config.save_dtype)
@@ -52,16 +54,22 @@ class Decomposer:
             found = self.cache.find(recipe, digest, target.shape)
         if found and found.steps == recipe.steps:
             return Decomposed(found, True, 0)
-        kept = recipe.after(recipe.steps, target.shape)
+        solved = recipe.after(recipe.steps, target.shape)
         try:
             with phases.timed("decompose"):
-                result = decompose(weight.to(self.device), quantizer, kept.rank, kept.steps, kept.solver, start=found)
+                result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
+                                   start=found, rooms=self._rooms())  # fmt: skip
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
         with phases.timed("cache"):
-            self.cache.put(kept, digest, result)
+            kept = self.cache.put(solved, digest, result)
         computed = recipe.steps - (found.steps if found else 0)
-        return Decomposed(result.truncated(recipe.rank) if kept.rank > recipe.rank else result, False, computed)
+        return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
+
+    def _rooms(self) -> Rooms:
+        """Memory of this thread's to decompose in, as long as the thread lives."""
+        rooms: Rooms = self._of_thread.__dict__.setdefault("rooms", Rooms())
+        return rooms
 
     def measure(self, tensors: CheckpointTensors, layout: Layout) -> dict[str, Errors]:
         """The error of each target with every precision that it may get. The decompositions stay in the cache."""

@@ -10,24 +10,31 @@ import math
 import torch
 
 from loftq_exp.checkpoint.writer import TensorSpec
-from loftq_exp.loftq import Quantized, Quantizer
-from loftq_exp.packed.codes import pack_codes
+from loftq_exp.loftq import Quantizer
+from loftq_exp.packed.codes import pack_codes, unpack_codes
 
 BLOCK = 64
 TYPE = "nf4"
 
 
 def four_bit_of_codes(
-    name: str, quantized: Quantized, quantizer: Quantizer, dtype: torch.dtype
+    name: str, packed: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], quantizer: Quantizer
 ) -> dict[str, torch.Tensor]:
     """The same values as `quantizer` decodes, by the names that bitsandbytes gives to its parts.
 
-    `quantizer` is NF4 or NF2 with blocks of 64, which the weight of `dtype` has whole.
+    Args:
+        name: of the weight, whose shape is (out, in), with a multiple of 64 values.
+        packed: its codes as `pack_codes` packs them.
+        scales: one number a block.
+        shape: (out, in).
+        quantizer: NF4 or NF2 with blocks of 64.
     """
-    codes = _as_nf4(quantized.codes.cpu(), quantizer)
-    low_first = pack_codes(codes, 4)
-    packed = ((low_first << 4) | (low_first >> 4)).reshape(-1, 1)
-    return {name: packed} | _state(name, quantized.scales.cpu().reshape(-1), tuple(codes.shape), dtype)
+    low_first = packed
+    if not torch.equal(quantizer.levels(), _levels()):
+        codes = unpack_codes(packed, quantizer.bits, math.prod(shape))
+        low_first = pack_codes(_as_nf4(codes, quantizer), 4)
+    high_first = (low_first << 4).bitwise_or_(low_first >> 4)
+    return {name: high_first.reshape(-1, 1)} | _state(name, scales.reshape(-1), shape, quantizer.scale_dtype)
 
 
 def four_bit_of_values(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -61,11 +68,8 @@ def four_bit_specs(name: str, shape: tuple[int, int], dtype: torch.dtype) -> dic
 
 def _as_nf4(codes: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """The codes that stand in NF4 for the levels that these stand for."""
-    levels, nf4 = quantizer.levels(), _levels()
-    if torch.equal(levels, nf4):
-        return codes
-    there = torch.zeros_like(codes)
-    for code, level in enumerate(levels):
+    there, nf4 = torch.zeros_like(codes), _levels()
+    for code, level in enumerate(quantizer.levels()):
         there.masked_fill_(codes == code, int((nf4 == level).nonzero().item()))
     return there
 

@@ -1,16 +1,19 @@
 """LoftQ on one weight: W in, (Q, A, B) out. Knows nothing of models or files."""
 
-from loftq_exp.loftq.alternation import Decomposition
+from loftq_exp.loftq.alternation import Decomposition, Factors
 from loftq_exp.loftq.decompose import decompose, first_rank, kaiming_uniform_A, loftq_init
 from loftq_exp.loftq.lowrank import SOLVER_VERSION, truncated_svd
+from loftq_exp.loftq.memory import Rooms
 from loftq_exp.loftq.quantizers import QUANTIZER_VERSION, Quantized, Quantizer, make_quantizer
 
 __all__ = [
     "QUANTIZER_VERSION",
     "SOLVER_VERSION",
     "Decomposition",
+    "Factors",
     "Quantized",
     "Quantizer",
+    "Rooms",
     "decompose",
     "first_rank",
     "kaiming_uniform_A",

@@ -6,18 +6,25 @@ tiles of rows that fit a processor's cache; where the residual is wanted in floa
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from loftq_exp.device import compute_dtype
 from loftq_exp.errors import UserError
+from loftq_exp.loftq.kernels import FUSED_TYPES
 from loftq_exp.loftq.lowrank import leading_factors
-from loftq_exp.loftq.pieces import slices, spread
+from loftq_exp.loftq.memory import Rooms, room
+from loftq_exp.loftq.pieces import conducted, slices, spread
 from loftq_exp.loftq.quantizers import Quantized, Quantizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TILE_VALUES = 2**19
 """Values of a weight that are worked on at a time on a processor: 2 MiB in float32."""
@@ -30,11 +37,12 @@ TILE_ROWS = 32
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """A weight W (out, in) as a quantized backbone Q and low-rank factors: W is about Q + B A."""
+class Factors:
+    """Low-rank factors of a weight W (out, in) beside a quantized backbone Q, and how near they come: W is about Q + B A.
 
-    quantized: Quantized
-    """Codes and scales of Q, for the quantizer that made them."""
+    This is all that an alternation goes on from.
+    """
+
     lora_A: torch.Tensor
     """(rank, in) float32; zeros without steps."""
     lora_B: torch.Tensor
@@ -44,23 +52,21 @@ class Decomposition:
     NaN after steps whose error was not asked for."""
     norm: float
     """Frobenius norm of W."""
+    unit: float
+    """The power of two that brings W's largest value near 1."""
 
     @property
     def steps(self) -> int:
         """Alternating steps taken."""
         return len(self.errors) - 1
 
-    def backbone(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-        """Q's values (out, in) in `dtype`, which must be the quantizer's `scale_dtype` or wider to hold them exactly."""
-        codes, scales = self.quantized
-        shape = tuple(codes.shape)
-        values = torch.empty(shape, dtype=dtype, device=codes.device)
-        for tile in _tiles(shape, quantizer.aligned_rows(shape), codes.device):
-            values[tile] = quantizer.decode(Quantized(codes[tile], scales[quantizer.groups_of(shape, tile)]))
-        return values
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return len(self.lora_B), self.lora_A.shape[1]
 
-    def truncated(self, rank: int) -> Decomposition:
-        """The decomposition after one step at a smaller rank: the same backbone, the leading part of the factors.
+    def truncated(self, rank: int) -> Self:
+        """The same after one step at a smaller rank: the same backbone, the leading part of the factors.
 
         What the dropped components weigh, sigma_i = |b_i| |a_i|, is added to the squared error.
         """
@@ -72,7 +78,28 @@ class Decomposition:
         dropped = float(torch.linalg.vector_norm(sizes[rank:])) / self.norm if self.norm else 0.0
         errors = (self.errors[0], math.hypot(self.errors[1], dropped))
         lora_A, lora_B = self.lora_A[:rank].contiguous(), self.lora_B[:, :rank].contiguous()
-        return Decomposition(self.quantized, lora_A, lora_B, errors, self.norm)
+        return dataclasses.replace(self, lora_A=lora_A, lora_B=lora_B, errors=errors)
+
+
+@dataclass(frozen=True)
+class Decomposition(Factors):
+    """A weight as a quantized backbone and low-rank factors."""
+
+    quantized: Quantized
+    """Codes and scales of Q, for the quantizer that made them."""
+
+    def backbone(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
+        """Q's values (out, in) in `dtype`, which must be the quantizer's `scale_dtype` or wider to hold them exactly."""
+        codes, scales = self.quantized
+        values = room(self.shape, dtype, codes.device)
+
+        def restore(tile: slice) -> None:
+            groups = quantizer.groups_of(self.shape, tile)
+            quantizer.restore(Quantized(codes[tile], scales[groups]), values[tile])
+
+        tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), codes.device)
+        conducted(lambda: spread(restore, tiles), codes.device)
+        return values
 
 
 class Alternation:
@@ -82,16 +109,27 @@ class Alternation:
     large or small values in range and changes no digit.
     """
 
-    def __init__(self, weight: torch.Tensor, quantizer: Quantizer, measure: bool = True) -> None:
-        """`measure`: whether the errors after steps are wanted. Raises UserError for a weight that is no finite matrix."""
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        quantizer: Quantizer,
+        measure: bool = True,
+        unit: float | None = None,
+        rooms: Rooms | None = None,
+    ) -> None:
+        """`measure`: whether the errors after steps are wanted; `unit`: the weight's, where it is known; `rooms`: to work in.
+
+        Raises UserError for a weight that is no finite matrix, where the unit is not known.
+        """
         self.weight = weight.detach().contiguous()
         self.quantizer = quantizer
-        self.unit = _unit(self.weight)
+        self.unit = unit or _unit(self.weight)
         device, self.shape = weight.device, tuple(weight.shape)
         groups, numbers = quantizer.scales_shape(self.shape)
-        self.codes = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        rooms = rooms or Rooms()
+        self.codes = rooms.take("codes", self.shape, torch.uint8, device)
         self.scales = torch.empty(groups, numbers, dtype=torch.float32, device=device)
-        self.residual = torch.empty(self.shape, dtype=compute_dtype(device, None), device=device)
+        self.residual = rooms.take("residual", self.shape, compute_dtype(device, None), device)
         """W - Q in units, in the type of the solver's products."""
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
@@ -134,7 +172,7 @@ class Alternation:
         if wide is not residual:
             residual.copy_(wide)
         if not self.errors:
-            left, norm = _row_norms(wide), _row_norms(weight * self.unit)
+            left, norm = _row_norms(wide), _row_norms(weight.to(torch.float32) * self.unit)
         return left, norm
 
     def fit(self, rank: int, solver: str) -> None:
@@ -167,13 +205,10 @@ class Alternation:
             spread(fill, tiles)
             yield slice(first, last), wide
 
-    def resume(self, start: Decomposition) -> None:
-        """Takes up where `start` left off; the residual is not known until the next `quantize`."""
+    def resume(self, start: Factors) -> None:
+        """Takes up the factors where `start` left off; backbone and residual are the next `quantize`'s to find."""
         # Copies, because a tensor that maps a file may lie at an address for which matrix products round differently.
-        codes, scales, self.lora_B, self.lora_A = (
-            tensor.to(self.weight.device, copy=True) for tensor in (*start.quantized, start.lora_B, start.lora_A)
-        )
-        self.codes, self.scales = codes, scales
+        self.lora_B, self.lora_A = (tensor.to(self.weight.device, copy=True) for tensor in (start.lora_B, start.lora_A))
         self.errors, self.norm, self._unmeasured = list(start.errors), start.norm, False
 
     def result(self, rank: int = 0) -> Decomposition:
@@ -183,7 +218,8 @@ class Alternation:
         rows, columns = self.shape
         lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
         lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
-        return Decomposition(Quantized(self.codes, self.scales), lora_A, lora_B, tuple(self.errors), self.norm)
+        quantized = Quantized(self.codes, self.scales)
+        return Decomposition(lora_A, lora_B, tuple(self.errors), self.norm, self.unit, quantized)
 
     def _measured(self, norms: list[torch.Tensor]) -> None:
         """Notes an error from the norms of the rows, in units, of what is left of the weight."""
@@ -197,9 +233,9 @@ class Alternation:
         return torch.mm(self.lora_B[tile], self.lora_A, out=self._scratch(tile, "product"))
 
     def _weight(self, tile: slice) -> torch.Tensor:
-        """These rows of W in float32."""
+        """These rows of W, in a type that the quantizer's passes take."""
         weight = self.weight[tile]
-        return weight if weight.dtype == torch.float32 else self._scratch(tile, "weight").copy_(weight)
+        return weight if weight.dtype in FUSED_TYPES else self._scratch(tile, "weight").copy_(weight)
 
     def _scratch(self, tile: slice, purpose: str) -> torch.Tensor:
         """Room for a tile's values in float32, on a processor the same for each tile of a thread.

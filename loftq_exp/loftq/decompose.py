@@ -8,8 +8,9 @@ from typing import Literal, overload
 import torch
 
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.alternation import Alternation, Decomposition
+from loftq_exp.loftq.alternation import Alternation, Decomposition, Factors
 from loftq_exp.loftq.lowrank import check_svd_settings
+from loftq_exp.loftq.memory import Rooms
 from loftq_exp.loftq.pieces import conducted
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
 
@@ -32,8 +33,9 @@ def decompose(
     rank: int,
     num_iter: int,
     solver: str = "randomized",
-    start: Decomposition | None = None,
+    start: Factors | None = None,
     measure: bool = True,
+    rooms: Rooms | None = None,
 ) -> Decomposition:
     """Minimise ||W - Q - B A||_F over quantized Q and rank-r B A by alternating steps (the paper's algorithm 1).
 
@@ -50,18 +52,21 @@ def decompose(
         rank: r, from 1 to min(out, in).
         num_iter: steps T. 0 is QLoRA's backbone with zero factors.
         solver: `randomized` or `exact`, see `truncated_svd` and `leading_factors`.
-        start: a decomposition of the same weight with the same settings and at most T steps, on any device. It is
-            continued, and the result has the same bytes as one from scratch.
+        start: the factors of the same weight with the same settings and fewer steps, on any device. They are
+            continued from, and the result has the same bytes as one from scratch.
         measure: whether to tell the error after each step, which takes about a fifth of the time. Else it is NaN.
+        rooms: memory to work in, for who decomposes many weights: the codes are good until the next decomposition in it.
 
     Returns:
         The decomposition after T steps, its tensors on the weight's device. An all-zero weight has errors 0.
 
     Raises:
         UserError: for a weight that is not a finite floating-point matrix, or a setting that does not exist or fit.
-        ValueError: for a `start` of another shape or rank, or of more steps.
+        ValueError: for a `start` of another shape or rank, or of as many steps.
     """
-    return conducted(lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure), weight.device)
+    return conducted(
+        lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure, rooms), weight.device
+    )
 
 
 @torch.no_grad()  # which is a setting of each thread
@@ -71,17 +76,16 @@ def _decompose(
     rank: int,
     num_iter: int,
     solver: str,
-    start: Decomposition | None,
+    start: Factors | None,
     measure: bool,
+    rooms: Rooms | None,
 ) -> Decomposition:
     if num_iter < 0:
         raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
-    alternation = Alternation(weight, quantizer, measure)
+    alternation = Alternation(weight, quantizer, measure, start.unit if start else None, rooms)
     check_svd_settings(weight.shape, rank, solver)
-    if start is not None and (
-        start.quantized.codes.shape != weight.shape or len(start.lora_A) != rank or start.steps > num_iter
-    ):
-        raise ValueError("start is a decomposition of another shape or rank, or one of more steps than num_iter")
+    if start is not None and (start.shape != weight.shape or len(start.lora_A) != rank or start.steps >= num_iter):
+        raise ValueError("start has another shape or rank, or no fewer steps than num_iter")
     if start is not None and start.steps:
         alternation.resume(start)
     else:

@@ -1,7 +1,7 @@
-"""The quantizers' inner loops as one pass over memory: numba's compiled form of `Quantizer.requantize` and `Quantizer.leave`.
+"""The quantizers' inner loops as one pass over memory: numba's compiled form of `Quantizer.requantize`, `leave` and `restore`.
 
-`fused(quantizer)` gives functions that quantize blocks of W - P, and that tell what Q and P leave of W, while the blocks are
-in the nearest cache, where torch's operations would go over memory some thirty times. They give the same bytes as torch does:
+`fused(quantizer)` gives functions that quantize blocks of W - P, that tell what Q and P leave of W, and that write Q's values,
+while the blocks are in the nearest cache, where torch's operations would go over memory some thirty times. They give the same bytes as torch does:
 the same float32 operations in the same order, and nothing that regroups a sum. They run on one thread, and let go of
 Python's lock, so that others may run beside them.
 
@@ -35,10 +35,16 @@ An empty product is zero. `out` must not overlap the others."""
 
 
 class Kernels(NamedTuple):
-    """The compiled passes of one quantizer."""
+    """The compiled passes of one quantizer. A weight, and values restored, are float32 or bfloat16."""
 
     requantize: Kernel
     leave: Kernel
+    restore: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    """f(codes, scales, out)."""
+
+
+FUSED_TYPES = (torch.float32, torch.bfloat16)
+"""Types of weights, scales and values restored that the compiled passes take."""
 
 
 LANES = 16
@@ -55,12 +61,7 @@ SMALLEST_ABSMAX = 1e-38
 def fused(quantizer: Quantizer) -> Kernels | None:
     """The compiled passes of `quantizer` for tensors on the CPU; None where there are none."""
     family, block = quantizer.kernel_family, quantizer.block_size
-    if (
-        family is None
-        or quantizer.double
-        or block % (2 * LANES)
-        or quantizer.scale_dtype not in (torch.float32, torch.bfloat16)
-    ):
+    if family is None or quantizer.double or block % (2 * LANES) or quantizer.scale_dtype not in FUSED_TYPES:
         return None
     if numba is None:
         _say_once()
@@ -74,7 +75,12 @@ def fused(quantizer: Quantizer) -> Kernels | None:
         encode = _uniform_encoder(top, block, rounded)
         decode = _uniform_decoder(block, rounded)
         tables = np.empty(0, np.float32), np.empty(0, np.float32)
-    return Kernels(*(_caller(kernel, tables, block) for kernel in _passes(encode, decode, block)))
+    wide, narrow = (_passes(encode, decode, block, is_narrow) for is_narrow in (False, True))
+    return Kernels(
+        _caller(wide.requantize, narrow.requantize, tables, block),
+        _caller(wide.leave, narrow.leave, tables, block),
+        _restorer(wide.restore, narrow.restore, tables[1], block),
+    )
 
 
 @functools.cache
@@ -82,7 +88,7 @@ def _say_once() -> None:
     log.warning("numba is not there: quantizing takes several times as long, with the same result; pip install numba")
 
 
-def _caller(compiled: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel:
+def _caller(wide: Any, narrow: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel:
     def call(
         weight: torch.Tensor,
         product: torch.Tensor,
@@ -92,24 +98,48 @@ def _caller(compiled: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel
         out: torch.Tensor,
     ) -> None:
         # In numpy, because each operation of torch lets go of Python's lock and has to wait for it.
-        flat = [tensor.numpy().reshape(-1) for tensor in (weight, product, codes, out)]
-        compiled(*flat[:3], scales.numpy(), flat[3], np.float32(unit), *tables, weight.numel() // block)
+        flat = [_flat(tensor) for tensor in (weight, product, codes, out)]
+        kernel = narrow if weight.dtype == torch.bfloat16 else wide
+        kernel(*flat[:3], scales.numpy(), flat[3], np.float32(unit), *tables, weight.numel() // block)
 
     return call
 
 
+def _restorer(
+    wide: Any, narrow: Any, levels: np.ndarray, block: int
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    def call(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        kernel = narrow if out.dtype == torch.bfloat16 else wide
+        kernel(_flat(codes), scales.numpy(), _flat(out), levels, codes.numel() // block)
+
+    return call
+
+
+def _flat(tensor: torch.Tensor) -> Any:
+    """The tensor's values in one row, those of bfloat16, which numpy does not know, as their bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().reshape(-1)
+
+
+class _Passes(NamedTuple):
+    requantize: Any
+    leave: Any
+    restore: Any
+
+
 @functools.cache
-def _passes(encode: Any, decode: Any, block: int) -> tuple[Any, Any]:
-    """`requantize` and `leave`, over chunks of blocks."""
+def _passes(encode: Any, decode: Any, block: int, narrow: bool) -> _Passes:
+    """The passes over chunks of blocks, of a weight and values that are float32, or `narrow`: the bits of bfloat16."""
     most = max(CHUNK_VALUES // block, 1)
+    widened = _widened(narrow)
 
     def requantize(weights: Any, products: Any, all_codes: Any, all_scales: Any, residuals: Any, unit: Any,
                    thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
         x, indices = np.empty(most * block, np.float32), np.empty(most * block, np.uint32)
+        room = np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
-            weight, codes, residual = weights[start:end], all_codes[start:end], residuals[start:end]
+            weight, codes, residual = widened(weights[start:end], room), all_codes[start:end], residuals[start:end]
             scales = all_scales[first : first + some]
             if products.size:
                 product = products[start:end]
@@ -125,11 +155,11 @@ def _passes(encode: Any, decode: Any, block: int) -> tuple[Any, Any]:
 
     def leave(weights: Any, products: Any, all_codes: Any, all_scales: Any, outs: Any, unit: Any,
               thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
-        x = np.empty(most * block, np.float32)
+        x, room = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
-            weight, out = weights[start:end], outs[start:end]
+            weight, out = widened(weights[start:end], room), outs[start:end]
             decode(all_codes[start:end], all_scales[first : first + some], levels, x, some)
             if products.size:
                 product = products[start:end]
@@ -139,7 +169,36 @@ def _passes(encode: Any, decode: Any, block: int) -> tuple[Any, Any]:
                 for i in range(end - start):
                     out[i] = (weight[i] - x[i]) * unit
 
-    return compiled(requantize), compiled(leave)
+    def restore(all_codes: Any, all_scales: Any, outs: Any, levels: Any, blocks: int) -> None:
+        x = np.empty(most * block, np.float32)
+        for first in range(0, blocks, most):
+            some = min(most, blocks - first)
+            start, end = first * block, (first + some) * block
+            out = outs[start:end]
+            if narrow:
+                decode(all_codes[start:end], all_scales[first : first + some], levels, x, some)
+                bits = x.view(np.uint32)
+                for i in range(end - start):
+                    out[i] = np.uint16(bits[i] >> np.uint32(16))
+            else:
+                decode(all_codes[start:end], all_scales[first : first + some], levels, out, some)
+
+    return _Passes(compiled(requantize), compiled(leave), compiled(restore))
+
+
+@functools.cache
+def _widened(narrow: bool) -> Any:
+    """f(values, room): values in float32, those of bfloat16 written to `room` first."""
+    if not narrow:
+        return compiled(lambda values, room: values)
+
+    def of_bfloat16(values: Any, room: Any) -> Any:
+        bits = room.view(np.uint32)
+        for i in range(values.size):
+            bits[i] = np.uint32(values[i]) << np.uint32(16)
+        return room[: values.size]
+
+    return compiled(of_bfloat16)
 
 
 @functools.cache

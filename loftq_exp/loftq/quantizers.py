@@ -25,7 +25,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.kernels import SMALLEST_ABSMAX, Kernels, fused
+from loftq_exp.loftq.kernels import FUSED_TYPES, SMALLEST_ABSMAX, Kernels, fused
 from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
 from loftq_exp.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 
@@ -111,7 +111,7 @@ class Quantizer(ABC):
         """Q = encode(W - P), and what it leaves of the weight: (W - decode_stored(Q)) * unit.
 
         Args:
-            weight: W, float32, contiguous: whole blocks, or all of a weight.
+            weight: W, float32 or bfloat16, contiguous: whole blocks, or all of a weight.
             product: P, of the same shape, or None for zero.
             unit: a power of two.
             codes: written: uint8, W's shape.
@@ -141,7 +141,7 @@ class Quantizer(ABC):
         """What Q and P leave of the weight: (W - decode_stored(Q) - P) * unit.
 
         Args:
-            weight: W, float32, contiguous: whole blocks, or all of a weight.
+            weight: W, float32 or bfloat16, contiguous: whole blocks, or all of a weight.
             product: P, of the same shape, or None for zero.
             unit: a power of two.
             codes: of Q, uint8, W's shape.
@@ -158,10 +158,26 @@ class Quantizer(ABC):
             left = rest - stored if less is None else rest - stored - less
             out.view(-1)[whole:] = left.mul_(unit).view(-1)
 
-    def _fused_part(self, weight: torch.Tensor) -> tuple[int, Kernels | None]:
-        """How many leading values of `weight` the compiled passes take, whole blocks, and these passes."""
-        whole = weight.numel() - weight.numel() % self.block_size
-        kernels = fused(self) if weight.device.type == "cpu" and whole else None
+    def restore(self, quantized: Quantized, out: torch.Tensor) -> None:
+        """Writes what `decode_stored` gives.
+
+        Args:
+            quantized: codes and scales, contiguous: whole blocks, or all of a weight.
+            out: written: of the codes' shape, in `scale_dtype` or a wider type, contiguous.
+        """
+        codes, scales = quantized
+        whole, kernels = self._fused_part(codes) if out.dtype in FUSED_TYPES else (0, None)
+        if kernels:
+            kernels.restore(codes, scales, out)
+        if whole < codes.numel():
+            rest = codes.view(-1)[whole:] if whole else codes
+            stored = self.decode_stored(Quantized(rest, scales[whole // self.block_size :]))
+            out.view(-1)[whole:] = stored.view(-1)
+
+    def _fused_part(self, values: torch.Tensor) -> tuple[int, Kernels | None]:
+        """How many leading values the compiled passes take, whole blocks, and these passes."""
+        whole = values.numel() - values.numel() % self.block_size
+        kernels = fused(self) if values.device.type == "cpu" and whole else None
         return (whole if kernels else 0), kernels
 
     @staticmethod
@@ -169,7 +185,7 @@ class Quantizer(ABC):
         done: int, weight: torch.Tensor, product: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the compiled passes leave to torch: the short last block, or all."""
-        rest = weight.view(-1)[done:] if done else weight
+        rest = (weight.view(-1)[done:] if done else weight).to(torch.float32)
         return rest, None if product is None else product.view(-1)[done:].view(rest.shape)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:

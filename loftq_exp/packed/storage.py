@@ -49,11 +49,15 @@ def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[
 def pack(quantized: Quantized, quantizer: Quantizer) -> dict[str, torch.Tensor]:
     """The tensors that stand for a weight that `quantizer` encoded. Nothing is lost: its scales are rounded already."""
     _check_whole_blocks(quantizer, tuple(quantized.codes.shape))
-    parts = {"qweight": pack_codes(quantized.codes, quantizer.bits)}
+    return parts_of(pack_codes(quantized.codes, quantizer.bits), quantized.scales, quantizer)
+
+
+def parts_of(packed: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    """What `pack` gives, of codes that are packed already and float32 scales."""
     if quantizer.double:
-        codes, steps = quantize_scales(quantized.scales, quantizer.signed)
-        return parts | {"scales": codes, "scale_steps": steps}
-    return parts | {"scales": quantized.scales.to(quantizer.scale_dtype)}
+        codes, steps = quantize_scales(scales, quantizer.signed)
+        return {"qweight": packed, "scales": codes, "scale_steps": steps}
+    return {"qweight": packed, "scales": scales.to(quantizer.scale_dtype)}
 
 
 def _check_whole_blocks(quantizer: Quantizer, shape: tuple[int, ...]) -> None:

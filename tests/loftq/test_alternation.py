@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loftq_exp.loftq import alternation, decompose, kernels, make_quantizer, quantizers
+from loftq_exp.loftq import Rooms, alternation, decompose, kernels, make_quantizer, quantizers
 from loftq_exp.loftq.lowrank import leading_factors, truncated_svd
 
 KINDS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-symmetric", 2), ("uniform", 2), ("uniform", 4), ("uniform", 8)]
@@ -36,20 +36,24 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def passed(quantizer: quantizers.Quantizer, weight: torch.Tensor, product: torch.Tensor | None) -> list[torch.Tensor]:
-    """Codes, scales and residual of one pass, and what product and quantized values leave together."""
-    codes, residual = torch.full(weight.shape, 255, dtype=torch.uint8), torch.full_like(weight, torch.nan)
+    """Codes, scales and residual of one pass, what product and quantized values leave together, and these values."""
+    codes, residual = torch.full(weight.shape, 255, dtype=torch.uint8), torch.full(weight.shape, torch.nan)
     scales, left = torch.full(quantizer.scales_shape(tuple(weight.shape)), torch.nan), residual.clone()
     quantizer.requantize(weight, product, 0.25, codes, scales, residual)
     quantizer.leave(weight, product, 0.25, codes, scales, left)
+    values = [torch.full(weight.shape, torch.nan, dtype=dtype) for dtype in {torch.float32, quantizer.scale_dtype}]
+    for some in values:
+        quantizer.restore(quantizers.Quantized(codes, scales), some)
+        assert torch.equal(some.float(), quantizer.decode_stored(quantizers.Quantized(codes, scales)))
     return [codes, scales, residual, left]
 
 
 @settings(max_examples=60)
 @given(
     st.sampled_from(KINDS), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([32, 64, 128]),
-    st.integers(1, 40), st.integers(1, 200), st.sampled_from(SCALES), st.booleans(), st.integers(0, 99),
+    st.integers(1, 40), st.integers(1, 200), st.sampled_from(SCALES), st.booleans(), st.integers(0, 99), st.booleans(),
 )  # fmt: skip
-@example(("uniform", 2), torch.bfloat16, 64, 3, 64, 3e38, True, 0)
+@example(("uniform", 2), torch.bfloat16, 64, 3, 64, 3e38, True, 0, False)
 def test_a_compiled_pass_gives_torchs_bytes(
     kind: tuple[str, int],
     dtype: torch.dtype,
@@ -59,11 +63,13 @@ def test_a_compiled_pass_gives_torchs_bytes(
     scale: float,
     fitted: bool,
     seed: int,
+    narrow: bool,
 ) -> None:
     quantizer = make_quantizer(*kind, block, dtype)
     weight = (normal(rows, columns, seed=seed) * scale).clamp(-3e38, 3e38)
     weight[rows // 2 :: 3] = 0
     product = weight.flip(0) * 0.1 if fitted else None
+    weight = weight.bfloat16() if narrow else weight
     assert kernels.fused(quantizer) is not None
     found = passed(quantizer, weight, product)
     with pytest.MonkeyPatch.context() as patch:
@@ -208,3 +214,14 @@ def test_the_bytes_are_those_of_one_thread(shape: tuple[int, int]) -> None:
         assert torch.equal(other.lora_B, one.lora_B)
         assert all(map(torch.equal, other.quantized, one.quantized))
     assert torch.get_num_threads() == threads
+
+
+def test_decompositions_in_the_same_rooms_are_those_of_each_alone() -> None:
+    rooms = Rooms()
+    for shape, kind in (((300, 200), ("nf", 4)), ((40, 50), ("uniform", 2)), ((200, 350), ("nf", 2))):
+        weight, quantizer = normal(*shape), make_quantizer(*kind)
+        alone, within = decompose(weight, quantizer, 8, 2), decompose(weight, quantizer, 8, 2, rooms=rooms)
+        assert within.errors == alone.errors
+        assert torch.equal(within.lora_A, alone.lora_A)
+        assert torch.equal(within.lora_B, alone.lora_B)
+        assert all(map(torch.equal, within.quantized, alone.quantized))
