@@ -161,18 +161,14 @@ class Alternation:
 
     def _quantize_tile(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Norms in units of the tile's rows: of what the error is told from, and in the first pass of W."""
-        weight, product, residual = self._weight(tile), self._product(tile), self.residual[tile]
-        wide = residual if residual.dtype == torch.float32 else self._scratch(tile, "left")
+        weight, product = self._weight(tile), self._product(tile)
         codes, scales = self._quantized(tile)
-        left = norm = weight[:0]
+        left = norm = self.scales[:0, 0]
         if self._unmeasured:
-            self.quantizer.leave(weight, product, self.unit, codes, scales, wide)
-            left = _row_norms(wide)
-        self.quantizer.requantize(weight, product, self.unit, codes, scales, wide)
-        if wide is not residual:
-            residual.copy_(wide)
+            left = self._left_norms(tile, weight, product)
+        self.quantizer.requantize(weight, product, self.unit, codes, scales, self.residual[tile])
         if not self.errors:
-            left, norm = _row_norms(wide), _row_norms(weight.to(torch.float32) * self.unit)
+            left, norm = self._left_norms(tile, weight, product), _row_norms(weight.to(torch.float32) * self.unit)
         return left, norm
 
     def fit(self, rank: int, solver: str) -> None:
@@ -214,7 +210,9 @@ class Alternation:
     def result(self, rank: int = 0) -> Decomposition:
         """The decomposition as it stands. `rank` is that of the zero factors where none were fitted."""
         if self._unmeasured:
-            self._measured(spread(self._left_norms, self._tiles))
+            self._measured(
+                spread(lambda tile: self._left_norms(tile, self._weight(tile), self._product(tile)), self._tiles)
+            )
         rows, columns = self.shape
         lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
         lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
@@ -254,10 +252,10 @@ class Alternation:
         """Codes and scales of these rows, to be read or written."""
         return Quantized(self.codes[tile], self.scales[self.quantizer.groups_of(self.shape, tile)])
 
-    def _left_norms(self, tile: slice) -> torch.Tensor:
+    def _left_norms(self, tile: slice, weight: torch.Tensor, product: torch.Tensor | None) -> torch.Tensor:
         """Norms of these rows of W - Q - B A, in units."""
         left = self._scratch(tile, "left")
-        self.quantizer.leave(self._weight(tile), self._product(tile), self.unit, *self._quantized(tile), left)
+        self.quantizer.leave(weight, product, self.unit, *self._quantized(tile), left)
         return _row_norms(left)
 
 

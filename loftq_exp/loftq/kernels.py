@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from loftq_exp.loftq import registers
+from loftq_exp.loftq.bfloat16 import flat, narrowing, rounding, widening
 from loftq_exp.loftq.compiled import compiled, numba
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ An empty product is zero. `out` must not overlap the others."""
 
 
 class Kernels(NamedTuple):
-    """The compiled passes of one quantizer. A weight, and values restored, are float32 or bfloat16."""
+    """The compiled passes of one quantizer. A weight, its residual and values restored are float32 or bfloat16."""
 
     requantize: Kernel
     leave: Kernel
@@ -75,11 +76,10 @@ def fused(quantizer: Quantizer) -> Kernels | None:
         encode = _uniform_encoder(top, block, rounded)
         decode = _uniform_decoder(block, rounded)
         tables = np.empty(0, np.float32), np.empty(0, np.float32)
-    wide, narrow = (_passes(encode, decode, block, is_narrow) for is_narrow in (False, True))
     return Kernels(
-        _caller(wide.requantize, narrow.requantize, tables, block),
-        _caller(wide.leave, narrow.leave, tables, block),
-        _restorer(wide.restore, narrow.restore, tables[1], block),
+        _caller(lambda *narrow: _requantize(encode, decode, block, *narrow), tables, block),
+        _caller(lambda narrow, _: _leave(decode, block, narrow), tables, block),
+        _restorer(lambda narrow: _restore(decode, block, narrow), tables[1], block),
     )
 
 
@@ -88,7 +88,9 @@ def _say_once() -> None:
     log.warning("numba is not there: quantizing takes several times as long, with the same result; pip install numba")
 
 
-def _caller(wide: Any, narrow: Any, tables: tuple[np.ndarray, ...], block: int) -> Kernel:
+def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray, ...], block: int) -> Kernel:
+    """The kernel of what is compiled for a weight and a result that are narrow or not."""
+
     def call(
         weight: torch.Tensor,
         product: torch.Tensor,
@@ -98,39 +100,27 @@ def _caller(wide: Any, narrow: Any, tables: tuple[np.ndarray, ...], block: int) 
         out: torch.Tensor,
     ) -> None:
         # In numpy, because each operation of torch lets go of Python's lock and has to wait for it.
-        flat = [_flat(tensor) for tensor in (weight, product, codes, out)]
-        kernel = narrow if weight.dtype == torch.bfloat16 else wide
-        kernel(*flat[:3], scales.numpy(), flat[3], np.float32(unit), *tables, weight.numel() // block)
+        arrays = [flat(tensor) for tensor in (weight, product, codes, out)]
+        run = compiled_for(weight.dtype == torch.bfloat16, out.dtype == torch.bfloat16)
+        run(*arrays[:3], scales.numpy(), arrays[3], np.float32(unit), *tables, weight.numel() // block)
 
     return call
 
 
 def _restorer(
-    wide: Any, narrow: Any, levels: np.ndarray, block: int
+    compiled_for: Callable[[bool], Any], levels: np.ndarray, block: int
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     def call(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-        kernel = narrow if out.dtype == torch.bfloat16 else wide
-        kernel(_flat(codes), scales.numpy(), _flat(out), levels, codes.numel() // block)
+        run = compiled_for(out.dtype == torch.bfloat16)
+        run(flat(codes), scales.numpy(), flat(out), levels, codes.numel() // block)
 
     return call
 
 
-def _flat(tensor: torch.Tensor) -> Any:
-    """The tensor's values in one row, those of bfloat16, which numpy does not know, as their bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().reshape(-1)
-
-
-class _Passes(NamedTuple):
-    requantize: Any
-    leave: Any
-    restore: Any
-
-
 @functools.cache
-def _passes(encode: Any, decode: Any, block: int, narrow: bool) -> _Passes:
-    """The passes over chunks of blocks, of a weight and values that are float32, or `narrow`: the bits of bfloat16."""
-    most = max(CHUNK_VALUES // block, 1)
-    widened = _widened(narrow)
+def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narrow_residual: bool) -> Any:
+    """`Quantizer.requantize` over chunks of blocks. What is narrow is bfloat16, all else float32."""
+    most, widened, written = max(CHUNK_VALUES // block, 1), _widened(narrow_weight), _written(narrow_residual)
 
     def requantize(weights: Any, products: Any, all_codes: Any, all_scales: Any, residuals: Any, unit: Any,
                    thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
@@ -139,8 +129,11 @@ def _passes(encode: Any, decode: Any, block: int, narrow: bool) -> _Passes:
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
-            weight, codes, residual = widened(weights[start:end], room), all_codes[start:end], residuals[start:end]
-            scales = all_scales[first : first + some]
+            weight, codes, scales = (
+                widened(weights[start:end], room),
+                all_codes[start:end],
+                all_scales[first : first + some],
+            )
             if products.size:
                 product = products[start:end]
                 for i in range(end - start):
@@ -151,7 +144,16 @@ def _passes(encode: Any, decode: Any, block: int, narrow: bool) -> _Passes:
             encode(x, codes, scales, thresholds, indices, some)
             decode(codes, scales, levels, x, some)
             for i in range(end - start):
-                residual[i] = (weight[i] - x[i]) * unit
+                x[i] = (weight[i] - x[i]) * unit
+            written(x, residuals[start:end])
+
+    return compiled(requantize)
+
+
+@functools.cache
+def _leave(decode: Any, block: int, narrow_weight: bool) -> Any:
+    """`Quantizer.leave` over chunks of blocks, in float32 but for a narrow weight, which is bfloat16."""
+    most, widened = max(CHUNK_VALUES // block, 1), _widened(narrow_weight)
 
     def leave(weights: Any, products: Any, all_codes: Any, all_scales: Any, outs: Any, unit: Any,
               thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
@@ -169,52 +171,46 @@ def _passes(encode: Any, decode: Any, block: int, narrow: bool) -> _Passes:
                 for i in range(end - start):
                     out[i] = (weight[i] - x[i]) * unit
 
+    return compiled(leave)
+
+
+@functools.cache
+def _restore(decode: Any, block: int, narrow: bool) -> Any:
+    """`Quantizer.restore` over chunks of blocks, to float32 or to bfloat16."""
+    most, written = max(CHUNK_VALUES // block, 1), _written(narrow)
+
     def restore(all_codes: Any, all_scales: Any, outs: Any, levels: Any, blocks: int) -> None:
         x = np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
-            out = outs[start:end]
-            if narrow:
-                decode(all_codes[start:end], all_scales[first : first + some], levels, x, some)
-                bits = x.view(np.uint32)
-                for i in range(end - start):
-                    out[i] = np.uint16(bits[i] >> np.uint32(16))
-            else:
-                decode(all_codes[start:end], all_scales[first : first + some], levels, out, some)
+            decode(all_codes[start:end], all_scales[first : first + some], levels, x, some)
+            written(x, outs[start:end])
 
-    return _Passes(compiled(requantize), compiled(leave), compiled(restore))
+    return compiled(restore)
 
 
 @functools.cache
 def _widened(narrow: bool) -> Any:
-    """f(values, room): values in float32, those of bfloat16 written to `room` first."""
-    if not narrow:
-        return compiled(lambda values, room: values)
+    """f(values, room): the values in float32, written to `room` where they are narrow."""
+    return widening() if narrow else compiled(lambda values, room: values)
 
-    def of_bfloat16(values: Any, room: Any) -> Any:
-        bits = room.view(np.uint32)
-        for i in range(values.size):
-            bits[i] = np.uint32(values[i]) << np.uint32(16)
-        return room[: values.size]
 
-    return compiled(of_bfloat16)
+@functools.cache
+def _written(narrow: bool) -> Any:
+    """f(values, out): writes float32 values to all of `out`, rounded where that is narrow."""
+
+    def whole(values: Any, out: Any) -> None:
+        for i in range(out.size):
+            out[i] = values[i]
+
+    return narrowing() if narrow else compiled(whole)
 
 
 @functools.cache
 def _rounding(rounded: bool) -> Any:
-    """In-place rounding of a float32 array's first `count` values to bfloat16's, ties to even; or none."""
-    if not rounded:
-        return compiled(lambda values, count: None)
-
-    def to_bfloat16(values: Any, count: int) -> None:
-        bits = values.view(np.uint32)
-        for i in range(count):
-            bits[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) & np.uint32(
-                0xFFFF0000
-            )
-
-    return compiled(to_bfloat16)
+    """In-place rounding of a float32 array's first `count` values to bfloat16's; or none."""
+    return rounding() if rounded else compiled(lambda values, count: None)
 
 
 @functools.cache

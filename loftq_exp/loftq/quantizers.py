@@ -116,7 +116,7 @@ class Quantizer(ABC):
             unit: a power of two.
             codes: written: uint8, W's shape.
             scales: written: the rows of these blocks.
-            residual: written: float32, W's shape.
+            residual: written: float32 or bfloat16, W's shape.
         """
         whole, kernels = self._fused_part(weight)
         if kernels:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from loftq_exp.loftq import registers
+from loftq_exp.loftq.bfloat16 import flat, narrowing, rounding
 from loftq_exp.loftq.compiled import compiled, numba
 
 if TYPE_CHECKING:
@@ -48,11 +49,9 @@ def fused(quantizer: Quantizer, dtype: torch.dtype) -> Kernel | None:
     bits, table = quantizer.bits, _table(quantizer)
     affine, stored_rounded = quantizer.kernel_family == "uniform", quantizer.scale_dtype == torch.bfloat16
     run = _kernel(bits, quantizer.block_size, affine, stored_rounded, dtype == torch.bfloat16)
-    integers = torch.int16 if dtype == torch.bfloat16 else torch.int32
 
     def call(packed: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> None:
-        written = values.view(integers).numpy()
-        run(packed.numpy(), scales.numpy(), table, written.view(f"u{written.itemsize}"), len(scales))
+        run(packed.numpy(), scales.numpy(), table, flat(values), len(scales))
 
     return call
 
@@ -113,7 +112,6 @@ def _kernel(bits: int, block: int, affine: bool, stored_rounded: bool, rounded: 
 
     def run(packed: Any, scales: Any, table: Any, values: Any, blocks: int) -> None:
         x = np.empty(most * block, np.float32)
-        held = x.view(np.uint32)
         last = scales.shape[1] - 1
         for first in range(0, blocks, most):
             stop = min(first + most, blocks)
@@ -129,7 +127,7 @@ def _kernel(bits: int, block: int, affine: bool, stored_rounded: bool, rounded: 
                 else:
                     for i in range(block):
                         part[i] = part[i] * scale
-            write(held, values[first * block : stop * block])
+            write(x, values[first * block : stop * block])
 
     return compiled(run)
 
@@ -198,22 +196,15 @@ def _product_kernel(bits: int, block: int, affine: bool) -> Any:
 
 @functools.cache
 def _writing(stored_rounded: bool, rounded: bool) -> Any:
-    """Writes float32 values, given as their bits, rounded to bfloat16's (ties to even) or as they are."""
+    """Writes float32 values, rounded to bfloat16's 16 bits or as they would be stored."""
     if rounded:
+        return narrowing()
+    round_in_place = rounding()
 
-        def upper_halves(held: Any, values: Any) -> None:
-            for i in range(values.size):
-                even = (held[i] >> np.uint32(16)) & np.uint32(1)
-                values[i] = np.uint16((held[i] + np.uint32(0x7FFF) + even) >> np.uint32(16))
-
-        return compiled(upper_halves)
-
-    def whole(held: Any, values: Any) -> None:
+    def whole(x: Any, values: Any) -> None:
+        if stored_rounded:
+            round_in_place(x, values.size)
         for i in range(values.size):
-            if stored_rounded:
-                even = (held[i] >> np.uint32(16)) & np.uint32(1)
-                values[i] = (held[i] + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)
-            else:
-                values[i] = held[i]
+            values[i] = x[i]
 
     return compiled(whole)
