@@ -124,8 +124,7 @@ def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narro
 
     def requantize(weights: Any, products: Any, all_codes: Any, all_scales: Any, residuals: Any, unit: Any,
                    thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
-        x, indices = np.empty(most * block, np.float32), np.empty(most * block, np.uint32)
-        room = np.empty(most * block, np.float32)
+        x, room = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
@@ -141,7 +140,7 @@ def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narro
             else:
                 for i in range(end - start):
                     x[i] = weight[i]
-            encode(x, codes, scales, thresholds, indices, some)
+            encode(x, codes, scales, thresholds, some)
             decode(codes, scales, levels, x, some)
             for i in range(end - start):
                 x[i] = (weight[i] - x[i]) * unit
@@ -237,7 +236,7 @@ def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
     stored, nearest, groups = _storing(rounded), _nearest(bits), block // LANES
     smallest, one = np.float32(SMALLEST_ABSMAX), np.float32(1)
 
-    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, indices: Any, blocks: int) -> None:
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, blocks: int) -> None:
         lanes = np.empty(LANES, np.float32)
         for b in range(blocks):
             values = x[b * block : (b + 1) * block]
@@ -254,7 +253,7 @@ def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
             inverse = one / max(absmax, smallest)
             for i in range(block):
                 values[i] *= inverse
-        nearest(x, thresholds, indices, codes, blocks * block)
+        nearest(x, thresholds, codes, blocks * block)
 
     return compiled(encode)
 
@@ -266,13 +265,14 @@ def _nearest(bits: int) -> Any:
     if bits in registers.WIDTHS and lanes:
         nearest_of_some = registers.nearest(bits, lanes)
 
-        def in_registers(x: Any, thresholds: Any, indices: Any, codes: Any, count: int) -> None:
+        def in_registers(x: Any, thresholds: Any, codes: Any, count: int) -> None:
             for i in range(count // lanes):
                 nearest_of_some(x, thresholds, codes, lanes * i)
 
         return compiled(in_registers)
 
-    def counted(x: Any, thresholds: Any, indices: Any, codes: Any, count: int) -> None:
+    def counted(x: Any, thresholds: Any, codes: Any, count: int) -> None:
+        indices = np.empty(count, np.uint32)
         for i in range(count):
             index = np.uint32(0)
             for k in range(top):  # a constant to the compiler, which unrolls it
@@ -326,7 +326,7 @@ def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
     stored, groups = _storing(rounded), block // LANES
     zero, last, infinite = np.float32(0), np.float32(top), np.float32(np.inf)
 
-    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, indices: Any, blocks: int) -> None:
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, blocks: int) -> None:
         lows, highs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for b in range(blocks):
             values = x[b * block : (b + 1) * block]
