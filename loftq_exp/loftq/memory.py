@@ -11,12 +11,18 @@ import math
 import numpy as np
 import torch
 
+ALIGNMENT = 64
+"""Bytes that an address is a multiple of, as torch's own are: matrix products may round differently at others."""
+
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An empty tensor, on a processor in huge pages where the system gives them to who asks: numpy does, torch does not."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    whole = np.empty(size + ALIGNMENT, np.uint8)
+    start = -whole.ctypes.data % ALIGNMENT
+    return torch.from_numpy(whole[start : start + size]).view(dtype).view(shape)
 
 
 class Rooms:
