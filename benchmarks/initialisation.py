@@ -207,8 +207,12 @@ def curves(size: int) -> dict[str, list[tuple[float, float]]]:
         "torch.svd_lowrank": lambda steps: looped(weight, case, lowrank, steps),
         "loftq_exp": lambda steps: ours(weight, case, steps),
     }
-    points = {label: [timed(functools.partial(way, steps)) for steps in range(1, 7)] for label, way in ways.items()}
-    return {label: [(seconds, error(weight, found)) for seconds, found in some] for label, some in points.items()}
+
+    def point(way: Callable[[int], Found], steps: int) -> tuple[float, float]:
+        times, found = zip(*(timed(functools.partial(way, steps)) for _ in range(AROUND)), strict=True)
+        return statistics.median(times), error(weight, found[0])
+
+    return {label: [point(way, steps) for steps in range(1, 7)] for label, way in ways.items()}
 
 
 def parts() -> dict[str, Callable[[], Any]]:
@@ -239,7 +243,7 @@ def plot_error_against_time(found: dict[str, list[tuple[float, float]]]) -> None
     for (label, points), marker in zip(found.items(), "s^o", strict=True):
         axes.semilogx(*zip(*points, strict=True), f"{marker}-", label=label)
     axes.set(xlabel=f"seconds, {CURVES_AT} x {CURVES_AT}, rank 64, NF4, after 1 to 6 steps", ylabel="relative error")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)  # beside the curves is no room
     figure.tight_layout()
     figure.savefig(DOCS / "error-time.png", dpi=120)
 

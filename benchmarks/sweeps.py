@@ -4,7 +4,8 @@
 
 Runs the quantize stage on a few layers of Llama-2-7B's shape, each job as `python -m loftq_exp -m` would run it, and once the
 dearest job alone on an empty cache. Prints Markdown for docs/performance.md: all seconds, those of decomposing alone (of both
-workers together), and how long the disk takes to write as many bytes as the jobs' checkpoints have, zeros, synced.
+workers together), and how long the disk takes to write as many bytes as the jobs' checkpoints have, zeros, synced. Then the
+same of decomposing where nothing is read or written beside it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from checkpoint import make
 
 import loftq_exp
+from loftq_exp.loftq import Rooms, decompose, make_quantizer
 
 
 class Cost(NamedTuple):
@@ -61,6 +66,23 @@ def writing(folder: Path, size: int) -> float:
     return time.perf_counter() - began
 
 
+def computing(rows: int, columns: int, repeat: int = 5) -> float:
+    """What 1 to 5 steps cost, each continued from the one before, over what 5 steps cost: medians, on all threads."""
+    weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    quantizer, rooms = make_quantizer("nf", 4, scale_dtype=torch.bfloat16), Rooms()
+
+    def seconds(jobs: Sequence[int], continued: bool) -> float:
+        began, start = time.perf_counter(), None
+        for steps in jobs:
+            start = decompose(weight, quantizer, 64, steps, start=start if continued else None, rooms=rooms)
+        return time.perf_counter() - began
+
+    seconds([5], continued=False)  # what is loaded or compiled once is not part of it
+    times = [(seconds(range(1, 6), continued=True), seconds([5], continued=False)) for _ in range(repeat)]
+    whole, alone = map(statistics.median, zip(*times, strict=True))
+    return whole / alone
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,6 +102,10 @@ def main() -> None:
               f"{whole.decomposing / alone.decomposing:.2f} | {whole.written / 1e9:.1f} | "
               f"{writing(args.folder, whole.written):.1f} |", flush=True)  # fmt: skip
     shutil.rmtree(args.folder)
+    for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
+        print(
+            f"{rows} x {columns}: 1 to 5 steps, decomposing and nothing else: {computing(rows, columns):.2f} times 5 steps"
+        )
 
 
 if __name__ == "__main__":
