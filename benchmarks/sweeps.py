@@ -102,10 +102,9 @@ def main() -> None:
               f"{whole.decomposing / alone.decomposing:.2f} | {whole.written / 1e9:.1f} | "
               f"{writing(args.folder, whole.written):.1f} |", flush=True)  # fmt: skip
     shutil.rmtree(args.folder)
+    print("\n| 1 to 5 steps, decomposing and nothing beside it | / 5 steps |\n| --- | --- |")
     for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
-        print(
-            f"{rows} x {columns}: 1 to 5 steps, decomposing and nothing else: {computing(rows, columns):.2f} times 5 steps"
-        )
+        print(f"| {rows} x {columns} | {computing(rows, columns):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
