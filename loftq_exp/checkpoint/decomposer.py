@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ class Decomposer:
         self.quant = config.quant
         self.device = compute_device(config.device)
         self.cache = DecompositionCache(config.cache_path)
-        self._of_thread = threading.local()
+        self._rooms = Rooms()
         self.quantizers = {}
         if config.quant.type != "none":
             dtype = getattr(torch, config.save_dtype)
@@ -58,18 +57,13 @@ class Decomposer:
         try:
             with phases.timed("decompose"):
                 result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
-                                   start=found, rooms=self._rooms())  # fmt: skip
+                                   start=found, rooms=self._rooms.of_thread())  # fmt: skip
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
         with phases.timed("cache"):
             kept = self.cache.put(solved, digest, result)
         computed = recipe.steps - (found.steps if found else 0)
         return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
-
-    def _rooms(self) -> Rooms:
-        """Memory of this thread's to decompose in, as long as the thread lives."""
-        rooms: Rooms = self._of_thread.__dict__.setdefault("rooms", Rooms())
-        return rooms
 
     def measure(self, tensors: CheckpointTensors, layout: Layout) -> dict[str, Errors]:
         """The error of each target with every precision that it may get. The decompositions stay in the cache."""

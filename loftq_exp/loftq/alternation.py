@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -126,10 +125,10 @@ class Alternation:
         self.unit = unit or _unit(self.weight)
         device, self.shape = weight.device, tuple(weight.shape)
         groups, numbers = quantizer.scales_shape(self.shape)
-        rooms = rooms or Rooms()
-        self.codes = rooms.take("codes", self.shape, torch.uint8, device)
+        self._rooms = rooms or Rooms()
+        self.codes = self._rooms.take("codes", self.shape, torch.uint8, device)
         self.scales = torch.empty(groups, numbers, dtype=torch.float32, device=device)
-        self.residual = rooms.take("residual", self.shape, compute_dtype(device, None), device)
+        self.residual = self._rooms.take("residual", self.shape, compute_dtype(device, None), device)
         """W - Q in units, in the type of the solver's products."""
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
@@ -137,7 +136,6 @@ class Alternation:
         self._unmeasured = False
         self.errors: list[float] = []
         self.norm = 0.0
-        self._rooms = threading.local()
         self._tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), device)
 
     @property
@@ -236,17 +234,11 @@ class Alternation:
         return weight if weight.dtype in FUSED_TYPES else self._scratch(tile, "weight").copy_(weight)
 
     def _scratch(self, tile: slice, purpose: str) -> torch.Tensor:
-        """Room for a tile's values in float32, on a processor the same for each tile of a thread.
-
-        What a thread frees there goes back to the system, which would clear the same memory for each tile anew.
-        """
-        rows, columns = tile.stop - tile.start, self.shape[1]
-        if self.weight.device.type != "cpu":
-            return self.scales.new_empty(rows, columns)
-        rooms: dict[str, torch.Tensor] = self._rooms.__dict__
-        if purpose not in rooms:
-            rooms[purpose] = self.scales.new_empty(self._tiles[0].stop, columns)
-        return rooms[purpose][:rows]
+        """Room for a tile's values in float32, on a processor the same for each tile of a thread."""
+        shape, device = (tile.stop - tile.start, self.shape[1]), self.weight.device
+        if device.type != "cpu":
+            return torch.empty(shape, device=device)
+        return self._rooms.of_thread().take(purpose, shape, torch.float32, device)
 
     def _quantized(self, tile: slice) -> Quantized:
         """Codes and scales of these rows, to be read or written."""

@@ -7,6 +7,7 @@ written to before it takes nothing.
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -30,6 +31,12 @@ class Rooms:
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
+        self._of_threads = threading.local()
+
+    def of_thread(self) -> Rooms:
+        """Rooms of the calling thread's own, which last as long as these and the thread."""
+        rooms: Rooms = self._of_threads.__dict__.setdefault("rooms", Rooms())
+        return rooms
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An empty tensor, which takes the place of the one that was taken for the same purpose before."""
