@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import loftq_exp
-from loftq_exp.checkpoint.source import locate
-from loftq_exp.checkpoint.tensors import open_tensors
 from loftq_exp.loftq.allocation import Option, allocate
+from loftq_exp.source.locate import locate
+from loftq_exp.source.tensors import open_tensors
 
 NOMINAL = (2.5, 2.25, 3.0)
 """The paper's bits. Of 30 layers its rule comes to a little less, and the budgets get no more than that."""

@@ -27,10 +27,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import loftq_exp
-from loftq_exp.checkpoint.layout import find_layout
 from loftq_exp.loftq import make_quantizer
-from loftq_exp.packed.storage import part_specs
 from loftq_exp.report.table import markdown
+from loftq_exp.source.layout import find_layout
+from loftq_exp.storage.packed import part_specs
 
 RANK = 16
 SETTINGS = ["model=smollm2", f"quant.rank={RANK}", "quant.iter=1", "quant.dropout=0"]

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from loftq_exp.cli import main
+from loftq_exp.commands.run import main
 
 
 def parse(parser: ArgumentParser) -> Namespace:

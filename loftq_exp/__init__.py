@@ -8,11 +8,11 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from loftq_exp.registration import register
+from loftq_exp.integrations.registration import register
 
 if TYPE_CHECKING:
-    from loftq_exp.cli import compose
-    from loftq_exp.config import RunConfig
+    from loftq_exp.commands.run import compose
+    from loftq_exp.config.run_config import RunConfig
     from loftq_exp.errors import UserError
     from loftq_exp.loftq import loftq_init
     from loftq_exp.pipeline import RunResult, run
@@ -23,10 +23,10 @@ __all__ = ["RunConfig", "RunResult", "UserError", "__version__", "compose", "lof
 register()
 
 _PLACES = {
-    "RunConfig": "loftq_exp.config",
+    "RunConfig": "loftq_exp.config.run_config",
     "RunResult": "loftq_exp.pipeline",
     "UserError": "loftq_exp.errors",
-    "compose": "loftq_exp.cli",
+    "compose": "loftq_exp.commands.run",
     "loftq_init": "loftq_exp.loftq",
     "run": "loftq_exp.pipeline",
 }

@@ -1,3 +1,3 @@
-from loftq_exp.cli import main
+from loftq_exp.commands.run import main
 
 main()

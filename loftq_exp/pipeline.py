@@ -15,19 +15,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from loftq_exp.checkpoint.artifact import Initialised, read_artifact
-from loftq_exp.checkpoint.convert import initialise
-from loftq_exp.checkpoint.packaged import UNWRITABLE
-from loftq_exp.checkpoint.published import check_published, locate_published
-from loftq_exp.checkpoint.push import check_push, push
-from loftq_exp.checkpoint.source import Source, locate
-from loftq_exp.checkpoint.take import take
-from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.artifact.push import check_push, push
+from loftq_exp.config.run_config import RunConfig, digest_of
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
-from loftq_exp.report.metrics import assemble, write_json
+from loftq_exp.initialise.off_the_shelf import take
+from loftq_exp.initialise.stage import initialise
+from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import cells, columns, print_table
 from loftq_exp.report.tensorboard import Recorder
+from loftq_exp.source.locate import Source, locate
+from loftq_exp.source.published import check_published, locate_published
+from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task
 
@@ -198,7 +198,7 @@ def _evaluate(
     key = digest_of([init.report["key"], trained_key, config.to_dict()["task"], data.task.digest("eval")])
 
     def work() -> dict[str, Any]:
-        from loftq_exp.training.score import score
+        from loftq_exp.evaluation.score import score
 
         result = score(init, adapter, data.eval, data.task, config, folder / "samples.jsonl")
         recorder.scores(config, init, result["scores"])

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import fake_hub  # noqa: F401  # a fixture
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loftq_exp.cli import SWEEP_FOLDER, main
+from loftq_exp.commands.run import SWEEP_FOLDER, main
 from loftq_exp.tasks.arithmetic import generate
 
 # The same examples each time, so that a red run means a change; `make test-all` draws new ones (HYPOTHESIS_PROFILE).

@@ -377,12 +377,12 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize(("stage", "place", "calls"), [
-    ("quantize", "loftq_exp.checkpoint.decomposer.decompose", 5),
-    pytest.param("quantize", "loftq_exp.checkpoint.convert.write_surroundings", 0, marks=pytest.mark.slow),
+    ("quantize", "loftq_exp.initialise.decomposer.decompose", 5),
+    pytest.param("quantize", "loftq_exp.initialise.stage.write_surroundings", 0, marks=pytest.mark.slow),
     ("finetune", "transformers.Trainer.training_step", 1),
     pytest.param("finetune", "peft.PeftModel.save_pretrained", 0, marks=pytest.mark.slow),
     ("finetune", "peft.PeftModel.save_pretrained", 1),
-    pytest.param("evaluate", "loftq_exp.training.evaluate._batch_likelihoods", 0, marks=pytest.mark.slow),
+    pytest.param("evaluate", "loftq_exp.evaluation.evaluate._batch_likelihoods", 0, marks=pytest.mark.slow),
     ("evaluate", "transformers.generation.utils.GenerationMixin.generate", 0),
     pytest.param("evaluate", "loftq_exp.report.tensorboard.Recorder.scores", 0, marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -415,7 +415,7 @@ def test_ctrl_c_in_each_stage(cli: Any, stage: str, place: str, calls: int) -> N
 
 DYING = """
 import os, signal, sys
-from loftq_exp.checkpoint import decomposer
+from loftq_exp.initialise import decomposer
 decompose, count = decomposer.decompose, 0
 def dying(*args, **kwargs):
     global count
@@ -424,7 +424,7 @@ def dying(*args, **kwargs):
     count += 1
     return decompose(*args, **kwargs)
 decomposer.decompose = dying
-from loftq_exp.cli import main
+from loftq_exp.commands.run import main
 main()
 """
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from loftq_exp.cli import compose
-from loftq_exp.config import RunConfig
-from loftq_exp.schema import dotted_names
+from loftq_exp.commands.run import compose
+from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config.schema import dotted_names
 from loftq_exp.tasks.arithmetic import generate
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def translated(script: Script, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """The run that a script makes of its flags, which is not run; the command that it prints is checked to make the same."""
 
     def translate(name: str, *arguments: str) -> RunConfig:
-        monkeypatch.setattr("loftq_exp.cli.main", lambda: None)
+        monkeypatch.setattr("loftq_exp.commands.run.main", lambda: None)
         sys.modules.pop("peft_flags", None)
         outcome = script(name, *arguments)
         assert outcome.code == 0, outcome

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from loftq_exp import cli as command
+from loftq_exp.commands import run as command
 
 CHECKOUT = Path(__file__).parents[1]
 
 
 def layout(root: Path, *files: str) -> Path:
-    """Empty `files` below `root`; the place that the package's cli.py would have there."""
+    """Empty `files` below `root`; the place that the package's commands/run.py would have there."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).touch()
-    return root / "loftq_exp" / "cli.py"
+    return root / "loftq_exp" / "commands" / "run.py"
 
 
 def test_a_checkout_uses_its_own_conf() -> None:
@@ -42,10 +42,10 @@ def test_an_installed_package_uses_the_copy_inside(tmp_path: Path, monkeypatch: 
 
 
 def test_a_link_to_the_checkout_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout(tmp_path / "checkout", "pyproject.toml", "conf/config.yaml", "loftq_exp/cli.py")
+    layout(tmp_path / "checkout", "pyproject.toml", "conf/config.yaml", "loftq_exp/commands/run.py")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "loftq_exp").symlink_to(tmp_path / "checkout" / "loftq_exp")
-    monkeypatch.setattr(command, "__file__", str(tmp_path / "site" / "loftq_exp" / "cli.py"))
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "site" / "loftq_exp" / "commands" / "run.py"))
     assert command.conf_dir() == tmp_path / "checkout" / "conf"
 
 
@@ -57,7 +57,7 @@ def test_an_editable_install_uses_the_checkouts_conf(tmp_path: Path) -> None:
     packages = str(Path(pytest.__file__).parents[1])
     # -S: without the .pth files of this environment, which may hold an editable install of its own.
     show = f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({packages!r}); "
-    show += "from loftq_exp.cli import conf_dir; print(conf_dir())"
+    show += "from loftq_exp.commands.run import conf_dir; print(conf_dir())"
     called = [sys.executable, "-I", "-S", "-c", show]
     shown = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == str(CHECKOUT / "conf")
@@ -125,7 +125,7 @@ def test_an_installed_wheel_brings_its_own_conf(wheel: Path, tmp_path: Path) -> 
     shown = run("-m", "loftq_exp", "--cfg", "job", "model=mistral")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "path: from-the-wheel/Mistral-7B-v0.1" in shown.stdout
-    place = run("-c", "from loftq_exp.cli import conf_dir; print(conf_dir())").stdout.strip()
+    place = run("-c", "from loftq_exp.commands.run import conf_dir; print(conf_dir())").stdout.strip()
     assert place == str(site / "loftq_exp" / "conf")
     script = run(str(site / "bin" / "loftq-exp"), "--help")
     assert (script.returncode, script.stderr) == (0, "")

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import loftq_exp
 from loftq_exp import RunConfig, UserError
-from loftq_exp.checkpoint.cache import DecompositionCache
-from loftq_exp.training import finetune, score
+from loftq_exp.evaluation import score
+from loftq_exp.initialise.decomposition_cache import DecompositionCache
+from loftq_exp.training import finetune
 
 Configure = Callable[..., RunConfig]
 

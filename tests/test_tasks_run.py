@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from loftq_exp.checkpoint.layout import AUTO_CLASSES
+from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.tasks.arithmetic import generate
 from loftq_exp.tasks.glue import COLUMNS, LABELS
 from loftq_exp.tasks.gsm8k import ANSWER_MARK, GOLD_MARK, INSTRUCTION

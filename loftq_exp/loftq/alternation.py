@@ -16,7 +16,7 @@ import torch
 
 from loftq_exp.device import compute_dtype
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.kernels import FUSED_TYPES
+from loftq_exp.kernels.quantize import FUSED_TYPES
 from loftq_exp.loftq.lowrank import leading_factors
 from loftq_exp.loftq.memory import Rooms, room
 from loftq_exp.loftq.pieces import conducted, slices, spread

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.errors import UserError
-from loftq_exp.report.metrics import write_json
 from loftq_exp.report.plot import plot_losses
+from loftq_exp.report.record import write_json
 from loftq_exp.report.table import cells, columns, markdown, print_table
 
 if TYPE_CHECKING:

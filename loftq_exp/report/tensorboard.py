@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from loftq_exp.checkpoint.artifact import Initialised
-from loftq_exp.config import RunConfig
+from loftq_exp.artifact.folder import Initialised
+from loftq_exp.config.run_config import RunConfig
 
 
 class Recorder:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loftq_exp.loftq import Rooms, alternation, decompose, kernels, make_quantizer, quantizers
+from loftq_exp.kernels import quantize as kernels
+from loftq_exp.loftq import Rooms, alternation, decompose, make_quantizer, quantizers
 from loftq_exp.loftq.lowrank import leading_factors, truncated_svd
 
 KINDS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-symmetric", 2), ("uniform", 2), ("uniform", 4), ("uniform", 8)]

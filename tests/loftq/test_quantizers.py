@@ -7,9 +7,9 @@ from bitsandbytes.backends.utils import CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loftq_exp.config.quant import BITS_OF_TYPE
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.quantizers import make_quantizer, normal_float_levels
-from loftq_exp.quant import BITS_OF_TYPE
 
 QUANTIZERS = [(type, bits) for type, widths in BITS_OF_TYPE.items() if type != "none" for bits in widths]
 SHAPES = [(64, 64), (3, 64), (5, 13), (7, 99), (1, 1), (1, 63), (2, 65), (33, 2)]

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from loftq_exp.loftq import alternation, decompose, make_quantizer
 from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
-from loftq_exp.packed.storage import pack, unpack
+from loftq_exp.storage.packed import pack, unpack
 
 LARGEST = torch.finfo(torch.float32).max
 FINITE = st.floats(-LARGEST, LARGEST, width=32)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loftq_exp.config import TaskConfig
+from loftq_exp.config.run_config import TaskConfig
 from loftq_exp.errors import UserError
+from loftq_exp.evaluation.evaluate import evaluate
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.base import Likelihood, Nll
 from loftq_exp.tasks.encode import IGNORED
-from loftq_exp.training.evaluate import evaluate
 
 TEXT = " = Title = \n \n The first line . \n It is longer than a block of tokens , as most lines are . \n\n The end ."
 

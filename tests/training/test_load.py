@@ -16,11 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from loftq_exp.checkpoint.artifact import Initialised
-from loftq_exp.checkpoint.convert import initialise
-from loftq_exp.checkpoint.source import locate
-from loftq_exp.config import RunConfig
+from loftq_exp.artifact.folder import Initialised
+from loftq_exp.config.run_config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.initialise.stage import initialise
+from loftq_exp.source.locate import locate
 from loftq_exp.training.finetune import _save_adapter, training_arguments
 from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
 

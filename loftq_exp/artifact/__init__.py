@@ -1,0 +1,4 @@
+"""The initialised checkpoint as a folder: written whole, read, pushed, exported.
+
+Imports source, storage, integrations, loftq, config.
+"""

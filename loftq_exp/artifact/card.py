@@ -1,0 +1,144 @@
+"""The model card of an initialised checkpoint: what it is, how far from the original, and how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loftq_exp.artifact.folder import ADAPTER, Initialised
+from loftq_exp.config.run_config import RunConfig
+from loftq_exp.source.layout import AUTO_CLASSES
+
+_PIPELINES = {"causal": "text-generation", "seq2seq": "text2text-generation", "classification": "text-classification"}
+"""The hub's name for each kind of model; another kind goes by its own."""
+
+
+def model_card(init: Initialised, config: RunConfig, base_model: str | None) -> str:
+    """The README.md for the hub, front matter included. It follows from the report and the settings alone.
+
+    `base_model` is the hub id of the pre-trained model; None for one that is not on the hub.
+    """
+    repo_id, report = config.hub.repo_id, init.report
+    return f"""{_front_matter(config, base_model)}
+# {str(repo_id).rpartition("/")[2]}
+
+{_what(config, base_model)}: a backbone `Q`, and LoRA factors `A` and `B` in `{ADAPTER}/`. It is where fine-tuning starts,
+not a fine-tuned model. Made with loftq_exp after [LoftQ](https://arxiv.org/abs/2310.08659). The licence is that of the
+pre-trained model.
+
+{_facts(report)}
+
+## Errors
+
+{_errors(report)}
+
+## Load it
+
+```python
+{_code(config, report)}
+```
+"""
+
+
+def _front_matter(config: RunConfig, base_model: str | None) -> str:
+    tags = ["loftq_exp", config.quant.method, "lora", "peft", f"{config.quant.bits_label}-bit"]
+    kind = config.model.kind
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES.get(kind, kind)}"]
+    if base_model:
+        lines += [f"base_model: {base_model}"]
+        if config.quant.type != "none":
+            lines += ["base_model_relation: quantized"]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"])
+
+
+def _what(config: RunConfig, base_model: str | None) -> str:
+    name = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else config.model.basename
+    how = {
+        "loftq": "quantized, with factors fitted to what quantization lost",
+        "qlora": "quantized, with factors that start at zero",
+        "lora": "in 16 bits, with factors that start at zero",
+        "off-the-shelf": "quantized, with fitted factors, taken as somebody else published it",
+    }[config.quant.method]
+    return f"{name}, {how}"
+
+
+def _facts(report: dict[str, Any]) -> str:
+    quant, totals, shelf = report["quant"], report["totals"], report.get("off_the_shelf")
+    alpha = quant["scaling"] * quant["rank"]
+    rows = {
+        "quantizer": f"{quant['type']}, blocks of {quant['block_size']}",
+        "bits": f"{_bits(report)} ({totals['bits_per_weight']:.2f} a weight, scales included)",
+        "rank": _ranks(report),
+        "alpha": f"{alpha:g} (s = {quant['scaling']:g})",
+        "steps": "as published" if shelf else quant["iter"],
+        "quantized weights": f"{totals['weights']} ({totals['values'] / 1e6:.1f}M values)",
+        "stored": f"{quant['save_format']}, {shelf['stored_dtype'] if shelf else quant['save_dtype']}",
+    }
+    if shelf:
+        rows["taken from"] = shelf["taken_from"] + (f", commit {shelf['commit']}" if shelf["commit"] else "")
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _bits(report: dict[str, Any]) -> str:
+    """The bits of all weights, or of their codes on average and which there are."""
+    widths = sorted({weight["bits"] for weight in report["weights"]})
+    if len(widths) == 1:
+        return str(widths[0])
+    return f"{report['bits_plan']['code_bits']:.4g} on average: {', '.join(map(str, widths))}"
+
+
+def _ranks(report: dict[str, Any]) -> str:
+    ranks = sorted({weight["rank"] for weight in report["weights"]})
+    return (
+        str(ranks[0])
+        if len(ranks) == 1
+        else f"{', '.join(map(str, ranks))} (in all no more than {report['quant']['rank']} each)"
+    )
+
+
+def _errors(report: dict[str, Any]) -> str:
+    weights = report["weights"]
+    steps = len(weights[0]["errors"])
+    if not steps:
+        return "Not known: that would take the pre-trained weights."
+    means = [sum(weight["errors"][step] for weight in weights) / len(weights) for step in range(steps)]
+    columns = ["quantization alone", *(f"step {step}" for step in range(1, steps))]
+    table = [columns, ["---"] * steps, [f"{mean:.4f}" for mean in means]]
+    return "\n".join(
+        [
+            "Mean over the quantized weights of `||W - Q - s B A|| / ||W||`; each weight's own are in `init_report.json`.\n",
+            *("| " + " | ".join(row) + " |" for row in table),
+        ]
+    )
+
+
+def _code(config: RunConfig, report: dict[str, Any]) -> str:
+    """Loading in the way that changes no quantized value: with transformers, bitsandbytes and PEFT alone, but for packed
+    weights, which loftq_exp reads."""
+    model_class = AUTO_CLASSES[config.model.kind].__name__
+    dtype = f"torch.{report.get('off_the_shelf', {}).get('stored_dtype', config.save_dtype)}"
+    packs = config.save_format == "dense" and config.fits_bnb4
+    reader = (
+        ["import loftq_exp  # reads packed weights: pip install loftq_exp"] if config.save_format == "packed" else []
+    )
+    lines = [*reader, "import torch", "from peft import PeftModel",
+             f"from transformers import {', '.join([model_class, *(['BitsAndBytesConfig'] if packs else [])])}", "",
+             f'REPO = "{config.hub.repo_id}"']  # fmt: skip
+    arguments = [f"dtype={dtype}"]
+    if config.hub.revision:
+        arguments.append(f'revision="{config.hub.revision}"')
+    if packs:
+        settings = [
+            "load_in_4bit=True",
+            'bnb_4bit_quant_type="nf4"',
+            "bnb_4bit_use_double_quant=False",
+            f"bnb_4bit_compute_dtype={dtype}",
+        ]
+        # transformers packs every linear layer but a language model's output.
+        if set(report["other_linears"]) - {"lm_head"}:
+            settings.append(f"llm_int8_skip_modules={report['other_linears']}")
+        lines += ["four_bit = BitsAndBytesConfig(", *(f"    {setting}," for setting in settings), ")"]
+        arguments.append("quantization_config=four_bit")
+    lines += [f"model = {model_class}.from_pretrained(REPO, {', '.join(arguments)})",
+              f'model = PeftModel.from_pretrained(model, REPO, subfolder="{ADAPTER}", is_trainable=True'
+              + (f', revision="{config.hub.revision}")' if config.hub.revision else ")")]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""An adapter and the backbone Q that it was trained on as one checkpoint: merged, or both packed as they are.
+
+Q is read from an initialised checkpoint and nowhere else. The pre-trained weights W are never read, so that an adapter
+cannot be merged into them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loftq_exp.artifact.adapter import CONFIG, WEIGHTS, Adapter, default_adapter, open_adapter
+from loftq_exp.artifact.backbone import Backbone, open_backbone
+from loftq_exp.artifact.folder import (
+    ADAPTER,
+    REPORT,
+    bnb4_config,
+    carry_files,
+    exclusive,
+    written_whole,
+)
+from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.errors import UserError
+from loftq_exp.progress import progress
+from loftq_exp.source.layout import AUTO_CLASSES, left_dense, load_config
+from loftq_exp.storage.bnb4 import four_bit_of_values, four_bit_specs
+
+
+def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dense", dtype: str | None = None) -> str:
+    """Writes the checkpoint in `folder`, with `adapter` (None: its initial factors), to `out`; returns a line to tell.
+
+    Args:
+        folder: an initialised checkpoint.
+        out: a folder that is not there, or empty. It is whole or absent, however the export ends.
+        adapter: a folder with a PEFT LoRA adapter of that checkpoint.
+        to: the form, `dense`, `bnb4` or `packed`.
+        dtype: the type of what is written dense, as torch names it; None: the checkpoint's save_dtype.
+
+    Raises:
+        UserError: for a checkpoint, adapter, form or place that does not fit.
+    """
+    if to == "packed" and dtype:
+        raise UserError(f"--dtype={dtype}: --to packed leaves every type as it is; leave --dtype out")
+    with open_backbone(folder) as backbone, open_adapter(adapter or default_adapter(folder), backbone) as opened:
+        _check_form(backbone, to)
+        kept: str = dtype or backbone.init.report["quant"]["save_dtype"]
+        with exclusive(out, "OUT"):
+            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                raise UserError(f"OUT={out}: is there already, and not empty; give a new folder")
+            with written_whole(out, "OUT") as partial:
+                _write_weights(partial, backbone, opened, to, getattr(torch, kept))
+                _write_config(partial, backbone, opened, to, getattr(torch, kept))
+                carry_files(folder, partial)
+                if to == "packed":
+                    _keep_adapter(partial, out, backbone, opened)
+    weights, name = len(backbone.weights), AUTO_CLASSES[backbone.init.report["model"]["kind"]].__name__
+    if to == "packed":
+        return f"{out}: {weights} packed weights as they were, the adapter in {ADAPTER}"
+    form = f"in bitsandbytes' NF4, all else in {kept}" if to == "bnb4" else f"in {kept}"
+    return f"{out}: {weights} weights merged, {form}; {name}.from_pretrained({str(out)!r}) loads it"
+
+
+def _check_form(backbone: Backbone, to: str) -> None:
+    """UserError where this checkpoint cannot be exported in that form."""
+    folder = backbone.init.folder
+    if to == "packed" and backbone.storage != "packed":
+        raise UserError(f"--to=packed: DIR={folder} is stored {backbone.storage}, and only save_format=packed has packed weights "
+                        "to keep; use --to dense or bnb4")  # fmt: skip
+    if to == "bnb4" and (dense := left_dense(backbone.model, backbone.weights)):
+        raise UserError(f"--to=bnb4: transformers loads {dense[0]} only as a dense layer; use --to dense")
+
+
+def _write_weights(folder: Path, backbone: Backbone, adapter: Adapter, to: str, dtype: torch.dtype) -> None:
+    """The weights, one at a time: what is merged, the head that was trained, and all others."""
+    names = {stored: name for stored in backbone.others if (name := _full_name(stored, backbone)) not in adapter.head}
+    tensors = backbone.tensors
+    specs = {
+        name: TensorSpec(_written_type(tensors.dtype(stored), to, dtype), tensors.shape(stored))
+        for stored, name in names.items()
+    }
+    specs |= {name: TensorSpec(dtype, shape) for name, shape in adapter.head.items()}
+    targets = {module: _full_name(weight.tensor, backbone) for module, weight in backbone.weights.items()}
+    for module, name in targets.items():
+        specs |= _target_specs(backbone, module, name, to, dtype)
+    with SafetensorsWriter(folder, specs) as out, progress("export") as advance:
+        for stored, name in names.items():
+            out.write(name, _converted(name, tensors.read(stored), specs[name].dtype))
+        for name in adapter.head:
+            out.write(name, _converted(name, adapter.head_values(name), dtype))
+        for done, (module, name) in enumerate(targets.items(), 1):
+            for part, tensor in _target_tensors(backbone, adapter, module, name, to, dtype).items():
+                out.write(part, tensor)
+            advance(done, len(targets))
+
+
+def _target_specs(backbone: Backbone, module: str, name: str, to: str, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The types and shapes of what `_target_tensors` gives."""
+    weight, tensors = backbone.weights[module], backbone.tensors
+    if to == "packed":
+        return {
+            _full_name(part, backbone): TensorSpec(tensors.dtype(part), tensors.shape(part)) for part in weight.parts
+        }
+    if to == "dense":
+        return {name: TensorSpec(dtype, weight.shape)}
+    return four_bit_specs(name, weight.shape, dtype)
+
+
+def _target_tensors(
+    backbone: Backbone, adapter: Adapter, module: str, name: str, to: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The tensors that stand for one target in OUT: as they were, or Q + s B A in its new form."""
+    if to == "packed":
+        backbone.values(module)  # refuses what does not stand for a weight
+        return {_full_name(part, backbone): backbone.tensors.read(part) for part in backbone.weights[module].parts}
+    merged = _converted(name, adapter.merged(module, backbone.values(module)), dtype)
+    return {name: merged} if to == "dense" else four_bit_of_values(name, merged)
+
+
+def _written_type(stored: torch.dtype, to: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of what is no target; integers, such as positions, stay what they are."""
+    return dtype if stored.is_floating_point and to != "packed" else stored
+
+
+def _converted(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values in `dtype`; UserError where they are not finite there."""
+    converted = values.to(dtype)
+    if converted.is_floating_point() and not bool(torch.isfinite(converted).all()):
+        if bool(torch.isfinite(values).all()):
+            raise UserError(f"--dtype={str(dtype).removeprefix('torch.')}: {name} has values up to {float(values.abs().max()):.3g}, "
+                            "beyond that type; use bfloat16 or float32")  # fmt: skip
+        raise UserError(f"{name}: NaN or infinite values; the adapter's training diverged, or a file is damaged")
+    return converted
+
+
+def _full_name(stored: str, backbone: Backbone) -> str:
+    """The model's own name for a stored tensor: a base checkpoint lacks the prefix, and a head beside it would hide that."""
+    model = backbone.model
+    prefix = f"{model.base_model_prefix}."
+    has_base = isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
+    if not has_base or any(name.startswith(prefix) for name in backbone.tensors.names):
+        return stored
+    return stored if stored.split(".")[0] in dict(model.named_children()) else prefix + stored
+
+
+def _write_config(folder: Path, backbone: Backbone, adapter: Adapter, to: str, dtype: torch.dtype) -> None:
+    """config.json: of the model class as it is loaded, and of the form in which it is stored."""
+    report = backbone.init.report
+    config = load_config(backbone.init.folder, kind=report["model"]["kind"])
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    config.architectures = [type(backbone.model).__name__]
+    if adapter.num_labels is not None:
+        config.num_labels, config.problem_type = adapter.num_labels, None
+    if to == "bnb4":
+        config.quantization_config = bnb4_config(report["other_linears"], dtype)
+    elif to == "packed":
+        config.quantization_config = backbone.packing
+    config.save_pretrained(folder)
+
+
+def _keep_adapter(folder: Path, out: Path, backbone: Backbone, adapter: Adapter) -> None:
+    """The adapter beside its packed backbone, and the report that vouches for that, so that OUT can be exported in turn."""
+    (folder / ADAPTER).mkdir()
+    shutil.copyfile(adapter.folder / WEIGHTS, folder / ADAPTER / WEIGHTS)
+    settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": str(out.resolve()), "inference_mode": True}
+    (folder / ADAPTER / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    # Without its key: the quantize stage must not take a fine-tuned adapter for the initial factors that the key stands for.
+    report = {name: value for name, value in backbone.init.report.items() if name != "key"}
+    report["exported_from"] = str(backbone.init.folder.resolve())
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")

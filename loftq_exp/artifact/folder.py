@@ -1,0 +1,175 @@
+"""The initialised checkpoint as a folder: a place that is whole or absent, and the small files around the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from peft import LoraConfig, TaskType
+
+from loftq_exp.config.run_config import RunConfig
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.plan import Precision
+from loftq_exp.integrations.transformers_quantizer import LoftQConfig
+from loftq_exp.source.layout import TASK_TYPES, Layout, load_config
+from loftq_exp.source.locate import Source
+
+REPORT = "init_report.json"
+ADAPTER = "loftq_init"
+_CARRIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+            "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT adds to `modules_to_save` by itself, each time that it loads an adapter of their task type."""
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """An initialised checkpoint on disk: its folder and what init_report.json says."""
+
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Size of the stored backbone's weight files."""
+        return sum(path.stat().st_size for path in self.folder.glob("model*.safetensors"))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the stored factors, and of the head where one is trained."""
+        return (self.folder / ADAPTER / "adapter_model.safetensors").stat().st_size
+
+
+def read_artifact(folder: Path) -> Initialised | None:
+    """The initialised checkpoint in `folder`, or None where there is none: the report is there only when all else is."""
+    try:
+        report = json.loads((folder / REPORT).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        raise UserError(f"{folder / REPORT}: not a report in JSON; delete {folder} to make it again")
+    return Initialised(folder, report)
+
+
+@contextmanager
+def exclusive(final: Path, setting: str = "save_dir") -> Iterator[None]:
+    """Holds the right to write `final`: other processes wait, and find it done. Refusals name the `setting` it comes from."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(final.parent / f".{final.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{setting}={final.parent}: cannot be written ({error.strerror}); set another {setting}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def written_whole(final: Path, setting: str = "save_dir") -> Iterator[Path]:
+    """A folder to write into that takes the place of `final` when the block ends, and leaves nothing where it fails.
+
+    To be used under `exclusive`. What a killed process left is removed first. Raises UserError where `final` is no
+    initialised checkpoint: what somebody else put there is not ours to replace. Refusals name the `setting` it comes from.
+    """
+    if final.exists() and not (final / REPORT).is_file() and not _is_empty(final):
+        raise UserError(f"{setting}={final.parent}: {final.name} in it is no initialised checkpoint (it has no {REPORT}); "
+                        f"move it away or set another {setting}")  # fmt: skip
+    partial = final.parent / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        replaced = final.parent / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{setting}={final.parent}: cannot be written ({error.strerror}); "
+                        f"free space there or set another {setting}") from None  # fmt: skip
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not any(place.iterdir())
+
+
+def write_surroundings(
+    folder: Path, final: Path, source: Source, layout: Layout, plan: Mapping[str, Precision], config: RunConfig
+) -> None:
+    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config.
+
+    `plan` has the bits of each target, and the rank of its factors, by module.
+    """
+    model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
+    dtype: torch.dtype = getattr(torch, config.save_dtype)
+    model_config.dtype = dtype
+    if config.save_format == "bnb4":
+        model_config.quantization_config = bnb4_config(layout.other_linears, dtype)
+    elif config.save_format == "packed":
+        model_config.quantization_config = _packed_config(plan, config)
+    model_config.save_pretrained(folder)
+    carry_files(source.folder, folder)
+    quant = config.quant
+    others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
+    adapter = LoraConfig(
+        task_type=TaskType(TASK_TYPES[config.model.kind]),
+        base_model_name_or_path=str(final.resolve()),
+        r=quant.rank,
+        lora_alpha=_number(quant.lora_alpha),
+        rank_pattern=others,
+        alpha_pattern={module: _number(quant.scaling * rank) for module, rank in others.items()},  # one s for all
+        lora_dropout=quant.dropout,
+        target_modules=list(layout.target_modules),
+        modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
+        init_lora_weights=True,  # the factors are in the file; PEFT must not compute others
+        inference_mode=True,
+    )
+    # PEFT's own writer would put the target modules in the order of a set, another one in every process.
+    text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
+    (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copies what a checkpoint keeps beside weights and config: tokenizer, generation config, licence."""
+    for pattern in _CARRIED:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQConfig:
+    bits = {module: precision.bits for module, precision in plan.items()}
+    quant = config.quant
+    return LoftQConfig(bits, quant.type, quant.block_size, quant.double, config.save_dtype)
+
+
+def _number(alpha: float) -> int:
+    """An alpha as PEFT writes it: it divides, so that any number will do, but whole ones are whole."""
+    return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]
+
+
+def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How transformers loads all linear layers but `other_linears` as bitsandbytes NF4 layers."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,  # a second quantization of the scales would move the values
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(other_linears) or ["lm_head"],
+    )

@@ -1,1 +1,0 @@
-"""From a pre-trained checkpoint to an initialised one, one weight at a time."""

@@ -1,0 +1,233 @@
+"""The cache on the command line: `python -m loftq_exp.cache [--cache-dir FOLDER] list|size|verify|prune`.
+
+All of it is safe beside running jobs: an entry that goes while a job wants it is computed again. Entries are pruned by
+their last use, because a job that takes an entry renews its time of modification. Converted models are counted but never
+removed: a running job may be about to open one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from loftq_exp.commands.terminal import OneLineParser, exit_code
+from loftq_exp.config.run_config import local_path
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
+from loftq_exp.progress import progress
+from loftq_exp.report.table import print_table
+
+DEFAULT_FOLDER = "outputs/cache"
+COLUMNS = ("entry", "shape", "quantizer", "rank", "steps", "solver", "error", "MB", "last used")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the cache as it was when it was looked at."""
+
+    path: Path
+    bytes: int
+    used: float
+    """Last use, in seconds since 1970."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error, and for damage."""
+
+    def work() -> int:
+        options = _parser().parse_args(arguments)
+        folder = local_path(getattr(options, "cache_dir", DEFAULT_FOLDER))
+        if not folder.is_dir():
+            raise UserError(f"--cache-dir={folder}: there is no such folder; give the cache_dir of a run")
+        code: int = options.command(folder, options)
+        return code
+
+    return exit_code(work, "what was removed is gone, all else is whole")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command's options; `--cache-dir` may stand before or after the subcommand."""
+    common = OneLineParser(add_help=False)
+    # Suppressed, because a subcommand's own default would replace what was given before it.
+    common.add_argument("--cache-dir", default=argparse.SUPPRESS, help=f"cache_dir of the runs ({DEFAULT_FOLDER})")
+    about = "Shows and tends the cache of decompositions. Safe beside running jobs."
+    parser = OneLineParser(prog="python -m loftq_exp.cache", description=about, parents=[common])
+    commands = parser.add_subparsers(required=True, metavar="list|size|verify|prune")
+    listing = commands.add_parser("list", parents=[common], help="every entry with what it holds, last used first")
+    listing.set_defaults(command=_list)
+    size = commands.add_parser("size", parents=[common], help="how many entries and bytes there are, by kind")
+    size.set_defaults(command=_size)
+    verify = commands.add_parser("verify", parents=[common], help="read every entry; exits with 1 where one is damaged")
+    verify.add_argument("--drop", action="store_true", help="remove the damaged ones; they are computed again on use")
+    verify.set_defaults(command=_verify)
+    about = "Removes decompositions and what killed processes left half-written. Converted models stay."
+    prune = commands.add_parser("prune", parents=[common], help="remove entries", description=about)
+    which = prune.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every entry")
+    which.add_argument(
+        "--max-gb", type=_amount, metavar="N", help="the least recently used, until N GB stay (1e9 bytes)"
+    )
+    which.add_argument("--older-than", type=_amount, metavar="DAYS", help="those that no run used for so many days")
+    prune.set_defaults(command=_prune)
+    return parser
+
+
+def _amount(text: str) -> float:
+    """A finite number of at least 0; argparse tells the option's name where it is not one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _list(folder: Path, options: argparse.Namespace) -> int:
+    """Prints a row for each entry, last used first. Contents are not checked; that is `verify`."""
+    files = sorted(_entries(folder), key=lambda file: (-file.used, file.path))
+    rows = [row for file in files if (row := _row(file)) is not None]
+    if rows:
+        print_table(f"{folder}: {_count(rows, 'decomposition')}", COLUMNS, rows)
+    else:
+        _say(f"{folder}: no decompositions")
+    return 0
+
+
+def _row(file: _File) -> list[str] | None:
+    """An entry's row, in the order of COLUMNS; None where it is gone meanwhile."""
+    size, used = f"{file.bytes / 1e6:.1f}", datetime.fromtimestamp(file.used).isoformat(" ", "minutes")
+    name = file.path.stem[:12]
+    try:
+        entry = describe_entry(file.path)
+    except FileNotFoundError:
+        return None
+    except DamagedEntry:
+        return [name, "damaged", "", "", "", "", "", size, used]
+    recipe = entry.get("recipe", {})
+    error = f"{entry['errors'][-1]:.4f}"
+    shape = " x ".join(map(str, entry["shape"]))
+    return [name, shape, _quantizer(recipe.get("quantizer")), str(recipe.get("rank", "-")),
+            str(len(entry["errors"]) - 1), recipe.get("solver", "-"), error, size, used]  # fmt: skip
+
+
+def _quantizer(identity: dict[str, Any] | None) -> str:
+    """A quantizer in a few words; entries that were made before they held their recipe do not tell."""
+    if identity is None:
+        return "-"
+    blocks = f", blocks of {identity['block_size']}" if "block_size" in identity else ""
+    return f"{identity['type']} {identity['bits']} bits{blocks}, {identity['scale_dtype']}"
+
+
+def _size(folder: Path, options: argparse.Namespace) -> int:
+    """Prints number and bytes of the decompositions, the converted models and what killed processes left."""
+    entries, leftovers = _entries(folder), _leftovers(folder)
+    models = [path for path in sorted((folder / "models").glob("[!.]*")) if path.is_dir()]
+    stored = [file for model in models for file in _looked_at(path for path in model.rglob("*") if path.is_file())]
+    _say(f"{_count(entries, 'decomposition')}, {_megabytes(entries)}")
+    _say(f"{_count(models, 'converted model')}, {_megabytes(stored)}")
+    if leftovers:
+        left = _count(leftovers, "half-written file")
+        _say(f"{left} of killed processes, {_megabytes(leftovers)}; prune removes them")
+    return 0
+
+
+def _verify(folder: Path, options: argparse.Namespace) -> int:
+    """Reads every entry, prints a line for each damaged one, and returns 1 where there is one, dropped or not."""
+    files = _entries(folder)
+    damaged: list[_File] = []
+    with progress("verify") as advance:
+        for done, file in enumerate(files, 1):
+            try:
+                read_entry(file.path)
+            except FileNotFoundError:
+                pass  # pruned or dropped by another process meanwhile
+            except OSError as error:
+                raise UserError(f"{file.path}: cannot be read ({error.strerror}); ask its owner") from None
+            except DamagedEntry as damage:
+                damaged.append(file)
+                _say(f"damaged: {file.path} ({damage})")
+            advance(done, len(files), f"{len(damaged)} damaged")
+    if options.drop:
+        _remove(damaged)
+    fate = "dropped" if options.drop else "verify --drop removes them"
+    _say(f"{_count(files, 'decomposition')}, {len(damaged)} damaged{f' ({fate})' if damaged else ''}")
+    return 1 if damaged else 0
+
+
+def _prune(folder: Path, options: argparse.Namespace) -> int:
+    """Removes what the options say and half-written files of killed processes; prints what went and what stays."""
+    entries, leftovers = sorted(_entries(folder), key=lambda file: file.used), _leftovers(folder)
+    going = entries
+    if options.older_than is not None:
+        since = time.time() - options.older_than * 24 * 3600
+        going = [file for file in entries if file.used < since]
+    elif options.max_gb is not None:
+        excess = sum(file.bytes for file in entries) - options.max_gb * 1e9
+        going = []
+        for file in entries:
+            if excess <= 0:
+                break
+            going.append(file)
+            excess -= file.bytes
+    _remove(going)
+    _remove(leftovers)
+    staying = entries[len(going) :]
+    half = f" and {_count(leftovers, 'half-written file')}" if leftovers else ""
+    _say(f"removed {_count(going, 'decomposition')}{half}, {_megabytes([*going, *leftovers])}; "
+         f"{len(staying)} stay, {_megabytes(staying)}")  # fmt: skip
+    return 0
+
+
+def _entries(folder: Path) -> list[_File]:
+    """The decompositions in the cache."""
+    return _looked_at(DecompositionCache(folder).entries())
+
+
+def _leftovers(folder: Path) -> list[_File]:
+    """What killed processes left half-written."""
+    return _looked_at(DecompositionCache(folder).leftovers())
+
+
+def _looked_at(paths: Iterable[Path]) -> list[_File]:
+    """The files among `paths` that are still there."""
+    files = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        files.append(_File(path, stat.st_size, stat.st_mtime))
+    return files
+
+
+def _remove(files: Sequence[_File]) -> None:
+    """Removes files, of which another process may have removed some. Folders stay: a job may be about to write there."""
+    for file in files:
+        try:
+            file.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{file.path}: cannot be removed ({error.strerror}); ask its owner") from None
+
+
+def _count(things: Sequence[Any], noun: str) -> str:
+    """The number of things with their name, in the plural where it is not one."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _megabytes(files: Sequence[_File]) -> str:
+    """What files take, in MB of 1e6 bytes."""
+    return f"{sum(file.bytes for file in files) / 1e6:.1f} MB"
+
+
+def _say(text: str) -> None:
+    """Prints a line as it is."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,217 @@
+"""The command. Hydra composes conf/ and the overrides; what comes out is one `RunConfig`, handed to the pipeline.
+
+Nothing else knows Hydra. Hydra creates no folder and no log here: a run's folder follows from its settings, so that the
+same command comes back to its own results, and so that ranks above 0 of a distributed run write nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import functools
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loftq_exp.commands.terminal import quiet_libraries
+from loftq_exp.config.run_config import RunConfig, local_path
+from loftq_exp.config.schema import dotted_names, nearest
+from loftq_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from loftq_exp.pipeline import RunResult
+
+SWEEP_FOLDER = "LOFTQ_EXP_SWEEP"
+"""Environment variable with the folder of the multirun that this process belongs to."""
+GROUPS = ("model", "quant", "task", "train", "experiment")
+_REFUSALS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
+"""What Hydra raises for settings that it cannot compose; ValueError for a choice that is no text, such as model=null."""
+
+
+def conf_dir() -> Path:
+    """The folder of YAML choices: a checkout's own conf/ where there is one, else the copy inside the wheel.
+
+    The checkout wins because an editable install may carry a stale copy of a force-included folder.
+    """
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "conf"
+    if (package.parent / "pyproject.toml").is_file() and (checkout / "config.yaml").is_file():
+        return checkout
+    return package / "conf"
+
+
+def _choices(group: str, names: str = "*") -> list[str]:
+    """The choices of a folder of conf/ whose names match."""
+    return sorted(path.stem for path in (conf_dir() / group).glob(f"{names}.yaml"))
+
+
+# For the page that --help shows: Hydra's own list would name all of the paper's rows, more lines than the rest of the page.
+OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*group)), replace=True)
+
+
+def main() -> None:
+    """Entry point of `loftq-exp` and `python -m loftq_exp`: exits with 0 when every job succeeded, else with 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    quiet_libraries()
+    threading.excepthook = _tell_of_thread
+    os.environ.pop(SWEEP_FOLDER, None)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here and are told in one line below
+    try:
+        for composed in _composed():
+            _run(composed)
+        if SWEEP_FOLDER in os.environ and not _report_sweep(Path(os.environ[SWEEP_FOLDER])):
+            raise UserError("not every job succeeded: the table above names those that failed, and why")
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted: finished work is kept, and the same command goes on from there", 130)
+
+
+def _composed() -> list[DictConfig]:
+    """The composed tree of a single run; none where Hydra ran the jobs of a multirun, or showed a page, by itself."""
+    single: list[DictConfig] = []
+    task = functools.partial(_job, single=single)
+    _put_flags_first()
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+    except _REFUSALS as error:
+        _forget_empty_sweep()
+        raise UserError(_explain(error, sys.argv[1:])) from error
+    except OSError as error:
+        place = os.environ.get(SWEEP_FOLDER, ".")
+        raise UserError(f"output_dir: {place} cannot be written ({error.strerror}); set another output_dir") from error
+    return single
+
+
+def _put_flags_first() -> None:
+    """Lets -m stand anywhere, and refuses a wrong flag in one line: Hydra's parser does neither by itself."""
+    parser = get_args_parser()
+    parser.error = _refuse_flag  # type: ignore[method-assign]
+    overrides = parser.parse_intermixed_args().overrides
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in overrides] + overrides
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise UserError(f"{message}; settings are given as NAME=VALUE, --help shows them")
+
+
+def _forget_empty_sweep() -> None:
+    """Removes the folder of a multirun that came to no job."""
+    folder = os.environ.get(SWEEP_FOLDER)
+    if folder and not list(Path(folder).glob("job-*.json")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Tells of a bug in a thread. A full disk it passes over: TensorBoard's thread hands that on to the run itself."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+
+
+class SweepFolder(Callback):
+    """Fixes a multirun's folder once, so that jobs which a launcher runs in other processes belong to the same sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Names the folder by the time to the microsecond: two sweeps begun in one second stay apart."""
+        began = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+        os.environ[SWEEP_FOLDER] = str(local_path(config.output_dir).resolve() / "sweeps" / began)
+
+
+def _job(composed: DictConfig, single: list[DictConfig]) -> None:
+    """What Hydra calls: keeps the composed tree of a single run for `main`, runs a job of a multirun here."""
+    job = HydraConfig.get()
+    if job.mode != RunMode.MULTIRUN:
+        single.append(composed)
+        return
+    from loftq_exp.report.sweep import record_job
+
+    # A job that fails is recorded and told at the end; the others go on.
+    with record_job(Path(os.environ[SWEEP_FOLDER]), job.job.num, list(job.overrides.task)) as finished:
+        finished(_run(composed))
+
+
+def _run(composed: DictConfig) -> RunResult:
+    config = _config(composed)
+    from loftq_exp.pipeline import run  # seconds of imports that a wrong setting need not wait for
+
+    return run(config)
+
+
+def _config(composed: DictConfig) -> RunConfig:
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from error
+    return RunConfig.from_mapping(cast("dict[str, Any]", values))
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the command would make of these overrides, for use in Python: `run(compose(["quant.bits=2"]))`.
+
+    Raises UserError for what the command would refuse.
+    """
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return _config(hydra.compose("config", overrides=list(overrides)))
+    except _REFUSALS as error:
+        raise UserError(_explain(error, list(overrides))) from error
+
+
+def _report_sweep(folder: Path) -> bool:
+    from loftq_exp.report.sweep import report_sweep
+
+    _forget_empty_sweep()
+    return report_sweep(folder)
+
+
+def _explain(error: Exception, arguments: list[str]) -> str:
+    """One line for what Hydra or OmegaConf refused: the name at fault and the nearest valid one."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: there is no such choice; {nearest(choice, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: not readable as NAME=VALUE; a list is written [A,B], and a text with blanks, brackets, "
+            "commas or ~ in quotes: 'NAME=\"A TEXT\"'"
+        )
+    if several := re.match("Ambiguous value for argument '(.+?)'", str(error)):
+        return f"{several[1]}: several values; add -m to run each of them, or write a list as [A,B]"
+    names = [*dotted_names(RunConfig), *GROUPS]
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
+        if not key.startswith("hydra") and key not in names:
+            return f"{argument}: there is no such setting; {_nearest_setting(key, names)}"
+        choices = _choices(key)
+        if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # no text, such as model=null
+            return f"{argument}: there is no such choice; {nearest(value, choices)}"
+    return str(error)
+
+
+def _nearest_setting(key: str, names: list[str]) -> str:
+    """As `nearest`, also where only the last part of a dotted name was given (`rank` for `quant.rank`)."""
+    last_parts = {name.rpartition(".")[2]: name for name in names}
+    found = difflib.get_close_matches(key, [*names, *last_parts], n=1)
+    return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(code)

@@ -1,0 +1,227 @@
+"""How weights are quantized: the settings of `quant`, and which bits there are. Part of the run's settings, see config.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from loftq_exp.config.schema import setting
+from loftq_exp.errors import UserError
+
+BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
+    "nf": (2, 3, 4),
+    "nf-symmetric": (2,),
+    "uniform": (2, 3, 4, 5, 6, 7, 8),
+    "uniform-clipped": (2, 3, 4, 5, 6, 7, 8),
+    "uniform-sigma": (2, 3, 4, 5, 6, 7, 8),
+    "int": (8,),
+    "none": (16,),
+}
+"""The bit widths of each `quant.type`; `none` keeps the weights as they are (16-bit LoRA)."""
+
+BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
+"""Types without blocks: their scales are those of the whole weight or of its rows, or there are none."""
+
+ALLOCATIONS = ("paper", "error", "error+rank")
+PAPER_WIDTHS = (2, 4)
+"""What the paper's mixed precisions mix: 4 bits in the first layers, 2 in the others."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How each weight W becomes a quantized backbone Q and LoRA factors A, B with Q + s B A close to W."""
+
+    method: str = setting(
+        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits; off-the-shelf: taken as published",
+        choices=("loftq", "qlora", "lora", "off-the-shelf"),
+    )
+    type: str = setting("quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE))
+    bits: float = setting(
+        "bits a weight, scales not counted: a width of the type for all alike, or between two of them the mean over all values",
+        4,
+    )
+    allocation: str | None = setting(
+        "which weight gets how many bits, so that the mean is quant.bits. paper: the first floor(L (bits - 2) / 2) of the L "
+        "layers 4, the others 2 (an encoder's layers before a decoder's); error: any width of the type, so that the weights' "
+        "errors are least in sum; error+rank: ranks too, of no larger an adapter. none: all the same where bits is whole, so "
+        "that 3 is the type's own 3 bits, and as paper where it is not",
+        None,
+        choices=ALLOCATIONS,
+    )
+    bits_per_layer: Mapping[str, int] | None = setting(
+        "in place of quant.bits: widths by patterns of module names, of which the first that matches counts. * is any text, ? "
+        "any character, and N-M between two dots any number from N to M: {*.layers.0-15.*:4,*:2}",
+        None,
+    )
+    rank: int = setting("rank r of the factors", 64, ge=1)
+    rank_choices: tuple[int, ...] | None = setting(
+        "ranks that allocation=error+rank chooses from; none: half, once and twice quant.rank", None
+    )
+    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001)
+    block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1)
+    double: bool = setting("quantize the scales of the blocks themselves, to 8 bits with a step for every 256", False)
+    alpha: float | None = setting("LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0)
+    dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1)
+    solver: str = setting(
+        "truncated SVD: randomized, or exact as the reference", "randomized", choices=("randomized", "exact")
+    )
+    path: str | None = setting(
+        "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.source.published lists it",
+        None,
+    )
+    revision: str | None = setting(
+        "off-the-shelf: its branch, tag or commit on the hub; none: the default branch", None
+    )
+
+    def __post_init__(self) -> None:
+        if self.bits == int(self.bits):  # 4.0 is 4: in names, digests and reports whole numbers are whole
+            object.__setattr__(self, "bits", int(self.bits))
+        self._check_off_the_shelf()
+        if self.bits_per_layer is not None:
+            self._check_pattern(self.bits_per_layer)
+        else:
+            self._check_bits()
+        self._check_rank_choices()
+        if (self.method == "lora") != (self.type == "none"):
+            raise UserError(
+                f"quant.type={self.type}: method {self.method} does not go with it; "
+                "quant=lora keeps the weights (type none), the other methods quantize"
+            )
+        if self.method != "loftq" and self.iter != 0:
+            raise UserError(
+                f"quant.iter={self.iter}: {self.method} has no alternating steps; use quant=loftq, or leave quant.iter at 0"
+            )
+        if self.block_size & (self.block_size - 1) or not 16 <= self.block_size <= 4096:
+            raise UserError(
+                f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
+            )
+        if self.double and self.type in BLOCKLESS_TYPES:
+            raise UserError(f"quant.double=true: type {self.type} has no blocks whose scales could be quantized; "
+                            "leave quant.double out, or use nf or uniform")  # fmt: skip
+
+    def _check_bits(self) -> None:
+        allowed = BITS_OF_TYPE[self.type]
+        widths = ", ".join(map(str, allowed))
+        if self.allocation is None and self.bits in allowed:
+            return
+        if self.allocation is None and isinstance(self.bits, int):
+            raise UserError(
+                f"quant.bits={self.bits}: type {self.type} has {widths} bits; choose one of them or another quant.type"
+            )
+        mixed = PAPER_WIDTHS if self.rule == "paper" else allowed
+        if len(allowed) == 1 or not set(mixed) <= set(allowed):
+            given = f"quant.bits={self.bits}" if self.allocation is None else f"quant.allocation={self.allocation}"
+            raise UserError(f"{given}: type {self.type} has {widths} bits and no others to mix; "
+                            "choose quant.type=nf or uniform to mix them")  # fmt: skip
+        if not mixed[0] <= self.bits <= mixed[-1]:
+            side = "under the smallest" if self.bits < mixed[0] else "over the largest"
+            raise UserError(f"quant.bits={self.bits}: a budget {side} choice, {self.rule} mixes {', '.join(map(str, mixed))} "
+                            f"bits; give a value from {mixed[0]} to {mixed[-1]}")  # fmt: skip
+
+    def _check_pattern(self, patterns: Mapping[str, int]) -> None:
+        if self.allocation is not None:
+            raise UserError(f"quant.allocation={self.allocation}: bits_per_layer says already which weight gets how many bits; "
+                            "leave one of the two out")  # fmt: skip
+        if not patterns:
+            raise UserError("quant.bits_per_layer={}: no pattern is given; give {PATTERN:BITS,...,*:BITS}, or null")
+        allowed = BITS_OF_TYPE[self.type]
+        for pattern, bits in patterns.items():
+            if bits not in allowed:
+                raise UserError(f"quant.bits_per_layer.{pattern}={bits}: type {self.type} has {', '.join(map(str, allowed))} bits; "
+                                "choose one of them or another quant.type")  # fmt: skip
+
+    def _check_rank_choices(self) -> None:
+        if self.allocation == "error+rank" and self.method != "loftq":
+            raise UserError(f"quant.allocation=error+rank: the factors of {self.method} start at zero, at any rank; "
+                            "use quant.allocation=error, or quant=loftq")  # fmt: skip
+        if self.rank_choices is None:
+            return
+        shown = f"quant.rank_choices=[{','.join(map(str, self.rank_choices))}]"
+        if self.allocation != "error+rank":
+            raise UserError(
+                f"{shown}: ranks are chosen by quant.allocation=error+rank; add that, or leave the choices out"
+            )
+        if not self.rank_choices or min(self.rank_choices) < 1 or len(set(self.rank_choices)) < len(self.rank_choices):
+            raise UserError(f"{shown}: not a choice of ranks; name different ranks, each at least 1")
+        if min(self.rank_choices) > self.rank:
+            raise UserError(f"{shown}: a budget under the smallest choice, the adapter may be as large as at "
+                            f"quant.rank={self.rank}; add a rank of at most {self.rank}")  # fmt: skip
+
+    def _check_off_the_shelf(self) -> None:
+        if self.method != "off-the-shelf":
+            for name, value in (("path", self.path), ("revision", self.revision)):
+                if value is not None:
+                    raise UserError(f"quant.{name}={value}: names a published checkpoint; add quant=off-the-shelf, "
+                                    f"or set model.{name} for the pre-trained one")  # fmt: skip
+            return
+        published = {
+            "type": "nf",
+            "block_size": 64,
+            "double": False,
+            "alpha": None,
+            "allocation": None,
+            "bits_per_layer": None,
+        }
+        for name, kept in published.items():
+            if (value := getattr(self, name)) != kept:
+                raise UserError(f"quant.{name}={value}: off-the-shelf takes a checkpoint as it was published; "
+                                f"leave quant.{name} out, or use quant=loftq")  # fmt: skip
+        if not isinstance(self.bits, int):
+            raise UserError(f"quant.bits={self.bits}: off-the-shelf takes a checkpoint as it was published, and none mixes "
+                            "widths; choose whole bits, or use quant=loftq")  # fmt: skip
+
+    @property
+    def rule(self) -> str:
+        """How bits are given to weights: `same`, `paper`, `error` or `error+rank` as quant.allocation has it, or `pattern`."""
+        if self.bits_per_layer is not None:
+            return "pattern"
+        return self.allocation or ("same" if isinstance(self.bits, int) else "paper")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that a weight may get, ascending."""
+        if self.bits_per_layer is not None:
+            return tuple(sorted(set(self.bits_per_layer.values())))
+        if self.rule == "same":
+            return (int(self.bits),)
+        return PAPER_WIDTHS if self.rule == "paper" else BITS_OF_TYPE[self.type]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that a weight may get, ascending."""
+        if self.rule != "error+rank":
+            return (self.rank,)
+        return tuple(sorted(self.rank_choices or {max(self.rank // 2, 1), self.rank, 2 * self.rank}))
+
+    @property
+    def exact_bits(self) -> Fraction:
+        """quant.bits as it was written: 2.3 as a float is a little less, which may cost a layer."""
+        return Fraction(str(self.bits))
+
+    @property
+    def bits_label(self) -> str:
+        """The bits in names of folders: 4, 2.5, or mixed by a pattern."""
+        return "mixed" if self.rule == "pattern" else str(self.bits)
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The settings as a digest takes them. Those that came later are left out at their defaults, so that what was
+        made before is found; the order of patterns counts."""
+        settings = dataclasses.asdict(self)
+        if self.bits_per_layer is not None:
+            settings["bits_per_layer"] = list(self.bits_per_layer.items())
+        later = ("allocation", "bits_per_layer", "rank_choices", "double")
+        return {name: value for name, value in settings.items() if name not in later or value not in (None, False)}
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha as PEFT takes it."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank, the factor that a LoRA layer puts before B A."""
+        return self.lora_alpha / self.rank

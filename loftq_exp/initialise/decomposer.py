@@ -1,0 +1,88 @@
+"""A weight's decomposition at the bits and rank that it gets: from the cache, continued from there, or computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loftq_exp.config.run_config import RunConfig
+from loftq_exp.device import compute_device
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.decomposition_cache import DecompositionCache, Kept, Recipe, weight_digest
+from loftq_exp.initialise.plan import Errors, Precision, candidates
+from loftq_exp.initialise.workers import Phases, side_by_side
+from loftq_exp.loftq import Rooms, decompose, make_quantizer
+from loftq_exp.progress import progress
+from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.tensors import CheckpointTensors
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A decomposition, and what it took to have it."""
+
+    result: Kept
+    cache_hit: bool
+    steps_computed: int
+
+
+class Decomposer:
+    """Decomposes weights by way of the cache, each at a precision of its own."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.quant = config.quant
+        self.device = compute_device(config.device)
+        self.cache = DecompositionCache(config.cache_path)
+        self._rooms = Rooms()
+        self.quantizers = {}
+        if config.quant.type != "none":
+            dtype = getattr(torch, config.save_dtype)
+            self.quantizers = {
+                bits: make_quantizer(config.quant.type, bits, config.quant.block_size, dtype, config.quant.double)
+                for bits in config.quant.widths
+            }
+
+    def decomposed(
+        self, target: Target, weight: torch.Tensor, digest: str, precision: Precision, phases: Phases
+    ) -> Decomposed:
+        """The decomposition of the target's weight, whose digest is given. What was computed is kept in the cache."""
+        quantizer = self.quantizers[precision.bits]
+        recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver)
+        with phases.timed("cache"):
+            found = self.cache.find(recipe, digest, target.shape)
+        if found and found.steps == recipe.steps:
+            return Decomposed(found, True, 0)
+        solved = recipe.after(recipe.steps, target.shape)
+        try:
+            with phases.timed("decompose"):
+                result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
+                                   start=found, rooms=self._rooms.of_thread())  # fmt: skip
+        except UserError as error:
+            raise UserError(f"model.path: weight {target.tensor}: {error}") from None
+        with phases.timed("cache"):
+            kept = self.cache.put(solved, digest, result)
+        computed = recipe.steps - (found.steps if found else 0)
+        return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
+
+    def measure(self, tensors: CheckpointTensors, layout: Layout) -> dict[str, Errors]:
+        """The error of each target with every precision that it may get. The decompositions stay in the cache."""
+        targets = {target.tensor: target for target in layout.targets}
+        total = sum(len(candidates(target, self.quant)) for target in layout.targets)
+        errors: dict[str, Errors] = {}
+        hits = 0
+
+        def one(name: str) -> tuple[str, Errors, int]:
+            weight, target = tensors.read(name), targets[name]
+            digest = weight_digest(weight)
+            tried = {precision: self.decomposed(target, weight, digest, precision, Phases())
+                     for precision in candidates(target, self.quant)}  # fmt: skip
+            found = {precision: decomposed.result.errors[-1] for precision, decomposed in tried.items()}
+            return target.module, found, sum(decomposed.cache_hit for decomposed in tried.values())
+
+        with progress("measure") as advance:
+            for module, found, known in side_by_side(one, targets, self.device):
+                errors[module] = found
+                hits += known
+                advance(sum(map(len, errors.values())), total, f"{hits} from the cache")
+        return errors

@@ -1,0 +1,249 @@
+"""Decompositions found before, addressed by content.
+
+The key of a weight's result is a digest of the weight's own bytes and of all that shapes the result: quantizer, bits,
+block size, scale type, rank, steps, solver and its version. Two runs, sweeps, revisions or machines that share a weight
+therefore share its result, whatever the model is called. alpha is not in the key: factors are kept for s = 1.
+
+An entry is one safetensors file, written beside its place and renamed into it, with a checksum of all it holds. A damaged
+entry is dropped, said so, and computed again. Any number of processes may share a folder. Taking an entry renews its
+time of modification, so that pruning (loftq_exp.commands.manage_cache) knows what was of use last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import xxhash
+
+from loftq_exp.artifact.writer import tensor_bytes
+from loftq_exp.errors import UserError
+from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
+from loftq_exp.storage.codes import pack_codes, unpack_codes
+
+log = logging.getLogger(__name__)
+
+FORMAT = 5
+"""Counted up whenever the meaning of a key or an entry changes."""
+
+_DAY = 24 * 3600.0
+_BESIDE = re.compile(r"\..+\.safetensors\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
+"""Name of a file that is being written: of what entry, on what machine, by what process."""
+
+
+class DamagedEntry(Exception):
+    """An entry whose content is not what its checksum says."""
+
+
+def weight_digest(weight: torch.Tensor) -> str:
+    """Digest of a weight's bytes, type and shape.
+
+    128 bits by XXH3, which reads memory as fast as it comes. It tells any two weights apart that nobody made to collide;
+    somebody who can plant such a weight could as well write into the cache.
+    """
+    digest = xxhash.xxh3_128(f"{weight.dtype} {tuple(weight.shape)} ".encode())
+    digest.update(tensor_bytes(weight))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Kept(Factors):
+    """A decomposition as the cache keeps it: its codes take their own bits each, see `loftq_exp.storage.codes`."""
+
+    packed: torch.Tensor
+    """uint8, one row of bytes."""
+    scales: torch.Tensor
+    """float32, (groups, numbers a group)."""
+    bits: int
+    """Bits a code."""
+
+    @classmethod
+    def of(cls, result: Decomposition, bits: int) -> Kept:
+        """The same decomposition, packed, on the CPU."""
+        codes, scales, lora_A, lora_B = (
+            tensor.cpu().contiguous() for tensor in (*result.quantized, result.lora_A, result.lora_B)
+        )
+        return cls(lora_A, lora_B, result.errors, result.norm, result.unit, pack_codes(codes, bits), scales, bits)
+
+    @property
+    def quantized(self) -> Quantized:
+        """Codes, a byte each, and scales."""
+        codes = unpack_codes(self.packed, self.bits, math.prod(self.shape))
+        return Quantized(codes.reshape(self.shape), self.scales)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that shapes a weight's result besides the weight: one recipe serves every weight of a run."""
+
+    quantizer: Quantizer
+    rank: int
+    steps: int
+    solver: str
+
+    def after(self, steps: int, shape: tuple[int, ...]) -> Recipe:
+        """The recipe of the entry from which a weight of this shape is had after `steps` steps.
+
+        One step is kept at the rank that it was solved at, see `first_rank`: one entry serves all smaller ranks.
+        """
+        rank = first_rank(self.rank, shape, self.solver) if steps == 1 else self.rank
+        return dataclasses.replace(self, rank=rank, steps=steps)
+
+    def key(self, digest: str) -> str:
+        """The address of the result for the weight with this digest."""
+        text = json.dumps(self.shaping(digest), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+    def shaping(self, digest: str) -> dict[str, Any]:
+        """What a key is the digest of, in plain containers. An entry holds it too, to tell people what it is."""
+        shaping: dict[str, Any] = {
+            "format": FORMAT,
+            "weight": digest,
+            "steps": self.steps,
+            "quantizer": self.quantizer.identity,
+        }
+        if self.steps:  # quantization alone depends on neither rank nor solver
+            shaping |= {"rank": self.rank, "solver": self.solver, "solver_version": SOLVER_VERSION}
+        return shaping
+
+
+class DecompositionCache:
+    """The entries in one folder. Every method may be called by many processes at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "decompositions"
+
+    def find(self, recipe: Recipe, digest: str, shape: tuple[int, ...]) -> Kept | None:
+        """The result with the most steps up to the recipe's; a shorter one can be continued. None where there is none.
+
+        Raises UserError where an entry is there and must not be read.
+        """
+        for steps in range(recipe.steps, 0 if recipe.steps else -1, -1):
+            path = self.path(recipe.after(steps, shape).key(digest))
+            try:
+                found = read_entry(path)
+            except FileNotFoundError:
+                continue
+            except DamagedEntry as damage:
+                log.warning("cache: %s is damaged (%s): dropped, and computed again", path, damage)
+                path.unlink(missing_ok=True)
+                continue
+            except OSError as error:
+                raise UserError(f"cache_dir={self.folder.parent}: {path} cannot be read ({error.strerror}); "
+                                "mend that or set another cache_dir") from None  # fmt: skip
+            with contextlib.suppress(OSError):  # pruned meanwhile, or somebody else's
+                os.utime(path)
+            return found.truncated(recipe.rank) if steps == 1 else found
+        return None
+
+    def put(self, recipe: Recipe, digest: str, result: Decomposition) -> Kept:
+        """Keeps the result of this very recipe, and gives it as `find` would. Raises UserError where the folder cannot be written."""
+        path, kept = self.path(recipe.key(digest)), Kept.of(result, recipe.quantizer.bits)
+        beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(_encoded(path.stem, recipe, digest, kept))
+            beside.replace(path)
+        except OSError as error:
+            raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
+                            "free space there or set another cache_dir") from None  # fmt: skip
+        finally:
+            with contextlib.suppress(OSError):  # where nothing could be written, nothing is there
+                beside.unlink()
+        return kept
+
+    def path(self, key: str) -> Path:
+        """Where the entry with this key lies."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def entries(self) -> Iterator[Path]:
+        """Every entry's path, sorted."""
+        yield from sorted(self.folder.glob("??/*.safetensors"))
+
+    def leftovers(self) -> Iterator[Path]:
+        """Half-written files whose process is gone: killed on this machine, or on another one more than a day ago."""
+        for path in sorted(self.folder.glob("??/.*.tmp")):
+            with contextlib.suppress(FileNotFoundError):  # renamed into its place meanwhile
+                writer = _BESIDE.fullmatch(path.name)
+                dead = writer and writer["host"] == socket.gethostname() and not _alive(int(writer["pid"]))
+                if dead or time.time() - path.stat().st_mtime > _DAY:
+                    yield path
+
+
+def read_entry(path: Path) -> Kept:
+    """The decomposition in an entry. Raises FileNotFoundError, or DamagedEntry where it is not whole and sound."""
+    data = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        meta = json.loads(data[8 : 8 + length])["__metadata__"]
+        entry = json.loads(meta["entry"])
+        checksum = meta["checksum"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEntry(f"not a whole file: {error}") from None
+    if checksum != _checksum(tensors, meta["entry"]) or entry["key"] != path.stem:
+        raise DamagedEntry("its checksum differs")
+    return Kept(
+        lora_A=tensors["lora_A"],
+        lora_B=tensors["lora_B"],
+        errors=tuple(entry["errors"]),
+        norm=entry["norm"],
+        unit=entry["unit"],
+        packed=tensors["codes"],
+        scales=tensors["scales"],
+        bits=entry["bits"],
+    )
+
+
+def describe_entry(path: Path) -> dict[str, Any]:
+    """What an entry says of itself: `recipe` (see Recipe.shaping), `shape`, `errors`. Its tensors are not read or checked.
+
+    Raises FileNotFoundError, or DamagedEntry where it cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            described: dict[str, Any] = json.loads(file.metadata()["entry"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEntry(f"not a whole file: {error}") from None
+    return described
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _encoded(key: str, recipe: Recipe, digest: str, kept: Kept) -> bytes:
+    tensors = {"codes": kept.packed, "scales": kept.scales, "lora_A": kept.lora_A, "lora_B": kept.lora_B}
+    entry = json.dumps({"key": key, "recipe": recipe.shaping(digest), "shape": list(kept.shape), "bits": kept.bits,
+                        "errors": list(kept.errors), "norm": kept.norm, "unit": kept.unit})  # fmt: skip
+    return safetensors.torch.save(tensors, metadata={"entry": entry, "checksum": _checksum(tensors, entry)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor], entry: str) -> str:
+    digest = xxhash.xxh3_128(entry.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()

@@ -1,0 +1,272 @@
+"""The quantize stage where nothing is quantized: a published checkpoint becomes an initialised one like any other.
+
+Backbone, factors and alpha are kept as published. Errors are not known: that would take the pre-trained weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pickle
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from loftq_exp.artifact.folder import (
+    ADAPTER,
+    REPORT,
+    Initialised,
+    exclusive,
+    read_artifact,
+    write_surroundings,
+    written_whole,
+)
+from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.config.run_config import RunConfig, digest_of
+from loftq_exp.device import peak_memory
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.stage import bits_per_weight
+from loftq_exp.provenance import provenance
+from loftq_exp.source.layout import Layout, Target, find_layout
+from loftq_exp.source.locate import Source
+from loftq_exp.source.published import ADAPTER_FOLDERS, find_adapter
+from loftq_exp.source.tensors import CheckpointTensors, open_tensors
+
+log = logging.getLogger(__name__)
+
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
+_BEYOND_PLAIN = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+_BLOCKS_LOOKED_AT = 1024
+"""Blocks of each weight in which values are counted: enough to tell 2 bits from 4, and 4 bits from none."""
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A published adapter: adapter_config.json, the factors by their names in PEFT, and the weights that have factors."""
+
+    folder: str
+    settings: dict[str, Any]
+    factors: dict[str, torch.Tensor]
+    targets: tuple[Target, ...]
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank."""
+        return float(self.settings["lora_alpha"]) / int(self.settings["r"])
+
+
+def take(source: Source, config: RunConfig) -> Initialised:
+    """The initialised checkpoint under config.init_dir, made of the published one in `source` where it is not there yet.
+
+    Raises UserError for a checkpoint that does not fit the settings, and for a place that cannot be written.
+    """
+    final = config.init_dir
+    began = time.perf_counter()
+    with exclusive(final), _about_quant_path():
+        key = _key(source, config)
+        found = read_artifact(final)
+        if found and found.report.get("key") == key:
+            log.info("quantize: %s is there: taken off the shelf before", final)
+            return found
+        with open_tensors(source.folder) as tensors:
+            layout = _find_layout(tensors, source, config)
+            adapter = _read_adapter(source, layout, config)
+            if found:
+                log.info("quantize: %s holds another initialisation, which this one replaces", final)
+            with written_whole(final) as folder:
+                report = _report(key, source, config, tensors, layout, adapter)
+                _write(folder, final, source, config, tensors, layout, adapter)
+                report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+                (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    _tell(final, report)
+    return Initialised(final, report)
+
+
+@contextmanager
+def _about_quant_path() -> Iterator[None]:
+    """Lets errors of what reads checkpoints name the setting that a published one comes from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^model\.path", "quant.path", str(error))) from error
+
+
+def _key(source: Source, config: RunConfig) -> str:
+    """Digest of all that shapes the result: the published files and the settings."""
+    places = [source.folder, *(source.folder / name for name in ADAPTER_FOLDERS if name)]
+    files = sorted(path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
+    stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return digest_of(["off the shelf", 1, stats, config.model.kind, config.quant.shaping])
+
+
+def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) -> Layout:
+    packed = next((name for name in tensors.names if ".quant_state." in name), None)
+    if packed:
+        raise UserError(f"quant.path={source.requested}: {packed.partition('.quant_state.')[0]} is packed in 4 bits; "
+                        "off-the-shelf takes a checkpoint that was saved dense")  # fmt: skip
+    shapes = {name: tensors.shape(name) for name in tensors.names}
+    return find_layout(source.folder, config.model.kind, shapes, config.model.trust_remote_code)
+
+
+def _read_adapter(source: Source, layout: Layout, config: RunConfig) -> _Adapter:
+    """The adapter, wherever in the checkpoint it lies; UserError where there is none, or one that does not fit."""
+    folder, weights = find_adapter(source)
+    try:
+        settings = json.loads((weights.parent / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, _ = int(settings["r"]), float(settings["lora_alpha"])
+        if weights.suffix == ".safetensors":
+            factors = load_file(weights)
+        else:
+            factors = torch.load(weights, map_location="cpu", weights_only=True)
+        factors = {name: tensor.float().contiguous() for name, tensor in factors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        raise UserError(f"quant.path={source.requested}: the adapter in {weights.parent} cannot be read "
+                        f"({type(error).__name__}); download it again") from error  # fmt: skip
+    if beyond := [name for name in _BEYOND_PLAIN if settings.get(name)]:
+        raise UserError(f"quant.path={source.requested}: its adapter uses {beyond[0]}, which changes what its factors mean; "
+                        "give a checkpoint with a plain LoRA adapter")  # fmt: skip
+    if rank != config.quant.rank:
+        raise UserError(f"quant.rank={config.quant.rank}: the adapter of {source.requested} has rank {rank}; "
+                        f"set quant.rank={rank}")  # fmt: skip
+    _check_factors(factors, layout, rank, f"quant.path={source.requested}")
+    adapted = {_FACTOR.sub(r"\g<module>", name) for name in factors}
+    return _Adapter(folder, settings, factors, tuple(target for target in layout.targets if target.module in adapted))
+
+
+def _check_factors(factors: dict[str, torch.Tensor], layout: Layout, rank: int, given: str) -> None:
+    """UserError unless `factors` are A (rank x in) and B (out x rank) of linear layers in the model's blocks."""
+    expected = {}
+    for target in layout.targets:
+        expected[f"base_model.model.{target.module}.lora_A.weight"] = (rank, target.shape[1])
+        expected[f"base_model.model.{target.module}.lora_B.weight"] = (target.shape[0], rank)
+    if not factors:
+        raise UserError(f"{given}: its adapter is empty; download it again")
+    for name, tensor in factors.items():
+        if name not in expected:
+            raise UserError(f"{given}: its adapter holds {name}, which belongs to no linear layer of the model's blocks; "
+                            "choose the model group of its family, or set model.kind")  # fmt: skip
+        if tuple(tensor.shape) != expected[name]:
+            raise UserError(f"{given}: {name} has shape {tuple(tensor.shape)}, its layer and rank {rank} mean "
+                            f"{expected[name]}; backbone and adapter do not belong together")  # fmt: skip
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other not in factors:
+            raise UserError(f"{given}: its adapter lacks {other}; download it again")
+
+
+def _write(
+    folder: Path,
+    final: Path,
+    source: Source,
+    config: RunConfig,
+    tensors: CheckpointTensors,
+    layout: Layout,
+    adapter: _Adapter,
+) -> None:
+    """The published checkpoint in the form of an initialised one."""
+    tied = tensors.tied() if layout.ties_embeddings else {}
+    names = [name for name in tensors.names if name not in tied and name not in layout.foreign]
+    specs = {name: TensorSpec(tensors.dtype(name), tensors.shape(name)) for name in names}
+    with SafetensorsWriter(folder, specs) as out:
+        for name in names:
+            out.write(name, tensors.read(name))
+    (folder / ADAPTER).mkdir()
+    save_file(adapter.factors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
+    write_surroundings(
+        folder, final, source, layout, {}, dataclasses.replace(config, save_dtype=_dtype(tensors, adapter))
+    )
+    place = folder / "config.json"
+    model_config = json.loads(place.read_text())
+    if model_config.pop(
+        "quantization_config", None
+    ):  # of the model that was saved dequantized; it would be packed again
+        place.write_text(json.dumps(model_config, indent=2) + "\n")
+    place = folder / ADAPTER / "adapter_config.json"
+    ours = json.loads(place.read_text())
+    ours |= {"lora_alpha": adapter.settings["lora_alpha"], "target_modules": _target_modules(layout, adapter)}
+    place.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+
+
+def _target_modules(layout: Layout, adapter: _Adapter) -> list[str]:
+    """The shortest names that match the adapter's modules and no other: PEFT would add factors where there are none."""
+    whole = len(adapter.targets) == len(layout.targets)
+    return list(layout.target_modules) if whole else [target.module for target in adapter.targets]
+
+
+def _dtype(tensors: CheckpointTensors, adapter: _Adapter) -> str:
+    """The type in which the published backbone is stored, as torch names it."""
+    return str(tensors.dtype(adapter.targets[0].tensor)).removeprefix("torch.")
+
+
+def _values_in_a_block(tensors: CheckpointTensors, adapter: _Adapter, block_size: int) -> int:
+    """The most different values found in one block of a quantized weight: at most 2^bits where it is quantized."""
+    most = 0
+    for target in adapter.targets:
+        values = tensors.read(target.tensor).reshape(-1)[: block_size * _BLOCKS_LOOKED_AT].float()
+        blocks, _ = values[: values.numel() // block_size * block_size].reshape(-1, block_size).sort(dim=1)
+        if blocks.numel():
+            most = max(most, int((blocks.diff(dim=1) != 0).sum(dim=1).max()) + 1)
+    return most
+
+
+def _report(
+    key: str, source: Source, config: RunConfig, tensors: CheckpointTensors, layout: Layout, adapter: _Adapter
+) -> dict[str, Any]:
+    """init_report.json: as of a quantized checkpoint, with what is not known left open, and where it was taken from."""
+    quant, dtype = config.quant, _dtype(tensors, adapter)
+    adapted = {target.module for target in adapter.targets}
+    kept = [target.module for target in layout.targets if target.module not in adapted]
+    weights = [{"name": target.module, "shape": list(target.shape), "bits": quant.bits, "rank": quant.rank, "errors": []}
+               for target in adapter.targets]  # fmt: skip
+    return {
+        "format": 1,
+        "key": key,
+        "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind},
+        "quant": dataclasses.asdict(quant) | {"scaling": adapter.scaling, "save_dtype": config.save_dtype,
+                                              "save_format": config.save_format},
+        "off_the_shelf": {
+            "taken_from": source.requested,
+            "commit": source.commit,
+            "adapter_folder": adapter.folder or ".",
+            "lora_alpha": adapter.settings["lora_alpha"],
+            "alpha_matches_rank": adapter.scaling == 1,
+            "stored_dtype": dtype,
+            "values_in_a_block": _values_in_a_block(tensors, adapter, quant.block_size),
+        },
+        "target_modules": _target_modules(layout, adapter),
+        "other_linears": [*layout.other_linears, *kept],
+        "totals": {
+            "weights": len(weights),
+            "values": sum(math.prod(target.shape) for target in adapter.targets),
+            "computed": 0,
+            "cache_hits": 0,
+            "mean_error_quantized": None,
+            "mean_error": None,
+            "bits_per_weight": bits_per_weight(dataclasses.replace(config, save_dtype=dtype), quant.bits),
+        },
+        "weights": weights,
+        "provenance": provenance(),
+    }  # fmt: skip
+
+
+def _tell(final: Path, report: dict[str, Any]) -> None:
+    taken, quant = report["off_the_shelf"], report["quant"]
+    commit = f" at commit {taken['commit'][:12]}" if taken["commit"] else ""
+    log.info("quantize: %s: %d weights taken off the shelf from %s%s; their errors are not known without the pre-trained weights",
+             final, report["totals"]["weights"], taken["taken_from"], commit)  # fmt: skip
+    if not taken["alpha_matches_rank"]:
+        log.warning("quantize: the published alpha %g does not match rank %d: training starts from Q + %g B A, not from the "
+                    "Q + B A that was fitted; kept as published", taken["lora_alpha"], quant["rank"], quant["scaling"])  # fmt: skip
+    if taken["values_in_a_block"] > 2 ** quant["bits"]:
+        log.warning("quantize: blocks of %d values hold up to %d different ones, which %d bits cannot: loading in 4 bits will "
+                    "change them; use train.backbone=dense", quant["block_size"], taken["values_in_a_block"], quant["bits"])  # fmt: skip

@@ -1,0 +1,347 @@
+"""The quantize stage: a pre-trained checkpoint becomes an initialised one, one weight at a time.
+
+Only the weight at hand is in memory. It is found in the cache or decomposed, and its backbone values and factors go
+straight to their place in the output files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_exp.artifact.folder import (
+    ADAPTER,
+    REPORT,
+    Initialised,
+    exclusive,
+    read_artifact,
+    write_surroundings,
+    written_whole,
+)
+from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.config.quant import BLOCKLESS_TYPES
+from loftq_exp.config.run_config import RunConfig, digest_of
+from loftq_exp.device import peak_memory
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.decomposer import Decomposer
+from loftq_exp.initialise.decomposition_cache import FORMAT, Kept, weight_digest
+from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
+from loftq_exp.initialise.plan import Plan, Precision, code_bits, describe_plan, is_measured, make_plan, tell_plan
+from loftq_exp.initialise.workers import Phases, side_by_side
+from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
+from loftq_exp.loftq.scales import SCALES_PER_STEP
+from loftq_exp.progress import Advance, progress
+from loftq_exp.provenance import provenance
+from loftq_exp.source.head import FORMAT as HEAD_FORMAT
+from loftq_exp.source.head import PREFIX, head_tensors
+from loftq_exp.source.layout import HEAD_KINDS, Layout, Target, find_layout
+from loftq_exp.source.locate import Source
+from loftq_exp.source.tensors import CheckpointTensors, open_tensors
+from loftq_exp.storage.bnb4 import four_bit_of_codes, four_bit_specs
+from loftq_exp.storage.packed import dequantize, part_specs, parts_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What became of one weight: `errors[0]` is the relative error of quantization alone, `errors[t]` after step t."""
+
+    name: str
+    shape: tuple[int, int]
+    digest: str
+    bits: int
+    rank: int
+    errors: tuple[float, ...]
+    seconds: float
+    cache_hit: bool
+    steps_computed: int
+    phases: dict[str, float]
+    """Where the seconds went: `digest` (which also reads the weight from its file), `cache`, `decompose`, `decode`, `write`."""
+
+
+def initialise(source: Source, config: RunConfig) -> Initialised:
+    """The initialised checkpoint of `source` under config.init_dir, made where it is not there yet.
+
+    Raises UserError for a checkpoint that does not fit the settings, and for a place that cannot be written.
+    """
+    final = config.init_dir
+    key = init_key(source, config)
+    with exclusive(final):
+        found = read_artifact(final)
+        if found and found.report.get("key") == key:
+            log.info("quantize: %s is there: %d weights, 0 computed", final, len(found.report["weights"]))
+            return found
+        with open_tensors(source.folder) as tensors:
+            shapes = {name: tensors.shape(name) for name in tensors.names}
+            layout = find_layout(source.folder, config.model.kind, shapes, config.model.trust_remote_code)
+            check_fit(layout, config)
+            if found:
+                log.info("quantize: %s holds another initialisation, which this one replaces", final)
+            began = time.perf_counter()
+            worker = _Worker(config)
+            plan = worker.plan(tensors, layout)
+            with written_whole(final) as folder:
+                head = head_tensors(source.folder, tensors, layout, config)
+                weights = _write_weights(folder, tensors, layout, plan, worker, head)
+                write_surroundings(folder, final, source, layout, plan, config)
+                report = _report(key, source, config, layout, plan, weights)
+                report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+                text = json.dumps(report, indent=1)
+                (folder / REPORT).write_text(text + "\n")
+    report = json.loads(text)  # the very containers that a later run reads: lists, no tuples
+    totals = report["totals"]
+    log.info("quantize: %s: %d weights, %d computed, %d from the cache, mean relative error %.4f (quantization alone %.4f)",
+             final, len(weights), totals["computed"], totals["cache_hits"], totals["mean_error"],
+             totals["mean_error_quantized"])  # fmt: skip
+    return Initialised(final, report)
+
+
+def init_key(source: Source, config: RunConfig) -> str:
+    """Digest of all that shapes an initialised checkpoint: the source's files, the settings and our own versions."""
+    files = sorted(path for path in source.folder.iterdir() if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return digest_of([str(source.folder.resolve()), stats, config.model.kind, config.quant.shaping, config.save_dtype,
+                      config.save_format, config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION,
+                      *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else []),
+                      *([PLAN_VERSION] if is_measured(config.quant) else [])])  # fmt: skip
+
+
+def check_fit(layout: Layout, config: RunConfig) -> None:
+    """Raises UserError where rank, block size or storage do not fit a target's shape or class."""
+    quant = config.quant
+    for target in layout.targets:
+        if quant.rank > min(target.shape):
+            raise UserError(f"quant.rank={quant.rank}: {target.module} is {target.shape[0]} x {target.shape[1]}; "
+                            f"choose a rank of at most {min(min(t.shape) for t in layout.targets)}")  # fmt: skip
+        if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
+            raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
+                            f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
+    if config.save_format == "bnb4" and layout.left_dense:
+        raise UserError(
+            f"save_format=bnb4: transformers loads {layout.left_dense[0]} only as a dense layer; use save_format=dense"
+        )
+
+
+def _write_weights(
+    folder: Path,
+    tensors: CheckpointTensors,
+    layout: Layout,
+    plan: Plan,
+    worker: _Worker,
+    head: dict[str, torch.Tensor],
+) -> list[WeightReport]:
+    targets = {target.tensor: target for target in layout.targets}
+    names = _written_names(tensors, layout)
+    backbone = _backbone_specs(names, tensors, targets, plan, worker)
+    (folder / ADAPTER).mkdir()
+    reports: list[WeightReport] = []
+    with (
+        SafetensorsWriter(folder, backbone) as out,
+        SafetensorsWriter(folder / ADAPTER, _adapter_specs(layout, plan, head), "adapter_model") as adapter,
+        progress("quantize") as advance,
+    ):
+        for name, value in head.items():
+            adapter.write(name, value)
+
+        def one(name: str) -> WeightReport | None:
+            weight = tensors.read(name)
+            if name not in targets:
+                out.write(name, weight)
+                return None
+            phases = Phases()
+            stored, lora_A, lora_B, report = worker.initialise(
+                targets[name], plan[targets[name].module], weight, phases
+            )
+            with phases.timed("write"):
+                for part, tensor in stored.items():
+                    out.write(part, tensor)
+                adapter.write(_adapter_name(targets[name], "A"), lora_A)
+                adapter.write(_adapter_name(targets[name], "B"), lora_B)
+            return dataclasses.replace(report, seconds=phases.total, phases=phases.seconds)
+
+        for report in side_by_side(one, names, worker.device):
+            if report is not None:
+                reports.append(report)
+                _tell(advance, reports, len(targets))
+    order = {target.module: position for position, target in enumerate(layout.targets)}
+    return sorted(reports, key=lambda report: order[report.name])
+
+
+class _Worker:
+    """Turns weights into backbone values and factors, by way of the cache."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.dtype = getattr(torch, config.save_dtype)
+        self.decomposer = Decomposer(config)
+        self.device = self.decomposer.device
+
+    def plan(self, tensors: CheckpointTensors, layout: Layout) -> Plan:
+        """Which weight gets how many bits and what rank, told where they differ."""
+        quant = self.config.quant
+        plan = make_plan(layout, quant, self.decomposer.measure(tensors, layout) if is_measured(quant) else None)
+        tell_plan(describe_plan(layout, plan, quant))
+        return plan
+
+    def initialise(
+        self, target: Target, precision: Precision, weight: torch.Tensor, phases: Phases
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, WeightReport]:
+        """The backbone's tensors by name, A (r x in) and B (out x r) as PEFT stores them, and the report."""
+        with phases.timed("digest"):
+            digest = weight_digest(weight)
+        quant, rank, (rows, columns) = self.config.quant, precision.rank, target.shape
+        hit, computed = False, 0
+        lora_A, lora_B = _random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)
+        if quant.type == "none":
+            values = weight.to(self.dtype)
+            stored = {target.tensor: values.cpu()}
+            wide = weight.double()
+            errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
+        else:
+            found = self.decomposer.decomposed(target, weight, digest, precision, phases)
+            result, hit, computed = found.result, found.cache_hit, found.steps_computed
+            with phases.timed("decode"):
+                stored = self._stored(target.tensor, result, precision.bits)
+            errors = result.errors
+            if quant.iter:
+                share = math.sqrt(
+                    quant.scaling
+                )  # s is absorbed evenly, so that s B A is the fitted product for any alpha
+                lora_A, lora_B = result.lora_A / share, result.lora_B / share
+        report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, 0.0, hit, computed, {})
+        return stored, lora_A.cpu(), lora_B.cpu(), report
+
+    def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
+        """The tensors that stand for one target in the file: its values, or a packed form of the same values."""
+        config, quantizer = self.config, self.decomposer.quantizers[bits]
+        if config.save_format == "bnb4":
+            return four_bit_of_codes(name, kept.packed, kept.scales, kept.shape, quantizer)
+        parts = parts_of(kept.packed, kept.scales, quantizer)
+        if config.save_format == "packed":
+            return {packed_name(name, part): tensor for part, tensor in parts.items()}
+        return {name: dequantize(parts, quantizer, kept.shape, self.dtype)}
+
+    def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
+        """The types and shapes of what `initialise` gives for a target at so many bits."""
+        name, shape = target.tensor, target.shape
+        if self.config.save_format == "packed":
+            parts = part_specs(self.decomposer.quantizers[bits], shape)
+            return {packed_name(name, part): TensorSpec(*spec) for part, spec in parts.items()}
+        if self.config.save_format == "dense":
+            return {name: TensorSpec(self.dtype, shape)}
+        return four_bit_specs(name, shape, self.dtype)
+
+
+def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
+    """A as LoRA draws it, from the run's seed and the module's name alone: the order of the weights does not matter."""
+    stream = hashlib.blake2b(f"{seed} {module}".encode(), digest_size=8).digest()
+    return kaiming_uniform_A((rank, columns), int.from_bytes(stream, "little") >> 1)
+
+
+def _written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
+    """The names to write: not those of a head that the model class lacks, and what a .bin holds under several names only
+    under the first where the model ties its embeddings."""
+    if layout.foreign:
+        log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
+    foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
+    tied = tensors.tied() if layout.ties_embeddings else {}
+    names: list[str] = []
+    stored: set[str] = set()
+    for name in tensors.names:
+        value = tied.get(name, name)
+        if name not in foreign and (value not in stored or name in targets):
+            names.append(name)
+            stored.add(value)
+    return names
+
+
+def _backbone_specs(
+    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], plan: Plan, worker: _Worker
+) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for name in names:
+        if name in targets:
+            specs |= worker.stored_specs(targets[name], plan[targets[name].module].bits)
+        else:
+            specs[name] = TensorSpec(tensors.dtype(name), tensors.shape(name))
+    return specs
+
+
+def packed_name(tensor: str, part: str) -> str:
+    """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
+    return tensor.removesuffix("weight") + part
+
+
+def _adapter_name(target: Target, factor: str) -> str:
+    return f"{PREFIX}{target.module}.lora_{factor}.weight"
+
+
+def _adapter_specs(layout: Layout, plan: Plan, head: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in head.items()}
+    for target in layout.targets:
+        rank = plan[target.module].rank
+        specs[_adapter_name(target, "A")] = TensorSpec(torch.float32, (rank, target.shape[1]))
+        specs[_adapter_name(target, "B")] = TensorSpec(torch.float32, (target.shape[0], rank))
+    return specs
+
+
+def _tell(advance: Advance, reports: list[WeightReport], total: int) -> None:
+    mean = sum(report.errors[-1] for report in reports) / len(reports)
+    hits = sum(report.cache_hit for report in reports)
+    advance(len(reports), total, f"mean relative error {mean:.4f}, {hits} from the cache")
+
+
+def _report(
+    key: str, source: Source, config: RunConfig, layout: Layout, plan: Plan, weights: list[WeightReport]
+) -> dict[str, Any]:
+    quant = config.quant
+    values = sum(math.prod(weight.shape) for weight in weights)
+    return {
+        "format": 1,
+        "key": key,
+        "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind},
+        "quant": dataclasses.asdict(quant) | {"scaling": quant.scaling, "save_dtype": config.save_dtype,
+                                              "save_format": config.save_format},
+        "target_modules": list(layout.target_modules),
+        "other_linears": list(layout.other_linears),
+        "head": list(layout.head),
+        "totals": {
+            "weights": len(weights),
+            "values": values,
+            "computed": sum(not weight.cache_hit for weight in weights) if quant.type != "none" else 0,
+            "cache_hits": sum(weight.cache_hit for weight in weights),
+            "mean_error_quantized": sum(weight.errors[0] for weight in weights) / len(weights),
+            "mean_error": sum(weight.errors[-1] for weight in weights) / len(weights),
+            "bits_per_weight": bits_per_weight(config, code_bits(layout, plan)),
+            "phases": _summed([weight.phases for weight in weights]),
+        },
+        "bits_plan": describe_plan(layout, plan, quant),
+        "weights": [dataclasses.asdict(weight) for weight in weights],
+        "provenance": provenance(),
+    }  # fmt: skip
+
+
+def _summed(phases: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for phase in phases for name in phase)
+    return {name: sum(phase.get(name, 0.0) for phase in phases) for name in names}
+
+
+def bits_per_weight(config: RunConfig, bits: float) -> float:
+    """Bits that one quantized value needs: its code's, and its share of the block's scales (int8's per-row scales are not)."""
+    quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
+    if quant.type in BLOCKLESS_TYPES:
+        return float(bits)
+    if quant.double:
+        scale_bits = 8 + 32 / SCALES_PER_STEP
+    numbers = 2 if quant.type == "uniform" else 1
+    return bits + numbers * scale_bits / quant.block_size

