@@ -12,7 +12,7 @@ from loftq_exp.integrations.registration import register
 
 if TYPE_CHECKING:
     from loftq_exp.commands.run import compose
-    from loftq_exp.config.run_config import RunConfig
+    from loftq_exp.config import RunConfig
     from loftq_exp.errors import UserError
     from loftq_exp.loftq import loftq_init
     from loftq_exp.pipeline import RunResult, run
@@ -23,7 +23,7 @@ __all__ = ["RunConfig", "RunResult", "UserError", "__version__", "compose", "lof
 register()
 
 _PLACES = {
-    "RunConfig": "loftq_exp.config.run_config",
+    "RunConfig": "loftq_exp.config",
     "RunResult": "loftq_exp.pipeline",
     "UserError": "loftq_exp.errors",
     "compose": "loftq_exp.commands.run",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from loftq_exp.artifact.folder import Initialised, read_artifact
 from loftq_exp.artifact.push import check_push, push
-from loftq_exp.config.run_config import RunConfig, digest_of
+from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.off_the_shelf import take

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 
 DECODER: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

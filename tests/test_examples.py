@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loftq_exp.commands.run import compose
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.config.schema import dotted_names
 from loftq_exp.tasks.arithmetic import generate
 

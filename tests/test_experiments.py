@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from loftq_exp.commands.run import compose, conf_dir
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.arithmetic import generate
 

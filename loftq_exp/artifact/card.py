@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loftq_exp.artifact.folder import ADAPTER, Initialised
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.source.layout import AUTO_CLASSES
 
 _PIPELINES = {"causal": "text-generation", "seq2seq": "text2text-generation", "classification": "text-classification"}

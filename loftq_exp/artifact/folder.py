@@ -15,7 +15,7 @@ import transformers
 from filelock import FileLock
 from peft import LoraConfig, TaskType
 
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.plan import Precision
 from loftq_exp.integrations.transformers_quantizer import LoftQConfig

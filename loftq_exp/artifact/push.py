@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import ADAPTER, REPORT, Initialised
-from loftq_exp.config.run_config import HUB_ID, RunConfig
+from loftq_exp.config import HUB_ID, RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.hub import token
 from loftq_exp.source.wheel import SCHEME

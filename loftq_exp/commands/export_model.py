@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from loftq_exp.commands.terminal import OneLineParser, exit_code, quiet_libraries
-from loftq_exp.config.run_config import local_path
+from loftq_exp.config import local_path
 
 FORMS = ("dense", "bnb4", "packed")
 DTYPES = ("bfloat16", "float16", "float32")

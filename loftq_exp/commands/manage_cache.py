@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from loftq_exp.commands.terminal import OneLineParser, exit_code
-from loftq_exp.config.run_config import local_path
+from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
 from loftq_exp.progress import progress

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp.commands.terminal import quiet_libraries
-from loftq_exp.config.run_config import RunConfig, local_path
+from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.schema import dotted_names, nearest
 from loftq_exp.errors import UserError
 

@@ -1,21 +1,16 @@
-"""Every setting of a run: one frozen dataclass a group, with each field's meaning, unit and range.
+"""Every setting of a run: one frozen dataclass a group, with each field's meaning, unit, range and what it shapes.
 
-Imports errors and nothing else of loftq_exp; without torch, so that a typo is refused at once.
+Imports errors and nothing else of loftq_exp. It works without torch, so that a typo is refused at once.
 """
 
-from loftq_exp.config.run_config import (
-    HUB_ID,
-    KINDS,
-    NAMES_OF_TASK,
-    STAGES,
-    HubConfig,
-    ModelConfig,
-    RunConfig,
-    TaskConfig,
-    TrainConfig,
-    digest_of,
-    local_path,
-)
+from loftq_exp.config.digest import digest_of
+from loftq_exp.config.hub import HUB_ID, HubConfig
+from loftq_exp.config.model import KINDS, ModelConfig
+from loftq_exp.config.paths import local_path
+from loftq_exp.config.quant import QuantConfig
+from loftq_exp.config.run_config import STAGES, RunConfig
+from loftq_exp.config.task import NAMES_OF_TASK, TaskConfig
+from loftq_exp.config.train import TrainConfig
 
 __all__ = [
     "HUB_ID",
@@ -24,6 +19,7 @@ __all__ = [
     "STAGES",
     "HubConfig",
     "ModelConfig",
+    "QuantConfig",
     "RunConfig",
     "TaskConfig",
     "TrainConfig",

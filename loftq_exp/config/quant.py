@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from loftq_exp.config.schema import setting
+from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
 
 BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
@@ -37,11 +37,15 @@ class QuantConfig:
     method: str = setting(
         "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits; off-the-shelf: taken as published",
         choices=("loftq", "qlora", "lora", "off-the-shelf"),
+        shapes=(INITIALISATION,),
     )
-    type: str = setting("quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE))
+    type: str = setting(
+        "quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE), shapes=(INITIALISATION,)
+    )
     bits: float = setting(
         "bits a weight, scales not counted: a width of the type for all alike, or between two of them the mean over all values",
         4,
+        shapes=(INITIALISATION,),
     )
     allocation: str | None = setting(
         "which weight gets how many bits, so that the mean is quant.bits. paper: the first floor(L (bits - 2) / 2) of the L "
@@ -50,30 +54,44 @@ class QuantConfig:
         "that 3 is the type's own 3 bits, and as paper where it is not",
         None,
         choices=ALLOCATIONS,
+        shapes=(INITIALISATION,),
     )
     bits_per_layer: Mapping[str, int] | None = setting(
         "in place of quant.bits: widths by patterns of module names, of which the first that matches counts. * is any text, ? "
         "any character, and N-M between two dots any number from N to M: {*.layers.0-15.*:4,*:2}",
         None,
+        shapes=(INITIALISATION,),
     )
-    rank: int = setting("rank r of the factors", 64, ge=1)
+    rank: int = setting("rank r of the factors", 64, ge=1, shapes=(INITIALISATION,))
     rank_choices: tuple[int, ...] | None = setting(
-        "ranks that allocation=error+rank chooses from; none: half, once and twice quant.rank", None
+        "ranks that allocation=error+rank chooses from; none: half, once and twice quant.rank",
+        None,
+        shapes=(INITIALISATION,),
     )
-    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001)
-    block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1)
-    double: bool = setting("quantize the scales of the blocks themselves, to 8 bits with a step for every 256", False)
-    alpha: float | None = setting("LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0)
-    dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1)
+    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001, shapes=(INITIALISATION,))
+    block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1, shapes=(INITIALISATION,))
+    double: bool = setting(
+        "quantize the scales of the blocks themselves, to 8 bits with a step for every 256",
+        False,
+        shapes=(INITIALISATION,),
+    )
+    alpha: float | None = setting(
+        "LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0, shapes=(INITIALISATION,)
+    )
+    dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1, shapes=(INITIALISATION,))
     solver: str = setting(
-        "truncated SVD: randomized, or exact as the reference", "randomized", choices=("randomized", "exact")
+        "truncated SVD: randomized, or exact as the reference",
+        "randomized",
+        choices=("randomized", "exact"),
+        shapes=(INITIALISATION,),
     )
     path: str | None = setting(
         "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.source.published lists it",
         None,
+        shapes=(),
     )
     revision: str | None = setting(
-        "off-the-shelf: its branch, tag or commit on the hub; none: the default branch", None
+        "off-the-shelf: its branch, tag or commit on the hub; none: the default branch", None, shapes=()
     )
 
     def __post_init__(self) -> None:

@@ -20,18 +20,27 @@ from loftq_exp.errors import UserError
 T = TypeVar("T")
 _MISSING = dataclasses.MISSING
 
+INITIALISATION, ADAPTER, SCORES = "initialisation", "adapter", "scores"
+RESULTS = (INITIALISATION, ADAPTER, SCORES)
+"""The three results of a run. Each has a key of exactly what shapes it."""
+
 
 def setting(
     doc: str,
     default: Any = _MISSING,
     *,
+    shapes: tuple[str, ...],
     choices: tuple[Any, ...] | None = None,
     ge: float | None = None,
     gt: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A dataclass field with its meaning and what it allows: `choices`, or bounds (`ge` and `gt` below, `lt` above)."""
-    metadata = {"doc": doc, "choices": choices, "ge": ge, "gt": gt, "lt": lt}
+    """A dataclass field with its meaning and what it allows: `choices`, or bounds (`ge` and `gt` below, `lt` above).
+
+    `shapes` names the RESULTS that change with its value. It is empty for a setting that changes none of them, and for one
+    that says where content lies: the content itself is part of the key.
+    """
+    metadata = {"doc": doc, "shapes": shapes, "choices": choices, "ge": ge, "gt": gt, "lt": lt}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype, peak_memory
 from loftq_exp.evaluation.evaluate import evaluate
 from loftq_exp.progress import progress

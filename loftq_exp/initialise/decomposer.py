@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Kept, Recipe, weight_digest

@@ -32,7 +32,7 @@ from loftq_exp.artifact.folder import (
     written_whole,
 )
 from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
-from loftq_exp.config.run_config import RunConfig, digest_of
+from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import bits_per_weight

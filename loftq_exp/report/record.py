@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.provenance import provenance
 from loftq_exp.tasks.base import Column
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.layout import Layout, skeleton, stored_name
 from loftq_exp.source.tensors import CheckpointTensors

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_exp.config.run_config import ModelConfig, local_path
+from loftq_exp.config import ModelConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.source.hub import fetch_checkpoint
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights

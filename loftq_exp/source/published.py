@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loftq_exp.artifact.folder import ADAPTER
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.hub import is_absent
 from loftq_exp.source.locate import Source, checkpoint_folder

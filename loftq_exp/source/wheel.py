@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from loftq_exp.config.run_config import ModelConfig, digest_of
+from loftq_exp.config import ModelConfig, digest_of
 from loftq_exp.errors import UserError
 
 log = logging.getLogger(__name__)

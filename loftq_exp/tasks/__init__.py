@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loftq_exp.config.run_config import KINDS, TaskConfig
+from loftq_exp.config import KINDS, TaskConfig
 from loftq_exp.tasks.anli import Anli
 from loftq_exp.tasks.arithmetic import Arithmetic
 from loftq_exp.tasks.base import Task

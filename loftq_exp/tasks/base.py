@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.tasks.data import DataSource, Row, Split, data_digest, read_rows
 from loftq_exp.tasks.encode import Collator, Features, pad_token_id
 

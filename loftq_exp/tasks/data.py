@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from loftq_exp.config.run_config import TaskConfig, local_path
+from loftq_exp.config import TaskConfig, local_path
 from loftq_exp.errors import UserError
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.data import Row
 

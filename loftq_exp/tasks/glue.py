@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.tasks.classification import Classification
 from loftq_exp.tasks.data import DataSource, Split
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Generation, Likelihood, Request, Scored, Task, mean_nll
 from loftq_exp.tasks.data import DataSource, Row, Split

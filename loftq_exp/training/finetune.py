@@ -17,7 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype, peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress

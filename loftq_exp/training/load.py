@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loftq_exp.artifact.folder import ADAPTER, Initialised, bnb4_config
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.head import PREFIX, draw_head
 from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton

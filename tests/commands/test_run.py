@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from loftq_exp.commands import run as command
 from loftq_exp.commands.run import compose
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.config.schema import dotted_names
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import TASKS

@@ -14,19 +14,19 @@ from loftq_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Inner:
-    count: int = setting("a whole number", 1, ge=1, lt=100)
-    share: float = setting("a share", 0.5, gt=0)
-    colour: str = setting("a colour", "red", choices=("red", "green"))
+    count: int = setting("a whole number", 1, ge=1, lt=100, shapes=())
+    share: float = setting("a share", 0.5, gt=0, shapes=())
+    colour: str = setting("a colour", "red", choices=("red", "green"), shapes=())
 
 
 @dataclass(frozen=True)
 class Outer:
     inner: Inner
-    name: str = setting("required")
-    flag: bool = setting("a switch", False)
-    maybe: float | None = setting("a number or nothing", None, gt=0)
-    steps: tuple[str, ...] = setting("a list", ("a", "b"), choices=("a", "b", "c"))
-    named: Mapping[str, float] | None = setting("numbers by name", None)
+    name: str = setting("required", shapes=())
+    flag: bool = setting("a switch", False, shapes=())
+    maybe: float | None = setting("a number or nothing", None, gt=0, shapes=())
+    steps: tuple[str, ...] = setting("a list", ("a", "b"), choices=("a", "b", "c"), shapes=())
+    named: Mapping[str, float] | None = setting("numbers by name", None, shapes=())
 
 
 def built(**values: Any) -> Outer:
@@ -71,7 +71,7 @@ def test_numbers(given: Any, kept: float | None) -> None:
 def test_whole_numbers_beyond_a_floats_53_bits_stay_exact() -> None:
     @dataclass(frozen=True)
     class Wide:
-        seed: int = setting("any")
+        seed: int = setting("any", shapes=())
 
     assert build(Wide, {"seed": 2**63 + 1}).seed == 2**63 + 1
     assert build(Wide, {"seed": str(2**63 + 1)}).seed == 2**63 + 1
@@ -113,7 +113,7 @@ def test_a_list_is_checked_item_by_item() -> None:
 def test_large_bounds_are_written_out() -> None:
     @dataclass(frozen=True)
     class Bounded:
-        seed: int = setting("any", 0, lt=2**32)
+        seed: int = setting("any", 0, lt=2**32, shapes=())
 
     with pytest.raises(UserError, match=r"less than 4294967296$"):
         build(Bounded, {"seed": 2**32})

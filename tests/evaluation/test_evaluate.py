@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.evaluation.evaluate import Evaluation, evaluate
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.encode import IGNORED, encode, encode_prompt

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loftq_exp.artifact.folder import Initialised, bnb4_config
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.source.locate import locate

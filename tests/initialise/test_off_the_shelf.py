@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from loftq_exp.commands.run import compose
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.off_the_shelf import take
 from loftq_exp.source.published import locate_published, published_names

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import Initialised, bnb4_config
+from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import QuantConfig
-from loftq_exp.config.run_config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.plan import Precision, candidates, code_bits, make_plan
 from loftq_exp.initialise.stage import initialise

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec, tensor_bytes
+from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BITS_OF_TYPE
-from loftq_exp.config.run_config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise import decomposer
 from loftq_exp.initialise import stage as convert
@@ -823,7 +823,7 @@ import torch
 from pathlib import Path
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.locate import locate
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 import json
 
 torch.set_num_threads(1)

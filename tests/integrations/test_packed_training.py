@@ -14,7 +14,7 @@ from families import quantize_config
 from safetensors.torch import load_file
 
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.integrations.linear import PackedLinear

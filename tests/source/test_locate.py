@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loftq_exp.config.run_config import ModelConfig
+from loftq_exp.config import ModelConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.locate import Source, locate
 

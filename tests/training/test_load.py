@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.config.run_config import RunConfig
+from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.locate import locate

@@ -1,0 +1,13 @@
+"""Digests of settings and of what follows from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def digest_of(value: Any) -> str:
+    """A hex digest of plain nested containers, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
