@@ -23,7 +23,7 @@ __all__ = ["RunConfig", "RunResult", "UserError", "__version__", "compose", "lof
 register()
 
 _PLACES = {
-    "RunConfig": "loftq_exp.config",
+    "RunConfig": "loftq_exp.config.run_config",
     "RunResult": "loftq_exp.pipeline",
     "UserError": "loftq_exp.errors",
     "compose": "loftq_exp.commands.run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertModel,
     PreTrainedModel,
@@ -258,6 +260,33 @@ def test_accumulated_batches_do_not_multiply_the_loss(cli: Any, encoder: Path) -
         (record,) = Path(f"out{batch}/runs").glob("*/metrics.json")
         losses.append(json.loads(record.read_text())["losses"][0][1])
     assert losses[0] == pytest.approx(losses[1], rel=0.1)  # dropout inside of BERT differs
+
+
+def test_a_decoder_classifies_in_batches_without_a_pad_token_of_its_own(
+    cli: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Its class looks for the end of a text by the config's pad token: another than the tokenizer's, or none."""
+    rows = glue_rows("stsb")
+    for row, more in zip(rows, (9, 0, 4, 1, 7, 0, 2, 5), strict=True):
+        row["sentence1"] += " and more" * more
+    file = write_rows("rows.jsonl", rows)
+    for case, pad, added in (("other", 40, False), ("beyond", None, True)):
+        model = Path(shutil.copytree(tiny_llama_dir, tmp_path / case))
+        config = json.loads((model / "config.json").read_text()) | {"pad_token_id": pad}
+        (model / "config.json").write_text(json.dumps(config))
+        if added:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+            tokenizer.save_pretrained(model)
+        arguments = ("model=llama-2", "model.kind=classification", f"model.path={model}", "task=glue", "task.name=stsb",
+                     *files(file), "train.max_steps=1", "train.backbone=dense", "train.bf16=false")  # fmt: skip
+        by_size = [
+            finished(cli, *arguments, f"train.per_device_eval_batch_size={size}", folder=f"{case}-{size}")
+            for size in (1, 8)
+        ]
+        alone, together = ([sample["predicted"] for sample in samples] for _, samples, _ in by_size)
+        assert alone == pytest.approx(together, rel=1e-4, abs=1e-6)
+        assert len(set(alone)) == len(rows)
 
 
 # Spans ----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from loftq_exp.tasks.base import Generated, Generation, Likelihood, Nll, Outputs, Request, Task
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Collator, Features, pad_token_id
+from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.positions import check_positions
 
 if TYPE_CHECKING:
@@ -47,14 +48,15 @@ def evaluate(
 ) -> Evaluation:
     """The scores of `model`, of the kind that `task` needs and with or without an adapter, on `rows`.
 
-    The model comes back in the mode it was in. Raises ValueError if there are no rows, and UserError where the tokenizer or
-    the settings do not go with the task.
+    The model comes back in the mode it was in, and pads with the token that `settle_padding` finds. Raises ValueError if
+    there are no rows, and UserError where the tokenizer or the settings do not go with the task.
     """
     if not rows:
         raise ValueError("there are no rows to score")
     report = progress or (lambda done, total, what: None)
     started = time.perf_counter()
     requests = task.requests(rows, tokenizer)
+    settle_padding(model, tokenizer)
     for request in requests:
         check_positions(model, request.features)
     with _scoring(model):
@@ -101,7 +103,11 @@ def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
         ).logits  # of the labels themselves: it shifts its inputs
     else:
         del batch["labels"]
-        first = int((labels != IGNORED).any(dim=0).nonzero()[0])  # the first target token of the batch
+        labels[:, 0] = IGNORED  # nothing stands before a first token to predict it
+        targets = (labels != IGNORED).any(dim=0).nonzero()
+        if not len(targets):
+            return [Nll(0.0, 0)] * len(labels)
+        first = int(targets[0])  # the first target token of the batch
         # Logits are the largest tensor by far, and those before the first target token are not needed: position first - 1
         # predicts token first.
         kept = labels.shape[1] - first + 1

@@ -29,7 +29,7 @@ from loftq_exp.artifact.folder import (
 )
 from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
 from loftq_exp.config import RunConfig, digest_of
-from loftq_exp.config.quant import BLOCKLESS_TYPES
+from loftq_exp.config.run_config.quant import BLOCKLESS_TYPES
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposer import Decomposer

@@ -1,4 +1,4 @@
-"""ROUGE as rouge-score computes it, with stemming."""
+"""ROUGE as rouge-score computes it, with stemming, on words of any script."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from loftq_exp.metrics.module import Module
 from loftq_exp.metrics.sentences import sentences
+from loftq_exp.metrics.words import Words
 
 NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -16,14 +17,16 @@ NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 class Rouge(Module):
     """`rouge1`, `rouge2`, `rougeL` and `rougeLsum`: mean F-measures, from 0 to 1, of Porter-stemmed words.
 
-    Both sides are split into sentences first, one a line: `rougeLsum` compares sentence by sentence.
+    Both sides are split into sentences first, one a line: `rougeLsum` compares sentence by sentence. Scores of ASCII texts
+    are rouge-score's own. Letters that it drops make words here: those with accents, and all other scripts. A text without
+    any word scores 0, against itself too.
     """
 
     prediction = reference = datasets.Value("string")
     citation = "Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004"
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        scorer = RougeScorer(NAMES, use_stemmer=True)
+        scorer = RougeScorer(NAMES, tokenizer=Words())
         found = [
             scorer.score("\n".join(sentences(gold)), "\n".join(sentences(predicted)))
             for predicted, gold in zip(predictions, references, strict=True)

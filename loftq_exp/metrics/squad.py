@@ -41,11 +41,13 @@ def best_exact_match(prediction: str, gold: Sequence[str]) -> float:
 
 
 def best_f1(prediction: str, gold: Sequence[str]) -> float:
-    """The greatest F1 of the prediction's words with those of a gold answer."""
+    """The greatest F1 of the prediction's words with those of a gold answer; 1 where neither has any, as in SQuAD 2."""
     return max(_f1(normalised(prediction).split(), normalised(answer).split()) for answer in gold)
 
 
 def _f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
+    if not predicted and not gold:
+        return 1.0  # as exact match has it: an answer may be a lone article or sign
     common = sum((Counter(predicted) & Counter(gold)).values())
     if not common:
         return 0.0

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loftq_exp.config import TaskConfig
-from loftq_exp.tasks.data import DataSource, Row, Split, data_digest, read_rows
+from loftq_exp.errors import UserError
+from loftq_exp.tasks.data import DataSource, Row, Split, data_digest, read_rows, shown, with_line_feeds
 from loftq_exp.tasks.encode import Collator, Features, pad_token_id
 
 if TYPE_CHECKING:
@@ -58,10 +59,15 @@ class Outputs(Request):
 
 @dataclass(frozen=True)
 class Nll:
-    """The negative log-likelihood of one feature's labels: its sum in nats over `tokens` tokens."""
+    """The negative log-likelihood of one feature's labels: its sum in nats over `tokens` tokens, of which there may be none."""
 
     total: float
     tokens: int
+
+    @property
+    def mean(self) -> float | None:
+        """Nats a token; None where there is none."""
+        return self.total / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Task(ABC):
         parts = self.source(split).parts()
         rows = []
         for part in parts:
-            found = read_rows(part, self.flaw, self.limit(split))
+            found = [self.with_line_feeds(row) for row in read_rows(part, self.flaw, self.limit(split))]
             rows += found if len(parts) == 1 else [row | {PART: part.name} for row in found]
         return rows
 
@@ -139,10 +145,16 @@ class Task(ABC):
             if value is None:
                 return f"holds nothing in column '{column}'"
             if not isinstance(value, str):
-                return f"holds {value!r:.40} in column '{column}' where text is needed"
+                return f"holds {shown(value)} in column '{column}' where text is needed"
             if not value.strip():
                 return f"holds an empty text in column '{column}'"
+            if (half := _lone_surrogate(value)) is not None:
+                return f"holds {half!r}, half of a character, in column '{column}', which no tokenizer reads"
         return None
+
+    def with_line_feeds(self, row: Row) -> Row:
+        """A sound row with the line ends of its texts as LF."""
+        return row | {column: with_line_feeds(row[column]) for column in self.columns}
 
     # The model --------------------------------------------------------------------------------------------------------
 
@@ -180,9 +192,25 @@ class Task(ABC):
 
 def missing_column(row: Row, column: str) -> str:
     """The flaw of a row without `column`."""
-    return f"has no column '{column}' (found: {', '.join(map(str, row)) or 'none'})"
+    found = ", ".join(map(str, row)).encode(errors="backslashreplace").decode()
+    return f"has no column '{column}' (found: {found or 'none'})"
+
+
+def _lone_surrogate(text: str) -> str | None:
+    """The first half of a character that stands in `text` without the other half, as JSON's escapes allow; else None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
 
 
 def mean_nll(answers: Sequence[Nll]) -> float:
-    """Nats a token over all answers, so that a long one weighs more than a short one."""
-    return sum(answer.total for answer in answers) / sum(answer.tokens for answer in answers)
+    """Nats a token over all answers, so that a long one weighs more than a short one.
+
+    Raises UserError where no token of any could be scored.
+    """
+    tokens = sum(answer.tokens for answer in answers)
+    if not tokens:
+        raise UserError("task.max_target_length: no target has a token that can be scored; raise it or give other rows")
+    return sum(answer.total for answer in answers) / tokens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.tasks.base import PART, Column, Outputs, Request, Scored, Task, missing_column
-from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.data import Row, shown
 from loftq_exp.tasks.encode import Features
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Classification(Task):
             meanings = ", ".join(f"{number} ({meaning})" for number, meaning in enumerate(self.labels))
             allowed = meanings or f"a number from {self.bounds[0]:g} to {self.bounds[1]:g}"
             hidden = " (-1 stands for a hidden label)" if str(row["label"]).startswith("-1") else ""
-            return f"holds {row['label']!r:.40} in column 'label'{hidden} where one of these is needed: {allowed}"
+            return f"holds {shown(row['label'])} in column 'label'{hidden} where one of these is needed: {allowed}"
         return None
 
     def _allows(self, row: Row) -> bool:
@@ -107,12 +109,22 @@ class Classification(Task):
         return whole, Column(title, tuple(f"{self.metrics[0]}_{part}" for part in self._parts()), "{:.1f}", 100)
 
 
+_WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
+_DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
 def _label(row: Row, whole: bool) -> float | None:
-    """The row's label as a number, a whole one if so asked; None where it is none. A .csv file holds it as text."""
+    """The row's label as a number, a whole one if so asked; None where it is none.
+
+    A .csv file holds it as text, and 1 as "1.0" where its column was one of floats.
+    """
     value = row["label"]
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, str):
+        if not (_WHOLE if whole else _DECIMAL).fullmatch(value):
+            return None
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return int(value) if whole and not isinstance(value, float) else None if whole else float(value)
-    except (ValueError, OverflowError):
-        return None
+    if whole:
+        return int(value) if value == value // 1 else None
+    return float(value) if abs(value) <= sys.float_info.max else None

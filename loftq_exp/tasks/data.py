@@ -9,6 +9,8 @@ import csv
 import hashlib
 import io
 import json
+import re
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -101,7 +103,7 @@ def read_rows(source: DataSource, flaw: Callable[[Row], str | None], limit: int 
     """
     rows = []
     for place, row in islice(_file_rows(source) if source.file else _hub_rows(source), limit):
-        problem = flaw(row) if isinstance(row, dict) else f"is not an object with named columns but {row!r:.40}"
+        problem = flaw(row) if isinstance(row, dict) else f"is not an object with named columns but {shown(row)}"
         if problem:
             raise UserError(
                 f"{source.label}: {place} {problem}; mend the data or give {source.file_setting}=ANOTHER_FILE"
@@ -124,6 +126,24 @@ def data_digest(source: DataSource) -> str:
     return f"fingerprint:{_hub_dataset(source)._fingerprint}"
 
 
+def shown(value: object) -> str:
+    """`value` as a message shows it: one short line, however long or deep the value is."""
+    return _SHORT.repr(value)[:_SHOWN]
+
+
+_SHOWN = 40
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 2 * _SHOWN, 2 * _SHOWN, 2 * _SHOWN
+
+_LINE_END = re.compile("\r\n?|\n")
+"""Where a line of a file ends, whatever the system that wrote it. Unicode's other separators may stand within a text."""
+
+
+def with_line_feeds(text: str) -> str:
+    """`text` with each line end (CR LF, or CR alone) as LF, so that it makes the same tokens on every system."""
+    return _LINE_END.sub("\n", text) if "\r" in text else text
+
+
 # Local files ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +153,7 @@ def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
         raise UserError(f"{source.label}: the extension '{extension}' is not known; give a {source.formats} file")
     text = _file_text(source)
     if extension == ".txt":
-        return ((f"line {n}", {source.text_column: line}) for n, line in enumerate(text.split("\n"), start=1))
+        return ((f"line {n}", {source.text_column: line}) for n, line in enumerate(_LINE_END.split(text), start=1))
     if extension == ".csv":
         return _csv_rows(source, text)
     # Many .json files of data sets hold one object a line, as .jsonl files do; only an array is one document.
@@ -162,17 +182,30 @@ def _file_text(source: DataSource) -> str:
     if not data.strip():
         raise UserError(f"{source.label}: the file is empty; give a file with one row or more")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = _line_of(bytes(error.object[: error.start]).decode())  # without the byte order mark
         raise UserError(f"{source.label}: line {line} is not UTF-8 text; save the file as UTF-8") from None
+    if "\0" in text:
+        line = _line_of(text[: text.index("\0")])
+        raise UserError(
+            f"{source.label}: line {line} holds a NUL, as UTF-16 and binary files do; save the file as UTF-8 text"
+        )
+    return text
+
+
+def _line_of(before: str) -> int:
+    """The number of the line that follows the text `before`."""
+    return len(_LINE_END.findall(before)) + 1
 
 
 def _json_line_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
+    is_json = Path(source.file or "").suffix.lower() == ".json"
+    expected = f"{'an array of JSON objects or ' if is_json else ''}one JSON object a line"
     # Not splitlines(): it also breaks at U+2028 and its kin, which JSON allows within a string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_LINE_END.split(text), start=1):
         if line.strip():
-            yield f"line {number}", _parsed_json(source, line, number, "one JSON object a line")
+            yield f"line {number}", _parsed_json(source, line, number, expected)
 
 
 def _json_array_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
@@ -183,12 +216,27 @@ def _json_array_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
 def _parsed_json(source: DataSource, text: str, first_line: int, expected: str) -> Any:
     """The value of `text`, which starts on line `first_line` of the file."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, a name twice, thousands of brackets
         line, reason = first_line, str(error)
     raise UserError(f"{source.label}: line {line} is malformed ({reason}); {expected} is needed")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object. Raises ValueError where it has a name twice: which of the two is meant, nothing says."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{shown(_twice([name for name, _ in pairs]))} stands twice in an object")
+    return found
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for index, name in enumerate(names) if name in names[:index])
 
 
 def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
@@ -196,9 +244,12 @@ def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
     header: list[str] = []
     line = 1
     try:
-        for cells in reader:
+        while (cells := _next_cells(reader, len(text))) is not None:
             if not header:
                 header = cells
+                named = [name for name in header if name]  # exports often have a column without a name, or several
+                if len(set(named)) < len(named):
+                    raise csv.Error(f"the header has column {shown(_twice(named))} twice")
             elif cells:  # a blank line has none
                 if len(cells) != len(header):
                     raise csv.Error(f"{len(cells)} cells where the header has {len(header)}")
@@ -208,6 +259,15 @@ def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
         raise UserError(
             f"{source.label}: line {line} is malformed ({error}); give one row a line under a header line"
         ) from None
+
+
+def _next_cells(reader: Iterator[list[str]], longest: int) -> list[str] | None:
+    """The next row's cells, of `longest` characters at most; None at the end."""
+    limit = csv.field_size_limit(longest)  # the module has one for all readers, 128 KiB unless set
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
 
 
 # The hub --------------------------------------------------------------------------------------------------------------

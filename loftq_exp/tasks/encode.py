@@ -60,15 +60,21 @@ def encode_target(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase
     return [*_ids(tokenizer, task.target(row)), tokenizer.eos_token_id][: config.max_target_length]
 
 
+def padding_candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that may pad, the best first: none is missed in a text, and what is padding is masked."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return [int(token_id) for token_id in found if token_id is not None]
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's pad token, or else its end-of-sequence or unknown token.
 
     Never a new token: it would resize the embeddings, and adapters trained with them would not load without them.
     Raises UserError if the tokenizer has none of the three.
     """
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
-        if token_id is not None:
-            return int(token_id)
+    found = padding_candidates(tokenizer)
+    if found:
+        return found[0]
     raise UserError(
         f"model.path={tokenizer.name_or_path}: its tokenizer has no pad, end-of-sequence or unknown token to pad with; "
         "use a model whose tokenizer_config.json names an eos_token"

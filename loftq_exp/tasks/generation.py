@@ -70,7 +70,7 @@ class PromptTask(Task):
         for row, nll, generated in zip(rows, likelihoods, texts, strict=True):
             sample = {"prompt": self.prompt(row), "target": self.target(row), "generated": generated.text}
             judgement = asdict(self.judge(row, generated.text))
-            samples.append({**sample, **judgement, "nll": nll.total / nll.tokens})
+            samples.append({**sample, **judgement, "nll": nll.mean})
         accuracy = sum(sample["correct"] for sample in samples) / len(samples)
         return Scored({"nll": mean_nll(likelihoods), "accuracy": accuracy}, samples)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
-
-from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.data import Row, shown
 from loftq_exp.tasks.generation import Judgement, PromptTask
+from loftq_exp.tasks.numbers import numbers, only_number
 
 INSTRUCTION = "Think about this step by step, and give the final number at the end."
 ANSWER_MARK = "The final answer is: "
 GOLD_MARK = "####"
 """What stands before the final number in GSM8K's own answers."""
-_NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
 class GSM8K(PromptTask):
@@ -24,23 +21,34 @@ class GSM8K(PromptTask):
     columns = ("question", "answer")
 
     def flaw(self, row: Row) -> str | None:
-        """As `Task.flaw`; an answer must also end in a number, or nothing could ever be right for it."""
+        """As `Task.flaw`; an answer must also end in one number that can be read for certain, the same one in the target."""
         problem = super().flaw(row)
-        if problem is None and not _NUMBER.search(row["answer"].partition(GOLD_MARK)[2]):
-            problem = f"holds an answer without '{GOLD_MARK} NUMBER' in column 'answer'"
-        return problem
+        if problem is not None:
+            return problem
+        line = _gold_line(row)
+        if not any(True for _ in numbers(line)):
+            return f"holds an answer without '{GOLD_MARK} NUMBER' in column 'answer'"
+        gold = only_number(line)
+        if gold is None:
+            return (
+                f"holds {shown(line)} after the last '{GOLD_MARK}' in column 'answer', which is not one number that can be "
+                "read for certain (write it as in -1234.5)"
+            )
+        if final_number(self.target(row)) != gold:
+            return f"holds '{ANSWER_MARK}' before the last '{GOLD_MARK}' in column 'answer', and with it another number"
+        return None
 
     def prompt(self, row: Row) -> str:
         """The question and, on a line of its own, the request to work step by step towards a number."""
         return f"{row['question']}\n{INSTRUCTION}\n"
 
     def target(self, row: Row) -> str:
-        """The solution with `####` replaced by `The final answer is: `.
+        """The solution with `####`, the last one if there are several, replaced by `The final answer is: `.
 
         GSM8K puts a blank after `####`, so that two stand before the number: kept, because the published adapters were
         trained on exactly this text and the gold log-likelihood depends on it.
         """
-        return str(row["answer"]).replace(GOLD_MARK, ANSWER_MARK)
+        return ANSWER_MARK.join(str(row["answer"]).rsplit(GOLD_MARK, 1))
 
     def judge(self, row: Row, generated: str) -> Judgement:
         """Whether the final number of `generated` equals the gold one, as numbers ("18" equals "18.0")."""
@@ -49,20 +57,18 @@ class GSM8K(PromptTask):
         return Judgement(predicted, gold, correct=predicted is not None and predicted == gold)
 
 
+def _gold_line(row: Row) -> str:
+    """What stands after the last `####`, on the first line that is not empty."""
+    _, mark, rest = str(row["answer"]).rpartition(GOLD_MARK)
+    return next((line.strip() for line in rest.splitlines() if line.strip()), "") if mark else ""
+
+
 def final_number(text: str) -> float | None:
-    """The number that `text` gives as its answer, commas dropped, or None.
+    """The number that `text` gives as its answer, or None.
 
     It is the first one after the first `The final answer is: `; where there is none, the last one of the text. None
-    stands for no number, or for one too large for a float: never infinity, which would equal another infinity.
+    stands for no number, or for one that `numbers` cannot read: never infinity, which would equal another infinity.
     """
-    text = text.replace(",", "")
-    number = _NUMBER.search(text.partition(ANSWER_MARK)[2])
-    if number:
-        return _finite(number.group())
-    numbers = _NUMBER.findall(text)
-    return _finite(numbers[-1]) if numbers else None
-
-
-def _finite(number: str) -> float | None:
-    value = float(number)
-    return value if math.isfinite(value) else None
+    for number in numbers(text.partition(ANSWER_MARK)[2]):
+        return number
+    return next(reversed(list(numbers(text))), None)

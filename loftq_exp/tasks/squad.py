@@ -11,7 +11,7 @@ import numpy as np
 
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Outputs, Request, Scored, Task, missing_column
-from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.data import Row, shown, with_line_feeds
 from loftq_exp.tasks.encode import Features
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Squad(Task):
     """Rows of `id`, `context`, `question` and `answers` (`text` and `answer_start`, a list each, none of them empty).
 
     The model is trained on the first answer; the paper's scores are `exact_match` and `f1` with the best of all. A .csv
-    file holds `answers` as JSON.
+    file holds `answers` as JSON. transformers' loss takes padding for places where an answer may begin: what a window adds
+    to it depends on the longest of its batch, unless `task.pad_to_max_length` is set. Predictions do not.
     """
 
     model_kind = "question-answering"
@@ -63,9 +64,18 @@ class Squad(Task):
         if not answers:
             return "holds no answer in column 'answers', and SQuAD v1.1 asks nothing without one"
         for text, start in answers:
-            if _plain(row["context"][max(0, start) : start + len(text)]) != _plain(text):
-                return f"holds the answer {text!r:.40}, which does not stand at character {start} of its context"
+            if start < 0 or _plain(row["context"][start : start + len(text)]) != _plain(text):
+                return f"holds the answer {shown(text)}, which does not stand at character {start} of its context"
         return None
+
+    def with_line_feeds(self, row: Row) -> Row:
+        """As `Task.with_line_feeds`; where that shortens the context, the answers start as many characters earlier."""
+        changed = super().with_line_feeds(row)
+        if changed["context"] == row["context"]:
+            return changed
+        answers = _answers(row) or []
+        starts = [len(with_line_feeds(row["context"][:start])) for _, start in answers]
+        return changed | {"answers": {"text": [with_line_feeds(text) for text, _ in answers], "answer_start": starts}}
 
     # Windows ----------------------------------------------------------------------------------------------------------
 
@@ -195,7 +205,7 @@ def _answers(row: Row) -> list[tuple[str, int]] | None:
     if isinstance(answers, str):
         try:
             answers = json.loads(answers)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if not isinstance(answers, dict):
         return None

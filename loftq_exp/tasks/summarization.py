@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Generation, Likelihood, Request, Scored, Task, mean_nll
-from loftq_exp.tasks.data import DataSource, Row, Split
+from loftq_exp.tasks.data import DataSource, Row, Split, shown
 from loftq_exp.tasks.encode import Features
 
 if TYPE_CHECKING:
@@ -64,6 +64,16 @@ class Summarization(Task):
             dataset_revision=source.dataset_revision or data.revision,
         )
 
+    def flaw(self, row: Row) -> str | None:
+        """As `Task.flaw`; a summary must also hold a word, or ROUGE would be 0 whatever a model writes."""
+        from loftq_exp.metrics.words import has_words  # here, because it takes a second
+
+        problem = super().flaw(row)
+        if problem is None and not has_words(row[self.data.summary]):
+            summary = shown(row[self.data.summary])
+            problem = f"holds {summary} in column '{self.data.summary}', without a word that ROUGE could compare"
+        return problem
+
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
         """The document for the encoder, the summary as labels, each cut at its end; a summary ends in end of sequence."""
         end = tokenizer.eos_token_id
@@ -75,7 +85,7 @@ class Summarization(Task):
         limit = self.config.max_target_length
         texts = [row[self.data.summary] for row in rows]
         summaries = tokenizer(text_target=texts, truncation=True, max_length=limit)["input_ids"]
-        labels = [list(ids) if ids[-1] == end else [*ids, end][:limit] for ids in summaries]
+        labels = [list(ids) if ids and ids[-1] == end else [*ids, end][:limit] for ids in summaries]
         documents = self._documents(rows, tokenizer)
         return [feature | {"labels": own} for feature, own in zip(documents, labels, strict=True)]
 
@@ -113,7 +123,7 @@ class Summarization(Task):
         own = metrics.compute(("rouge",), [generated.text for generated in written], gold)
         lead = metrics.compute(("rouge",), leads, gold)
         samples = [
-            {"document": row[self.data.document], "predicted": generated.text, "gold": summary, "nll": nll.total / nll.tokens}
+            {"document": row[self.data.document], "predicted": generated.text, "gold": summary, "nll": nll.mean}
             for row, generated, summary, nll in zip(rows, written, gold, likelihoods, strict=True)
         ]  # fmt: skip
         scores = {"nll": mean_nll(likelihoods)} | own | {f"lead3_{name}": value for name, value in lead.items()}

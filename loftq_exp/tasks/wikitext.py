@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LARGEST_NLL = 700.0
+"""Nats a token above which the perplexity stays e^700: a model that fell apart would overflow a float."""
+
+
 class WikiText(Task):
     """Rows of a line of `text` each, which may be empty; a local .txt file is read line by line.
 
     The lines are joined to one text, tokenized whole, and cut into blocks of `task.block_size` tokens; what is left at the
     end is dropped, unless there is no whole block before it. Scores: `nll`, nats a token, and `perplexity`, its exponential.
-    A block's first token has nothing before it and is not scored.
+    A block's first token has nothing before it and is not scored. `perplexity` is e^700 at most, where a float ends.
     """
 
     model_kind = "causal"
@@ -34,11 +38,12 @@ class WikiText(Task):
     def rows(self, split: Split) -> list[Row]:
         """All lines: `limit` counts blocks here."""
         parts = self.source(split).parts()
-        return [row for part in parts for row in read_rows(part, self.flaw)]
+        return [self.with_line_feeds(row) for part in parts for row in read_rows(part, self.flaw)]
 
     def flaw(self, row: Row) -> str | None:
         """As `Task.flaw`, but a line may be empty."""
-        return None if isinstance(row.get("text"), str) else super().flaw(row)
+        text = row.get("text")
+        return None if isinstance(text, str) and not text.strip() else super().flaw(row)
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
         """The blocks of the training text."""
@@ -69,10 +74,9 @@ class WikiText(Task):
         """`nll` and `perplexity`; a sample is a block's number, its tokens and its own nll."""
         nll = mean_nll(answers[0])
         samples = [
-            {"block": number, "tokens": answer.tokens, "nll": answer.total / answer.tokens}
-            for number, answer in enumerate(answers[0])
+            {"block": number, "tokens": answer.tokens, "nll": answer.mean} for number, answer in enumerate(answers[0])
         ]
-        perplexity = math.exp(min(nll, 700.0))  # a model that fell apart would overflow
+        perplexity = math.exp(min(nll, LARGEST_NLL))
         return Scored({"nll": nll, "perplexity": perplexity}, samples)
 
     @property

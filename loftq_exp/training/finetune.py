@@ -23,6 +23,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
+from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.positions import check_positions
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def finetune(
     transformers.set_seed(config.seed)
     model = load_model(init, None, config, device, dtype, task.num_labels)
     check_positions(model, encoded)
+    settle_padding(model, tokenizer)
     if config.train.gradient_checkpointing:
         model.enable_input_require_grads()  # or no gradient would flow into a block whose inputs need none
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -570,7 +570,7 @@ def test_python_gets_the_same_refusal(models: Models, tmp_path: Path) -> None:
 
 def test_as_a_module(models: Models, tmp_path: Path) -> None:
     init = models.made("llama", "packed", "bfloat16", bits=2)
-    call = [sys.executable, "-m", "loftq_exp.export", str(init.folder), str(tmp_path / "out")]
+    call = [sys.executable, "-m", "loftq_exp.commands.export_model", str(init.folder), str(tmp_path / "out")]
     result = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-1] == (

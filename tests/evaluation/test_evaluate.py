@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loftq_exp.config import TaskConfig
+from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import Evaluation, evaluate
 from loftq_exp.tasks import load_task
-from loftq_exp.tasks.encode import IGNORED, encode, encode_prompt
+from loftq_exp.tasks.arithmetic import Arithmetic
+from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.encode import IGNORED, Features, encode, encode_prompt
 
 CONFIG = TaskConfig(kind="arithmetic", max_eval_samples=7, max_source_length=128, max_target_length=16)
 TASK = load_task(CONFIG)
@@ -176,6 +180,30 @@ def test_a_failure_restores_the_model(model: LlamaForCausalLM, tiny_tokenizer: P
         evaluate(model, tiny_tokenizer, TASK, ROWS, 3, interrupt)
     assert all(module.training for module in model.modules())
     assert torch.is_grad_enabled()
+
+
+def test_targets_without_a_token_to_score(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nothing predicts a text's first token, and a target may be cut to nothing else."""
+
+    class Short(Arithmetic):
+        def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Features]:
+            features = super().encode(rows, tokenizer)
+            return [
+                {"input_ids": own["input_ids"][:1], "labels": own["input_ids"][:1]} if index < self.short else own
+                for index, own in enumerate(features)
+            ]
+
+    task = Short(CONFIG)
+    task.short = 1
+    for size in (1, 3):
+        evaluation = evaluate(model, tiny_tokenizer, task, ROWS, size)
+        assert [sample["nll"] is None for sample in evaluation.samples] == [True] + [False] * (len(ROWS) - 1)
+        assert evaluation.scores["nll"] == pytest.approx(
+            evaluate(model, tiny_tokenizer, TASK, ROWS[1:], 2).scores["nll"]
+        )
+    task.short = len(ROWS)
+    with pytest.raises(UserError, match="no target has a token that can be scored"):
+        evaluate(model, tiny_tokenizer, task, ROWS, 3)
 
 
 def test_no_rows(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -23,12 +23,12 @@ import torch
 import transformers as hf
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from loftq_exp.config.run_config.quant import BITS_OF_TYPE
 from safetensors.torch import load_file, save_file
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec, tensor_bytes
 from loftq_exp.config import RunConfig
-from loftq_exp.config.quant import BITS_OF_TYPE
 from loftq_exp.errors import UserError
 from loftq_exp.initialise import decomposer
 from loftq_exp.initialise import stage as convert

@@ -8,10 +8,14 @@ from typing import Any
 
 import evaluate
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from loftq_exp.metrics import METRICS, compute
 from loftq_exp.metrics.sentences import sentences
 from loftq_exp.metrics.squad import best_exact_match, best_f1, normalised
+from loftq_exp.metrics.words import Words, has_words
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +126,93 @@ def test_rouge_is_the_mean_over_rows() -> None:
 )
 def test_sentences(text: str, expected: list[str]) -> None:
     assert sentences(text) == expected
+
+
+# ROUGE and sentences of other scripts -------------------------------------------------------------------------------------
+
+
+IDENTICAL = {
+    "Hindi": "मेरा भारत महान है। यह एक वाक्य है।",
+    "Chinese": "今天下雨了。他在家里看书。",
+    "Japanese": "東京は雨です。カメラを買いました。",
+    "Korean": "오늘은 비가 옵니다. 그는 집에 있습니다.",
+    "Arabic": "ذهب الولد إلى المدرسة. هل عاد؟",
+    "Thai": "วันนี้ฝนตก เขาอยู่บ้าน",
+    "Russian": "Сегодня дождь. Он дома.",
+    "Greek": "Σήμερα βρέχει. Είναι σπίτι.",
+    "Polish": "żółć ąę łódź. Śnieg.",
+    "Tamil": "இன்று மழை பெய்கிறது.",
+    "Persian": "می\u200cخواهم بروم. او ماند.",
+    "Devanagari digits": "१२ ३४",
+}
+
+
+@pytest.mark.parametrize("text", IDENTICAL.values(), ids=IDENTICAL)
+def test_rouge_of_identical_texts_is_one_in_any_script(text: str) -> None:
+    assert compute(("rouge",), [text], [text]) == {"rouge1": 1, "rouge2": 1, "rougeL": 1, "rougeLsum": 1}
+    assert compute(("rouge",), ["an english text"], [text])["rouge1"] == 0
+
+
+@given(
+    st.text(st.characters(min_codepoint=1, max_codepoint=127)),
+    st.text(st.characters(min_codepoint=1, max_codepoint=127)),
+)
+def test_words_of_ascii_texts_are_rouge_scores_own(one: str, other: str) -> None:
+    own, official = (
+        RougeScorer(["rouge1", "rougeLsum"], tokenizer=Words()),
+        RougeScorer(["rouge1", "rougeLsum"], use_stemmer=True),
+    )
+    assert own.score(one, other) == official.score(one, other)
+    assert own.score(f"“{one}” …", other) == official.score(f"“{one}” …", other)  # signs only separate words
+
+
+@given(st.text())
+def test_a_text_has_words_or_is_known_to_have_none(text: str) -> None:
+    assert bool(Words().tokenize(text)) == has_words(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Cafés, naïve Running!", ["cafés", "naïve", "run"]),
+        ("cafe\u0301s", ["cafés"]),  # the accent a character of its own
+        ("iPhone手机 ok", ["iphon", "手", "机", "ok"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("กิน ข้าว", ["กิ", "น", "ข้", "า", "ว"]),
+        ("東京タワー", ["東", "京", "タ", "ワ", "ー"]),
+        ("5 m² ½ 🙂 1\ufe0f\u20e3", ["5", "m", "1"]),
+    ],
+)
+def test_words(text: str, words: list[str]) -> None:
+    assert Words().tokenize(text) == words
+
+
+def test_rouge_of_part_of_a_text_by_hand() -> None:
+    # 2 words of 3; the vowel signs belong to their letters, or 'है' and 'हो' would share one.
+    assert compute(("rouge",), ["भारत महान"], ["भारत महान है"])["rouge1"] == pytest.approx(2 * 2 / (2 + 3))
+    assert compute(("rouge",), ["है"], ["हो"])["rouge1"] == 0
+    assert compute(("rouge",), ["é"], ["è"])["rouge1"] == 0
+
+
+def test_rouge_of_texts_without_words_is_zero() -> None:
+    assert compute(("rouge",), ["…"], ["…"])["rouge1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("यह पहला है। यह दूसरा है। तीसरा", ["यह पहला है।", "यह दूसरा है।", "तीसरा"]),
+        ("他说：“下雨了。”我走了！真的？", ["他说：“下雨了。”", "我走了！", "真的？"]),
+        ("هل عاد؟ نعم. شكرا", ["هل عاد؟", "نعم.", "شكرا"]),
+        ("。。", ["。。"]),
+    ],
+)
+def test_sentences_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert sentences(text) == expected
+
+
+@pytest.mark.parametrize("answer", ["the", "%", "今天", "आज", "The The"])
+def test_an_answer_equals_itself_in_squads_scores(answer: str) -> None:
+    assert compute(("squad",), [answer], [[answer]]) == {"exact_match": 1, "f1": 1}
+    assert best_f1("", ["the"]) == best_exact_match("", ["the"]) == 1
+    assert best_f1("rain", ["the"]) == 0

@@ -59,6 +59,8 @@ def test_sources_on_the_hub() -> None:
         ("mnli", MNLI | {"premise": " "}, "holds an empty text in column 'premise'"),
         ("stsb", {"sentence1": "x", "sentence2": "y", "label": 5.1}, "holds 5.1 in column 'label' where one of these is needed: a number from 0 to 5"),
         ("stsb", {"sentence1": "x", "sentence2": "y", "label": "nan"}, "holds 'nan' in column 'label'"),
+        ("stsb", {"sentence1": "x", "sentence2": "y", "label": 10**400}, "holds 1000000000"),
+        ("rte", {"sentence1": "x", "sentence2": "y", "label": 10**400}, "holds 1000000000"),
         ("stsb", {"sentence1": "x", "sentence2": "y", "label": "alike"}, "holds 'alike' in column 'label'"),
     ],
 )  # fmt: skip
@@ -82,6 +84,29 @@ def test_labels_of_a_csv_file_are_numbers(tmp_path: Path, tiny_tokenizer: PreTra
     (feature,) = task.encode(task.rows("train"), tiny_tokenizer)
     assert feature["labels"] == 1
     assert isinstance(feature["labels"], int)
+
+
+@pytest.mark.parametrize("label", [" 1", "1.0", "1.", 1.0, "+1", 1])
+def test_a_whole_label_in_any_form(label: object) -> None:
+    row = {"sentence1": "x", "sentence2": "y", "label": label}
+    assert glue("rte").flaw(row) is None
+    assert glue("rte")._gold(row) == 1
+
+
+@pytest.mark.parametrize("label", ["1,0", "1.5", "0_1", "", "1e0", float("nan"), "inf", [1]])
+def test_a_label_that_is_no_whole_number(label: object) -> None:
+    assert "in column 'label'" in glue("rte").flaw({"sentence1": "x", "sentence2": "y", "label": label})
+
+
+@pytest.mark.parametrize(
+    ("label", "value"), [("3.8", 3.8), (" .5 ", 0.5), ("5e-1", 0.5), ("3,8", None), ("3_8", None), ("nan", None)]
+)
+def test_a_label_between_bounds_as_text(label: str, value: float | None) -> None:
+    row = {"sentence1": "x", "sentence2": "y", "label": label}
+    if value is None:
+        assert "a number from 0 to 5" in glue("stsb").flaw(row)
+    else:
+        assert glue("stsb")._gold(row) == value
 
 
 def test_the_longer_text_is_cut_first(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -56,11 +57,14 @@ def test_reads_each_format(tmp_path: Path, name: str, text: str) -> None:
 
 
 @given(texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5), escape=st.booleans())
-def test_jsonl_keeps_any_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str], escape: bool) -> None:
+def test_jsonl_keeps_any_text_but_for_its_line_ends(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], escape: bool
+) -> None:
     rows = [{"question": text, "answer": "#### 1"} for text in texts]
     lines = "\n".join(json.dumps(row, ensure_ascii=escape) for row in rows)
     file = written(tmp_path_factory.getbasetemp(), "any.jsonl", lines.encode(errors="surrogatepass"))
-    assert task_of(file).rows("train") == rows
+    ends = [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
+    assert task_of(file).rows("train") == [{"question": text, "answer": "#### 1"} for text in ends]
 
 
 def test_line_separators_within_a_text_do_not_break_the_line(tmp_path: Path) -> None:
@@ -107,12 +111,95 @@ def test_limits_apply_to_their_split(tmp_path: Path) -> None:
         ("rows.csv", 'question,answer\n"a\nb",#### 1\nx\n', ["line 4 is malformed", "1 cells where the header has 2"]),
         ("rows.csv", 'question,answer\n"a\nb",#### 1\nx,\n', ["line 4", "an empty text in column 'answer'"]),
         ("rows.csv", 'question,answer\nx,"#### 1', ["line 2 is malformed"]),
+        ("rows.csv", "question,answer,answer\nx,#### 1,#### 2\n", ["line 1 is malformed", "column 'answer' twice"]),
+        ("rows.csv", '""\nx\n', ["line 2 has no column 'question'"]),
+        ("rows.csv", b"question,answer\nx,#### 1\n\0,#### 1\n", ["line 3 holds a NUL", "UTF-16"]),
+        ("rows.csv", "question,answer\rx,#### 1\ry,", ["line 3", "an empty text in column 'answer'"]),
+        ("rows.jsonl", "\ufeffäö\n\n".encode() + b"\xff", ["line 3 is not UTF-8"]),
+        ("rows.jsonl", "\ufeffäöü".encode() + b"\xff", ["line 1 is not UTF-8"]),
+        ("rows.jsonl", json.dumps(GOOD).encode("utf-16"), ["line 1 is not UTF-8"]),
+        ("rows.jsonl", json.dumps(GOOD).encode("utf-16-le"), ["line 1 holds a NUL"]),
+        (
+            "rows.jsonl",
+            json.dumps(GOOD | {"question": "\ud83d?"}),
+            ["line 1", r"'\ud83d', half of a character, in column 'question'"],
+        ),
+        (
+            "rows.json",
+            json.dumps([GOOD, GOOD | {"answer": "\udc00 #### 1"}]),
+            ["row 2", r"'\udc00', half of a character"],
+        ),
+        ("rows.jsonl", '{"\\ud83d": 1}', ["line 1", "no column 'question'", r"found: \ud83d"]),
+        (
+            "rows.jsonl",
+            '{"question": "x", "question": "y", "answer": "#### 1"}',
+            ["line 1 is malformed", "'question' stands twice"],
+        ),
+        (
+            "rows.jsonl",
+            '{"question": NaN, "answer": "#### 1"}',
+            ["line 1", "nan in column 'question'", "text is needed"],
+        ),
+        ("rows.jsonl", json.dumps(GOOD | {"answer": {"a": [1]}}), ["line 1", "{'a': [1]} in column 'answer'"]),
+        (
+            "rows.jsonl",
+            '{"question": ' + "[" * 400 + "]" * 400 + "}",
+            ["line 1", "in column 'question' where text is needed"],
+        ),
+        ("rows.jsonl", json.dumps(GOOD) + "\r\r" + "{", ["line 3 is malformed"]),
+        (
+            "rows.json",
+            json.dumps(GOOD, indent=1),
+            ["line 1 is malformed", "an array of JSON objects or one JSON object a line"],
+        ),
+        ("rows.json", json.dumps([GOOD, "x" * 10**6]), ["row 2 is not an object", "'xxx"]),
+        ("rows.json", json.dumps({"data": [GOOD]}), ["line 1", "no column 'question'", "found: data"]),
+        ("rows.jsonl", "\ufeff", ["no rows"]),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, text: str | bytes, words: list[str]) -> None:
     message = refusal(written(tmp_path, name, text))
     for word in words:
         assert word in message
+
+
+def test_what_is_none_of_the_tasks_business_does_not_matter(tmp_path: Path) -> None:
+    """Other columns may hold anything; an escaped NUL and a whole pair of surrogates are text."""
+    text = '{"question": "a\\u0000b \\ud83d\\ude00", "answer": "#### 1", "more": NaN, "half": "\\ud83d"}'
+    (row,) = task_of(written(tmp_path, "rows.jsonl", text)).rows("train")
+    assert row["question"] == "a\0b \U0001f600"
+    exported = written(
+        tmp_path, "rows.csv", ",question,answer,,\n0,x,#### 1,,\n"
+    )  # the index without a name, empty columns
+    assert task_of(exported).rows("train")[0]["question"] == "x"
+
+
+def test_cells_and_lines_of_any_length(tmp_path: Path) -> None:
+    long = "word " * 30_000 + "."
+    limit = csv.field_size_limit()
+    for name, text in (
+        ("rows.csv", f'question,answer\n"{long}",#### 1\n'),
+        ("rows.jsonl", json.dumps({"question": long, "answer": "#### 1"})),
+    ):
+        assert task_of(written(tmp_path, name, text)).rows("train")[0]["question"] == long
+    assert csv.field_size_limit() == limit
+    with pytest.raises(UserError, match="line 2 is malformed"):
+        task_of(written(tmp_path, "bad.csv", f'question,answer\n"{long}')).rows("train")
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_any_system_make_the_same_rows(tmp_path: Path, end: str) -> None:
+    """Between rows and within texts alike."""
+    row = {"question": f"How{end}many?", "answer": f"Two.{end}#### 2"}
+    expected = [{"question": "How\nmany?", "answer": "Two.\n#### 2"}] * 2
+    csv_text = end.join(["question,answer", *(f'"{row["question"]}","{row["answer"]}"' for _ in range(2)), ""])
+    for name, text in (
+        ("rows.jsonl", (json.dumps(row) + end) * 2),
+        ("rows.json", json.dumps([row, row], indent=1).replace("\n", end)),
+        ("rows.csv", csv_text),
+    ):
+        assert task_of(written(tmp_path, name, text)).rows("train") == expected
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

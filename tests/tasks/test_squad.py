@@ -152,6 +152,8 @@ def test_a_long_question_is_cut_and_the_context_stays(tiny_tokenizer: PreTrained
         ({"answers": {"text": [], "answer_start": []}}, "holds no answer in column 'answers'"),
         ({"answers": {"text": ["31"], "answer_start": [0]}}, "holds the answer '31', which does not stand at character 0"),
         ({"answers": {"text": ["31"], "answer_start": [9999]}}, "holds the answer '31', which does not stand"),
+        ({"answers": {"text": [" "], "answer_start": [-1]}}, "holds no object with the lists"),
+        ({"answers": {"text": [" 3"], "answer_start": [-1]}, "context": "3 cups"}, "does not stand at character -1"),
         ({"context": 7}, "holds 7 in column 'context' where text is needed"),
     ],
 )  # fmt: skip
@@ -162,6 +164,26 @@ def test_rows_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], words:
         task(train_file=str(file)).rows("train")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_stay_where_they_are_when_line_ends_change(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Positions count the characters of the context as the file holds it."""
+    context = "One line.\n\nIn 1998 it\nopened, and 31 cups\nwere sold."
+    features = []
+    for end in ("\n", "\r\n", "\r"):
+        own = context.replace("\n", end)
+        texts = [f"cups{end}were", "31"]
+        rows = [row("31", own) | {"answers": {"text": [text], "answer_start": [own.index(text)]}} for text in texts]
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        squad = task(train_file=str(file))
+        read = squad.rows("train")
+        assert [one["context"] for one in read] == [context] * 2
+        assert [one["answers"]["answer_start"] for one in read] == [[context.index("cups\n")], [context.index("31")]]
+        features.append(squad.encode(read, tiny_tokenizer))
+    assert features[0] == features[1] == features[2]
 
 
 def test_a_csv_file_holds_answers_as_json(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from loftq_exp.config import TaskConfig
@@ -77,3 +79,18 @@ def test_scores_of_the_model_and_of_lead_3() -> None:
     assert scored.samples == [
         {"document": ROW["article"], "predicted": "It rained.", "gold": ROW["highlights"], "nll": 2.0}
     ]
+
+
+@pytest.mark.parametrize("summary", ["…", "🙂 !", "---"])
+def test_a_summary_without_words_is_refused(summary: str) -> None:
+    flaw = task().flaw({"article": "x", "highlights": summary})
+    assert flaw == f"holds {summary!r} in column 'highlights', without a word that ROUGE could compare"
+    assert task().flaw({"article": "x", "highlights": "मेरा"}) is None
+
+
+def test_a_summary_that_makes_no_token_ends_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    tokenizer.backend_tokenizer.post_processor = None
+    (feature,) = task().encode([{"article": "y", "highlights": "x"}], tokenizer)
+    assert feature["labels"] == [tokenizer.eos_token_id]

@@ -31,6 +31,20 @@ def test_hub_rows_and_a_text_file_make_the_same_text(tmp_path: Path, tiny_tokeni
     assert local.encode(local.rows("train"), tiny_tokenizer) == local.encode(hub, tiny_tokenizer)
 
 
+def test_line_ends_of_any_system_make_the_same_text(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    blocks = []
+    for end in ("\n", "\r\n", "\r"):
+        file = tmp_path / "text.txt"
+        file.write_bytes(TEXT.replace("\n", end).encode())
+        local = task(train_file=str(file))
+        blocks.append(local.encode(local.rows("train"), tiny_tokenizer))
+    assert blocks[0] == blocks[1] == blocks[2]
+    file.write_text('{"text": "A\\ud83d"}')
+    file = file.rename(tmp_path / "text.jsonl")
+    with pytest.raises(UserError, match=r"line 1 holds '\\ud83d', half of a character"):
+        task(train_file=str(file)).rows("train")
+
+
 def test_blocks(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"text": line} for line in TEXT.split("\n")]
     ids = tiny_tokenizer(TEXT.replace("\n \n", "\n\n"))["input_ids"]
