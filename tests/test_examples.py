@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loftq_exp.config.run_config.schema import dotted_names
 
 from loftq_exp.commands.run import compose
 from loftq_exp.config import RunConfig
+from loftq_exp.config.schema import dotted_names
 from loftq_exp.tasks.arithmetic import generate
 
 ROOT = Path(__file__).parents[1]

@@ -73,9 +73,20 @@ def _facts(report: dict[str, Any]) -> str:
         "quantized weights": f"{totals['weights']} ({totals['values'] / 1e6:.1f}M values)",
         "stored": f"{quant['save_format']}, {shelf['stored_dtype'] if shelf else quant['save_dtype']}",
     }
+    if report.get("not_quantized"):
+        rows["left out"] = _left_out(report)
     if shelf:
         rows["taken from"] = shelf["taken_from"] + (f", commit {shelf['commit']}" if shelf["commit"] else "")
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _left_out(report: dict[str, Any]) -> str:
+    """What of the blocks is not quantized; the bits a weight above count it too."""
+    weights = report["not_quantized"]
+    values = sum(weight["values"] for weight in weights)
+    share = values / report["totals"]["linear_values"]
+    more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    return f"{share:.2%} of the values in blocks ({values / 1e6:.1f}M, {weights[0]['name']}{more})"
 
 
 def _bits(report: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp.commands.terminal import quiet_libraries
 from loftq_exp.config import RunConfig, local_path
-from loftq_exp.config.run_config.schema import dotted_names, nearest
+from loftq_exp.config.schema import dotted_names, nearest
 from loftq_exp.errors import UserError
 
 if TYPE_CHECKING:

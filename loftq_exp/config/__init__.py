@@ -3,14 +3,14 @@
 Imports errors and nothing else of loftq_exp. It works without torch, so that a typo is refused at once.
 """
 
-from loftq_exp.config.run_config.digest import digest_of
-from loftq_exp.config.run_config.hub import HUB_ID, HubConfig
-from loftq_exp.config.run_config.model import KINDS, ModelConfig
-from loftq_exp.config.run_config.paths import local_path
-from loftq_exp.config.run_config.quant import QuantConfig
+from loftq_exp.config.digest import digest_of
+from loftq_exp.config.hub import HUB_ID, HubConfig
+from loftq_exp.config.model import KINDS, ModelConfig
+from loftq_exp.config.paths import local_path
+from loftq_exp.config.quant import QuantConfig
 from loftq_exp.config.run_config.run_config import STAGES, RunConfig
-from loftq_exp.config.run_config.task import NAMES_OF_TASK, TaskConfig
-from loftq_exp.config.run_config.train import TrainConfig
+from loftq_exp.config.task import NAMES_OF_TASK, TaskConfig
+from loftq_exp.config.train import TrainConfig
 
 __all__ = [
     "HUB_ID",

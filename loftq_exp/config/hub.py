@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from loftq_exp.config.run_config.schema import setting
+from loftq_exp.config.schema import setting
 from loftq_exp.errors import UserError
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loftq_exp.config.run_config.paths import local_path
-from loftq_exp.config.run_config.schema import INITIALISATION, setting
+from loftq_exp.config.paths import local_path
+from loftq_exp.config.schema import INITIALISATION, setting
 
 KINDS = ("causal", "seq2seq", "classification", "question-answering")
 

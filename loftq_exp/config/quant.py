@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from loftq_exp.config.run_config.schema import INITIALISATION, setting
+from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
 
 BITS_OF_TYPE: dict[str, tuple[int, ...]] = {

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_exp.config.run_config.digest import digest_of
-from loftq_exp.config.run_config.hub import HubConfig
-from loftq_exp.config.run_config.model import ModelConfig
-from loftq_exp.config.run_config.paths import local_path
-from loftq_exp.config.run_config.quant import QuantConfig
-from loftq_exp.config.run_config.schema import ADAPTER, INITIALISATION, build, setting
-from loftq_exp.config.run_config.task import TaskConfig
-from loftq_exp.config.run_config.train import TrainConfig
+from loftq_exp.config.digest import digest_of
+from loftq_exp.config.hub import HubConfig
+from loftq_exp.config.model import ModelConfig
+from loftq_exp.config.paths import local_path
+from loftq_exp.config.quant import QuantConfig
+from loftq_exp.config.schema import ADAPTER, INITIALISATION, build, setting
+from loftq_exp.config.task import TaskConfig
+from loftq_exp.config.train import TrainConfig
 from loftq_exp.errors import UserError
 
 STAGES = ("quantize", "finetune", "evaluate")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loftq_exp.config.run_config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, SCORES, setting
 from loftq_exp.errors import UserError
 
 

@@ -35,8 +35,11 @@ from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.stage import bits_per_weight
+from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
+from loftq_exp.initialise.prequantized import check_types
+from loftq_exp.initialise.verify import VERSION, check_written
 from loftq_exp.provenance import provenance
+from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.published import ADAPTER_FOLDERS, find_adapter
@@ -81,11 +84,14 @@ def take(source: Source, config: RunConfig) -> Initialised:
         with open_tensors(source.folder) as tensors:
             layout = _find_layout(tensors, source, config)
             adapter = _read_adapter(source, layout, config)
+            names = written_names(tensors, layout)
+            check_finite(tensors, names)
             if found:
                 log.info("quantize: %s holds another initialisation, which this one replaces", final)
             with written_whole(final) as folder:
                 report = _report(key, source, config, tensors, layout, adapter)
-                _write(folder, final, source, config, tensors, layout, adapter)
+                _write(folder, final, source, config, tensors, names, layout, adapter)
+                check_written(folder, tensors, layout, {}, config)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     _tell(final, report)
@@ -106,16 +112,18 @@ def _key(source: Source, config: RunConfig) -> str:
     places = [source.folder, *(source.folder / name for name in ADAPTER_FOLDERS if name)]
     files = sorted(path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return digest_of(["off the shelf", 1, stats, config.model.kind, config.quant.shaping])
+    return digest_of(["off the shelf", 1, VERSION, stats, config.model.kind, config.quant.shaping])
 
 
 def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) -> Layout:
-    packed = next((name for name in tensors.names if ".quant_state." in name), None)
+    packed = next((name for name in tensors.names if ".quant_state." in name or name.endswith(".qweight")), None)
     if packed:
-        raise UserError(f"quant.path={source.requested}: {packed.partition('.quant_state.')[0]} is packed in 4 bits; "
-                        "off-the-shelf takes a checkpoint that was saved dense")  # fmt: skip
-    shapes = {name: tensors.shape(name) for name in tensors.names}
-    return find_layout(source.folder, config.model.kind, shapes, config.model.trust_remote_code)
+        weight = packed.partition(".quant_state.")[0].removesuffix(".qweight")
+        raise UserError(
+            f"quant.path={source.requested}: {weight} is packed; off-the-shelf takes a checkpoint that was saved dense"
+        )
+    check_types(tensors, source.folder)
+    return find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
 
 
 def _read_adapter(source: Source, layout: Layout, config: RunConfig) -> _Adapter:
@@ -162,6 +170,8 @@ def _check_factors(factors: dict[str, torch.Tensor], layout: Layout, rank: int, 
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in factors:
             raise UserError(f"{given}: its adapter lacks {other}; download it again")
+        if not is_finite(tensor):
+            raise UserError(f"{given}: {name} of its adapter holds NaN or Inf; download it again")
 
 
 def _write(
@@ -170,12 +180,11 @@ def _write(
     source: Source,
     config: RunConfig,
     tensors: CheckpointTensors,
+    names: list[str],
     layout: Layout,
     adapter: _Adapter,
 ) -> None:
     """The published checkpoint in the form of an initialised one."""
-    tied = tensors.tied() if layout.ties_embeddings else {}
-    names = [name for name in tensors.names if name not in tied and name not in layout.foreign]
     specs = {name: TensorSpec(tensors.dtype(name), tensors.shape(name)) for name in names}
     with SafetensorsWriter(folder, specs) as out:
         for name in names:
@@ -225,7 +234,9 @@ def _report(
     """init_report.json: as of a quantized checkpoint, with what is not known left open, and where it was taken from."""
     quant, dtype = config.quant, _dtype(tensors, adapter)
     adapted = {target.module for target in adapter.targets}
-    kept = [target.module for target in layout.targets if target.module not in adapted]
+    kept = [target for target in layout.targets if target.module not in adapted]
+    bits = bits_per_weight(dataclasses.replace(config, save_dtype=dtype), quant.bits)
+    totals, not_quantized = coverage(tensors, layout, bits, quant.type, kept)
     weights = [{"name": target.module, "shape": list(target.shape), "bits": quant.bits, "rank": quant.rank, "errors": []}
                for target in adapter.targets]  # fmt: skip
     return {
@@ -244,7 +255,9 @@ def _report(
             "values_in_a_block": _values_in_a_block(tensors, adapter, quant.block_size),
         },
         "target_modules": _target_modules(layout, adapter),
-        "other_linears": [*layout.other_linears, *kept],
+        "other_linears": [*layout.other_linears, *(target.module for target in kept)],
+        "left_out": list(layout.foreign),
+        "not_quantized": not_quantized,
         "totals": {
             "weights": len(weights),
             "values": sum(math.prod(target.shape) for target in adapter.targets),
@@ -252,7 +265,7 @@ def _report(
             "cache_hits": 0,
             "mean_error_quantized": None,
             "mean_error": None,
-            "bits_per_weight": bits_per_weight(dataclasses.replace(config, save_dtype=dtype), quant.bits),
+            **totals,
         },
         "weights": weights,
         "provenance": provenance(),

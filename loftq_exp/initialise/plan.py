@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from loftq_exp.config.run_config.quant import PAPER_WIDTHS, QuantConfig
+from loftq_exp.config.quant import PAPER_WIDTHS, QuantConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Option, allocate
 from loftq_exp.source.layout import Layout, Target

@@ -29,18 +29,21 @@ from loftq_exp.artifact.folder import (
 )
 from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
 from loftq_exp.config import RunConfig, digest_of
-from loftq_exp.config.run_config.quant import BLOCKLESS_TYPES
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
+from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import FORMAT, Kept, weight_digest
 from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
 from loftq_exp.initialise.plan import Plan, Precision, code_bits, describe_plan, is_measured, make_plan, tell_plan
+from loftq_exp.initialise.prequantized import check_files, check_types
+from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
+from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
-from loftq_exp.loftq.scales import SCALES_PER_STEP
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
+from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.head import FORMAT as HEAD_FORMAT
 from loftq_exp.source.head import PREFIX, head_tensors
 from loftq_exp.source.layout import HEAD_KINDS, Layout, Target, find_layout
@@ -75,6 +78,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
     Raises UserError for a checkpoint that does not fit the settings, and for a place that cannot be written.
     """
     final = config.init_dir
+    check_files(source.folder)
     key = init_key(source, config)
     with exclusive(final):
         found = read_artifact(final)
@@ -82,9 +86,11 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             log.info("quantize: %s is there: %d weights, 0 computed", final, len(found.report["weights"]))
             return found
         with open_tensors(source.folder) as tensors:
-            shapes = {name: tensors.shape(name) for name in tensors.names}
-            layout = find_layout(source.folder, config.model.kind, shapes, config.model.trust_remote_code)
+            check_types(tensors, source.folder)
+            layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
             check_fit(layout, config)
+            names = written_names(tensors, layout)
+            check_finite(tensors, names)
             if found:
                 log.info("quantize: %s holds another initialisation, which this one replaces", final)
             began = time.perf_counter()
@@ -92,9 +98,12 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             plan = worker.plan(tensors, layout)
             with written_whole(final) as folder:
                 head = head_tensors(source.folder, tensors, layout, config)
-                weights = _write_weights(folder, tensors, layout, plan, worker, head)
+                weights = _write_weights(folder, tensors, names, layout, plan, worker, head)
                 write_surroundings(folder, final, source, layout, plan, config)
-                report = _report(key, source, config, layout, plan, weights)
+                forms = {target.tensor: (target.shape, list(worker.stored_specs(target, plan[target.module].bits)))
+                         for target in layout.targets}  # fmt: skip
+                check_written(folder, tensors, layout, forms, config)
+                report = _report(key, source, config, tensors, layout, plan, weights)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
@@ -111,7 +120,7 @@ def init_key(source: Source, config: RunConfig) -> str:
     files = sorted(path for path in source.folder.iterdir() if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return digest_of([str(source.folder.resolve()), stats, config.model.kind, config.quant.shaping, config.save_dtype,
-                      config.save_format, config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION,
+                      config.save_format, config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION, CHECK_VERSION,
                       *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else []),
                       *([PLAN_VERSION] if is_measured(config.quant) else [])])  # fmt: skip
 
@@ -135,13 +144,13 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
 def _write_weights(
     folder: Path,
     tensors: CheckpointTensors,
+    names: list[str],
     layout: Layout,
     plan: Plan,
     worker: _Worker,
     head: dict[str, torch.Tensor],
 ) -> list[WeightReport]:
     targets = {target.tensor: target for target in layout.targets}
-    names = _written_names(tensors, layout)
     backbone = _backbone_specs(names, tensors, targets, plan, worker)
     (folder / ADAPTER).mkdir()
     reports: list[WeightReport] = []
@@ -204,6 +213,9 @@ class _Worker:
         lora_A, lora_B = _random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)
         if quant.type == "none":
             values = weight.to(self.dtype)
+            if not is_finite(values):
+                raise UserError(f"save_dtype={self.config.save_dtype}: {target.tensor} has values that are too large for it; "
+                                "give a checkpoint of smaller values")  # fmt: skip
             stored = {target.tensor: values.cpu()}
             wide = weight.double()
             errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
@@ -248,23 +260,6 @@ def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
     return kaiming_uniform_A((rank, columns), int.from_bytes(stream, "little") >> 1)
 
 
-def _written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
-    """The names to write: not those of a head that the model class lacks, and what a .bin holds under several names only
-    under the first where the model ties its embeddings."""
-    if layout.foreign:
-        log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
-    foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
-    tied = tensors.tied() if layout.ties_embeddings else {}
-    names: list[str] = []
-    stored: set[str] = set()
-    for name in tensors.names:
-        value = tied.get(name, name)
-        if name not in foreign and (value not in stored or name in targets):
-            names.append(name)
-            stored.add(value)
-    return names
-
-
 def _backbone_specs(
     names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], plan: Plan, worker: _Worker
 ) -> dict[str, TensorSpec]:
@@ -302,9 +297,16 @@ def _tell(advance: Advance, reports: list[WeightReport], total: int) -> None:
 
 
 def _report(
-    key: str, source: Source, config: RunConfig, layout: Layout, plan: Plan, weights: list[WeightReport]
+    key: str,
+    source: Source,
+    config: RunConfig,
+    tensors: CheckpointTensors,
+    layout: Layout,
+    plan: Plan,
+    weights: list[WeightReport],
 ) -> dict[str, Any]:
     quant = config.quant
+    totals, not_quantized = coverage(tensors, layout, bits_per_weight(config, code_bits(layout, plan)), quant.type)
     values = sum(math.prod(weight.shape) for weight in weights)
     return {
         "format": 1,
@@ -315,6 +317,8 @@ def _report(
         "target_modules": list(layout.target_modules),
         "other_linears": list(layout.other_linears),
         "head": list(layout.head),
+        "left_out": list(layout.foreign),
+        "not_quantized": not_quantized,
         "totals": {
             "weights": len(weights),
             "values": values,
@@ -322,7 +326,7 @@ def _report(
             "cache_hits": sum(weight.cache_hit for weight in weights),
             "mean_error_quantized": sum(weight.errors[0] for weight in weights) / len(weights),
             "mean_error": sum(weight.errors[-1] for weight in weights) / len(weights),
-            "bits_per_weight": bits_per_weight(config, code_bits(layout, plan)),
+            **totals,
             "phases": _summed([weight.phases for weight in weights]),
         },
         "bits_plan": describe_plan(layout, plan, quant),
@@ -334,14 +338,3 @@ def _report(
 def _summed(phases: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for phase in phases for name in phase)
     return {name: sum(phase.get(name, 0.0) for phase in phases) for name in names}
-
-
-def bits_per_weight(config: RunConfig, bits: float) -> float:
-    """Bits that one quantized value needs: its code's, and its share of the block's scales (int8's per-row scales are not)."""
-    quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
-    if quant.type in BLOCKLESS_TYPES:
-        return float(bits)
-    if quant.double:
-        scale_bits = 8 + 32 / SCALES_PER_STEP
-    numbers = 2 if quant.type == "uniform" else 1
-    return bits + numbers * scale_bits / quant.block_size

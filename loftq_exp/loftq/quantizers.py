@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from loftq_exp.config.run_config.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
+from loftq_exp.config.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
 from loftq_exp.kernels.quantize import FUSED_TYPES, SMALLEST_ABSMAX, Kernels, fused
 from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
@@ -53,7 +53,7 @@ class Quantizer(ABC):
     """
 
     type: str
-    """Name in `loftq_exp.config.run_config.quant.BITS_OF_TYPE`."""
+    """Name in `loftq_exp.config.quant.BITS_OF_TYPE`."""
     bits: int
     """Bits a code; codes are below 2**bits."""
     block_size: int = 64
@@ -392,7 +392,7 @@ def make_quantizer(
 
     Args:
         type: nf, nf-symmetric, uniform (paper's equation 1), uniform-clipped, uniform-sigma or int.
-        bits: bits a value; which are allowed depends on the type, see `loftq_exp.config.run_config.quant.BITS_OF_TYPE`.
+        bits: bits a value; which are allowed depends on the type, see `loftq_exp.config.quant.BITS_OF_TYPE`.
         block_size: consecutive values (row-major) that share scales; uniform-clipped and int take no notice of it.
         scale_dtype: float32, bfloat16 or float16, the type the scales and decoded values will be stored in.
         double: whether the scales of blocks are quantized to 8 bits themselves.

@@ -10,13 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 BEFORE = ("run", "bits", "rank", "weight error")
+QUANTIZED = "quantized"
+"""The share of the values in blocks that are quantized; a column only where it is not all of them."""
 AFTER = ("init s", "train s", "backbone MB", "adapter MB")
 
 
 def columns(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The headings for the metrics of these runs: the scores of every task among them stand in the middle."""
     scores = dict.fromkeys(column["title"] for metrics in runs for column in metrics["table"])
-    return (*BEFORE, *scores, *AFTER)
+    shares = [_quantized(metrics) for metrics in runs]
+    partial = [QUANTIZED] if any(share is not None and share < 1 for share in shares) else []
+    return (*BEFORE[:2], *partial, *BEFORE[2:], *scores, *AFTER)
 
 
 def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
@@ -25,6 +29,7 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
     row = {
         "run": _name(metrics["config"]),
         "bits": f"{init['bits_per_weight']:.2f}",
+        QUANTIZED: _shown(_quantized(metrics), "{:.2%}"),
         "rank": str(metrics["config"]["quant"]["rank"]),
         "weight error": _shown(init["mean_error"], "{:.4f}"),
         "init s": _shown(seconds.get("quantize"), "{:.1f}"),
@@ -34,6 +39,13 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
     }
     row |= {column["title"]: _scores(metrics, column) for column in metrics["table"]}
     return [row.get(heading, "-") for heading in headings]
+
+
+def _quantized(metrics: dict[str, Any]) -> float | None:
+    """The quantized share of the values in blocks; None where nothing is to be quantized, or an older run did not count."""
+    init = metrics["init"]
+    quantized = init.get("quantized_values", 0)
+    return quantized / init["linear_values"] if quantized else None
 
 
 def _scores(metrics: dict[str, Any], column: dict[str, Any]) -> str:

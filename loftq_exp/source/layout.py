@@ -19,6 +19,9 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loftq_exp.errors import UserError
+from loftq_exp.source.blocks import LeftOut, block_lists, block_of, left_out
+from loftq_exp.source.loading import LoadReport, load_report
+from loftq_exp.source.tensors import some
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal": transformers.AutoModelForCausalLM,
@@ -66,7 +69,9 @@ class Layout:
     """Targets that transformers leaves dense when it loads 4-bit layers: those that are not exactly `nn.Linear`
     (falcon's), and those that the model class keeps in float32 (t5's `wo`)."""
     foreign: tuple[str, ...]
-    """Tensors of a head that the model class lacks, such as that of pre-training: it would refuse or ignore them."""
+    """Tensors that the model class has no place for, such as the head of pre-training: it would ignore them."""
+    not_quantized: tuple[LeftOut, ...]
+    """Matrices in the blocks that are no linear layer's, and stay as they are."""
     head: tuple[str, ...]
     """Modules that are trained whole and saved with the adapter: the model's own head (deberta's pooler is part of it),
     and a pooler of its base that the checkpoint lacks. Empty for language models."""
@@ -99,13 +104,15 @@ def find_layout(
 ) -> Layout:
     """The layout of the checkpoint in `folder`, loaded as `kind`, whose tensors have the given `shapes` by name.
 
-    Raises UserError where the model class has no blocks of linear layers, or the tensors are another architecture's.
+    Raises UserError where the model class has no blocks of linear layers, or much else in them, and where a plain load of the
+    tensors would lack a weight, find one of another shape, or lose one.
     """
     model = skeleton(folder, kind, trust_remote_code)
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    stacks = _block_lists(model)
-    inside = {name: block for name in linears if (block := _block(name, stacks))}
+    stacks = block_lists(model)
+    left_out(model, stacks, {}, folder)  # refuses what cannot be, before its tensors are asked for
+    inside = {name: block for name in linears if (block := block_of(name, stacks))}
     if not inside:
         raise UserError(
             f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
@@ -114,12 +121,15 @@ def find_layout(
     outside = tuple(name for name in linears if name not in inside)
     head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
     targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
+    report = load_report(model, shapes)
+    check_complete(model, head, report, folder)
     return Layout(
         targets=targets,
         target_modules=_shortest_endings(inside, modules),
         other_linears=outside,
         left_dense=left_dense(model, inside),
-        foreign=_foreign(model, head, shapes),
+        foreign=_foreign(model, stacks, kind, shapes, report, folder),
+        not_quantized=left_out(model, stacks, report.tensors, folder),
         head=head,
         ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
     )
@@ -161,18 +171,6 @@ def skeleton(
         ) from None
 
 
-def _block_lists(model: nn.Module) -> list[str]:
-    """Names of the outermost module lists: the stacks of blocks (of encoder and decoder, where there are both)."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
-
-
-def _block(module: str, stacks: Iterable[str]) -> str | None:
-    """The name of the block in one of the `stacks` that the module lies in; None where it lies in none."""
-    stack = next((stack for stack in stacks if module.startswith(stack + ".")), None)
-    return None if stack is None else f"{stack}.{module.removeprefix(stack + '.').split('.')[0]}"
-
-
 def _target(
     module: str, block: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path
 ) -> Target:
@@ -204,21 +202,65 @@ def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: 
     head: dict[str, None] = {}
     for name in outside:
         own = not name.startswith(prefix + ".")
-        if own or stored_name(f"{name}.weight", prefix, tensors) is None:
-            head[name.split(".")[0] if own else name.rpartition(".")[0]] = None
+        if own or ("pooler" in name and stored_name(f"{name}.weight", prefix, tensors) is None):
+            parent, _, last = name.rpartition(".")
+            head[name.split(".")[0] if own else name if "pooler" in last else parent] = None
     return tuple(head)
 
 
-def _foreign(model: transformers.PreTrainedModel, head: Iterable[str], tensors: Iterable[str]) -> tuple[str, ...]:
-    # By the first part of the name: below it transformers renames (LayerNorm.gamma) and leaves out what it must know. But
-    # not in a head, where another class's may have the same first part (roberta's `classifier`), nor a pooler.
-    prefix, own = model.base_model_prefix, set(model.state_dict())
-    parts = [prefix, *own, *getattr(model, prefix, nn.Module()).state_dict()]
-    known = {name.split(".")[0] for name in parts}
-    exact = tuple(f"{module}." for module in (*head, f"{prefix}.pooler"))
-    return tuple(
-        name for name in tensors if name.split(".")[0] not in known or (name.startswith(exact) and name not in own)
-    )
+def check_complete(model: transformers.PreTrainedModel, head: Iterable[str], report: LoadReport, folder: Path) -> None:
+    """UserError where the load of `report` would draw a parameter at random, or not take one because of its shape.
+
+    But not for one of the modules of a `head`, which are trained: those of them that are missing are drawn from the seed.
+    """
+    own = tuple(f"{module}." for module in head)
+    missing = [name for name in report.missing if not name.startswith(own)]
+    if missing:
+        raise UserError(f"model.path={folder}: {some(missing)} is missing from the weights, so that {type(model).__name__} would "
+                        "draw it at random at each load; give a checkpoint that has all weights of its model")  # fmt: skip
+    for name, found, expected in report.mismatched:
+        if not name.startswith(own):
+            raise UserError(f"model.path={folder}: {name} has shape {found}, config.json means {expected}; "
+                            "correct config.json, or give the weights that belong to it")  # fmt: skip
+
+
+_LEFTOVERS = ("_weight", "weights", "_float_tensor", "inv_freq", "position_ids", "version")
+"""Last parts of names under which older libraries stored what is no weight: copies, and tables that follow from the config."""
+
+
+def _foreign(
+    model: transformers.PreTrainedModel,
+    stacks: Iterable[str],
+    kind: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    report: LoadReport,
+    folder: Path,
+) -> tuple[str, ...]:
+    """The tensors to leave out; UserError for one that is a weight of the model's body, which would be lost."""
+    lost = [name for name in report.unexpected
+            if _is_weight(name, shapes[name]) and _is_body(model, stacks, kind, report.parameters[name])]  # fmt: skip
+    if lost:
+        raise UserError(f"model.path={folder}: {type(model).__name__} of config.json has no place for {some(lost)}, which would be "
+                        "lost; correct config.json (such as its number of layers), or give the weights that belong to it")  # fmt: skip
+    return report.unexpected
+
+
+def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
+    # A mask of older libraries has four dimensions, its fill value has one value.
+    return 1 <= len(shape) <= 3 and shape != (1,) and name.rpartition(".")[2] not in _LEFTOVERS
+
+
+def _is_body(model: transformers.PreTrainedModel, stacks: Iterable[str], kind: str, name: str) -> bool:
+    """Whether a parameter that the class lacks belongs to its base, to a block, or to a head that is the class's own."""
+    prefix = model.base_model_prefix
+    if any(name.startswith((f"{stack}.", f"{stack.removeprefix(prefix + '.')}.")) for stack in stacks):
+        return True
+    if "pooler" in name:
+        return False
+    if name.startswith(f"{prefix}.") and hasattr(model, prefix):
+        return True
+    own = {module for module, _ in model.named_modules()}
+    return kind not in HEAD_KINDS and name.rpartition(".")[0] in own - {""}
 
 
 def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:

@@ -89,6 +89,9 @@ def _check_folder(group: str, requested: str, folder: Path) -> None:
         raise UserError(f"{given}: {folder} cannot be read ({error.strerror}); {advice}") from error
     if not found:
         raise UserError(f"{given}: the folder {folder} is empty; put the model's files into it, or give another")
+    if "config.json" not in found and "adapter_config.json" in found:
+        raise UserError(f"{given}: {folder} is an adapter without its model; give the pre-trained model, as a rule the one that "
+                        "base_model_name_or_path in adapter_config.json names")  # fmt: skip
     if "config.json" not in found:
         raise UserError(f"{given}: {folder} has no config.json; give the folder that holds config.json and the weights")
     config = folder / "config.json"

@@ -11,7 +11,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +39,9 @@ def find_weights(folder: Path) -> Path | None:
 def open_tensors(folder: Path) -> CheckpointTensors:
     """The tensors of the transformers checkpoint in `folder`: one file or shards, safetensors or .bin.
 
-    Raises UserError for an empty folder, a missing or damaged file, an index that a shard does not keep to, and a
-    pickle that needs code to load.
+    All tensors of a shard count, also those that the index leaves out: transformers loads them too. Raises UserError for an
+    empty folder, a missing or damaged file, an index that a shard does not keep to, a tensor that two shards hold with
+    different values, and a pickle that needs code to load.
     """
     weights = find_weights(folder)
     if weights is None:
@@ -53,10 +54,21 @@ def open_tensors(folder: Path) -> CheckpointTensors:
             file = _open_file(folder / shard)
             opened.callback(file.close)
             if expected is not None and (absent := sorted(expected.difference(file.names))):
-                raise UserError(f"model.path: {weights} places {_some(absent)} in {shard}, which lacks it; "
+                raise UserError(f"model.path: {weights} places {some(absent)} in {shard}, which lacks it; "
                                 f"{_AGAIN}, index and shards alike")  # fmt: skip
-            owners.update({name: file for name in file.names if expected is None or name in expected})
+            for name in file.names:
+                if (other := owners.get(name)) and not same_values(other.read(name), file.read(name)):
+                    raise UserError(f"model.path: {folder / shard} and another shard hold {name} with different values, and "
+                                    f"transformers would take the last one; {_AGAIN}, index and shards alike")  # fmt: skip
+                owners[name] = file
         return CheckpointTensors(owners, opened.pop_all())
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 class CheckpointTensors:
@@ -78,6 +90,10 @@ class CheckpointTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor `name`; no value is read."""
         return tuple(self.read(name).shape)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by its name."""
+        return {name: self.shape(name) for name in self.names}
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of the tensor `name` as stored; no value is read."""
@@ -207,13 +223,13 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     if not shards:
         raise UserError(f"model.path: {index} names no shard; {_AGAIN}")
     if outside:
-        raise UserError(f"model.path: {index} names {_some(outside)}, which is not beside it; put all shards beside it")
+        raise UserError(f"model.path: {index} names {some(outside)}, which is not beside it; put all shards beside it")
     if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         count = f"{len(missing)} of {len(shards)} shards"
-        raise UserError(f"model.path: {index.parent} lacks {_some(missing)} ({count}); download what is missing")
+        raise UserError(f"model.path: {index.parent} lacks {some(missing)} ({count}); download what is missing")
     return shards
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first of `names` and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

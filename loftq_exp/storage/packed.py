@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from loftq_exp.config.run_config.quant import BLOCKLESS_TYPES
+from loftq_exp.config.quant import BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
 from loftq_exp.kernels.unpack import fused, fused_product
 from loftq_exp.loftq.quantizers import Quantized, Quantizer

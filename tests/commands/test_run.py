@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loftq_exp.config.run_config.schema import dotted_names
 from omegaconf import OmegaConf
 
 from loftq_exp.commands import run as command
 from loftq_exp.commands.run import compose
 from loftq_exp.config import RunConfig
+from loftq_exp.config.schema import dotted_names
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import TASKS
 

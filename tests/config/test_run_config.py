@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from loftq_exp.config.run_config.quant import BITS_OF_TYPE
-from loftq_exp.config.run_config.schema import dotted_names
 
 from loftq_exp.config import RunConfig
+from loftq_exp.config.quant import BITS_OF_TYPE
+from loftq_exp.config.schema import dotted_names
 from loftq_exp.errors import UserError
 
 BASE: dict[str, Any] = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from loftq_exp.config.run_config.schema import build, dotted_names, nearest, setting
 
+from loftq_exp.config.schema import build, dotted_names, nearest, setting
 from loftq_exp.errors import UserError
 
 

@@ -19,8 +19,8 @@ import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loftq_exp.config.run_config.quant import BITS_OF_TYPE
 
+from loftq_exp.config.quant import BITS_OF_TYPE
 from loftq_exp.errors import UserError
 from loftq_exp.initialise import decomposition_cache as module
 from loftq_exp.initialise.decomposition_cache import (

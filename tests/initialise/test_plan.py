@@ -16,13 +16,13 @@ import torch
 import transformers as hf
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from loftq_exp.config.run_config.quant import QuantConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import Initialised, bnb4_config
 from loftq_exp.config import RunConfig
+from loftq_exp.config.quant import QuantConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.plan import Precision, candidates, code_bits, make_plan
 from loftq_exp.initialise.stage import initialise
@@ -37,7 +37,7 @@ def layout_of(layers: int) -> Layout:
     """Blocks of three projections each, named as llama's."""
     targets = [Target(f"model.layers.{layer}.{kind}", f"model.layers.{layer}.{kind}.weight", shape, f"model.layers.{layer}")
                for layer in range(layers) for kind, shape in PROJECTIONS.items()]  # fmt: skip
-    return Layout(tuple(targets), tuple(PROJECTIONS), ("lm_head",), (), (), (), False)
+    return Layout(tuple(targets), tuple(PROJECTIONS), ("lm_head",), (), (), (), (), False)
 
 
 def quant(**changes: Any) -> QuantConfig:

@@ -6,8 +6,8 @@ import torch
 from bitsandbytes.backends.utils import CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loftq_exp.config.run_config.quant import BITS_OF_TYPE
 
+from loftq_exp.config.quant import BITS_OF_TYPE
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.quantizers import make_quantizer, normal_float_levels
 

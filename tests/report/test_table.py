@@ -71,3 +71,16 @@ def test_a_run_that_was_not_scored() -> None:
 
 def test_no_run_at_all() -> None:
     assert columns([]) == ("run", "bits", "rank", "weight error", "init s", "train s", "backbone MB", "adapter MB")
+
+
+def test_the_share_that_is_quantized_is_shown_where_it_is_not_all() -> None:
+    whole, partial, lora, old = (
+        GSM8K | {"init": GSM8K["init"] | counts}
+        for counts in ({"linear_values": 800, "quantized_values": 800}, {"linear_values": 800, "quantized_values": 604},
+                       {"linear_values": 800, "quantized_values": 0}, {})
+    )  # fmt: skip
+    assert "quantized" not in shown(whole, lora, old)
+    assert shown(partial, whole)["quantized"] == "75.50%"
+    assert shown(whole, partial)["quantized"] == "100.00%"
+    assert shown(lora, partial)["quantized"] == shown(old, partial)["quantized"] == "-"
+    assert list(shown(partial))[:4] == ["run", "bits", "quantized", "rank"]

@@ -213,6 +213,37 @@ def test_an_index_that_names_what_a_shard_lacks_is_refused(tmp_path: Path, model
         open_tensors(tmp_path)
 
 
+def test_a_tensor_that_the_index_leaves_out_is_there(tmp_path: Path) -> None:
+    """transformers, too, loads all that a shard holds."""
+    one, two = {"a": torch.ones(2), "extra": torch.arange(3.0)}, {"b": torch.zeros(2)}
+    index_of(
+        tmp_path, {"one.safetensors": one, "two.safetensors": two}, {"a": "one.safetensors", "b": "two.safetensors"}
+    )
+    with open_tensors(tmp_path) as tensors:
+        assert set(tensors.names) == {"a", "b", "extra"}
+        assert torch.equal(tensors.read("extra"), torch.arange(3.0))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tensor_in_two_shards_must_have_the_same_values_in_both(tmp_path: Path, same: bool) -> None:
+    one, two = {"a": torch.ones(2), "b": torch.tensor([0.0])}, {"b": torch.tensor([0.0 if same else -0.0])}
+    index_of(
+        tmp_path, {"one.safetensors": one, "two.safetensors": two}, {"a": "one.safetensors", "b": "two.safetensors"}
+    )
+    if same:
+        with open_tensors(tmp_path) as tensors:
+            assert set(tensors.names) == {"a", "b"}
+        return
+    with pytest.raises(UserError, match=r"two\.safetensors and another shard hold b with different values"):
+        open_tensors(tmp_path)
+
+
+def index_of(folder: Path, shards: dict[str, dict[str, torch.Tensor]], places: dict[str, str]) -> None:
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from loftq_exp.config.run_config.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 
 from loftq_exp.config import RunConfig
+from loftq_exp.config.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import bits_per_weight
 from loftq_exp.kernels.unpack import fused

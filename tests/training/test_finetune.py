@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from loftq_exp.config.run_config.quant import QuantConfig
 
 from loftq_exp.config import ModelConfig, RunConfig, TaskConfig, TrainConfig
+from loftq_exp.config.quant import QuantConfig
 from loftq_exp.training.finetune import last_whole_checkpoint, training_arguments
 
 

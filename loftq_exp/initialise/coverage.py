@@ -1,0 +1,79 @@
+"""What of a model is written and what of it is quantized, counted over all matrices in its blocks, left-out ones included."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loftq_exp.config import RunConfig
+from loftq_exp.config.quant import BLOCKLESS_TYPES
+from loftq_exp.loftq.scales import SCALES_PER_STEP
+from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.tensors import CheckpointTensors, some
+
+log = logging.getLogger(__name__)
+
+
+def written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
+    """The names to write: not those that the model class has no place for, and what a .bin holds under several names only
+    under the first where the model ties its embeddings."""
+    if layout.foreign:
+        log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
+    if layout.not_quantized:
+        log.info("quantize: not quantized, because they are no linear layers: %s (%d values)",
+                 some([weight.name for weight in layout.not_quantized]), sum(w.values for w in layout.not_quantized))  # fmt: skip
+    foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
+    tied = tensors.tied() if layout.ties_embeddings else {}
+    names: list[str] = []
+    stored: set[str] = set()
+    for name in tensors.names:
+        value = tied.get(name, name)
+        if name not in foreign and (value not in stored or name in targets):
+            names.append(name)
+            stored.add(value)
+    return names
+
+
+def bits_per_weight(config: RunConfig, bits: float) -> float:
+    """Bits that one quantized value needs: its code's, and its share of the block's scales (int8's per-row scales are not)."""
+    quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
+    if quant.type in BLOCKLESS_TYPES:
+        return float(bits)
+    if quant.double:
+        scale_bits = 8 + 32 / SCALES_PER_STEP
+    numbers = 2 if quant.type == "uniform" else 1
+    return bits + numbers * scale_bits / quant.block_size
+
+
+def coverage(
+    tensors: CheckpointTensors, layout: Layout, bits: float, quant_type: str, kept: Sequence[Target] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `totals` says of the matrices in blocks, and what is not quantized of them, each with its stored bits a value.
+
+    `bits` is what a value of a target takes, scales included; targets in `kept` stay as they are stored in `tensors`.
+    """
+    dense = [(weight.name, weight.tensor, weight.shape) for weight in layout.not_quantized]
+    dense += [(target.module, target.tensor, target.shape) for target in kept]
+    left = sum(math.prod(shape) for _, _, shape in dense)
+    widths = [_stored_bits(tensors, tensor) for _, tensor, _ in dense]
+    not_quantized = [
+        {"name": name, "shape": list(shape), "values": math.prod(shape), "bits": width}
+        for (name, _, shape), width in zip(dense, widths, strict=True)
+    ]
+    values = sum(math.prod(target.shape) for target in layout.targets if target not in kept)
+    left_bits = sum(math.prod(shape) * width for (_, _, shape), width in zip(dense, widths, strict=True))
+    totals = {
+        "linear_values": values + left,
+        "quantized_values": values if quant_type != "none" else 0,
+        "bits_per_weight": (values * bits + left_bits) / (values + left),
+    }
+    return totals, not_quantized
+
+
+def _stored_bits(tensors: CheckpointTensors, name: str) -> int:
+    # What is cut from a larger tensor while it loads is stored in the type of the others.
+    return tensors.dtype(name if name in tensors.names else tensors.names[0]).itemsize * 8

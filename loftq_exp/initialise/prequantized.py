@@ -1,0 +1,97 @@
+"""Checkpoints that are quantized already, or adapters: no pre-trained weights, so that nothing can be quantized from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_exp.artifact.folder import ADAPTER, REPORT, read_artifact
+from loftq_exp.errors import UserError
+from loftq_exp.integrations.transformers_quantizer import METHOD
+from loftq_exp.source.tensors import CheckpointTensors
+
+_OTHER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Files in which older tools say that they quantized, and the method where the file does not name it."""
+_PARTS = {
+    "weight_scale_inv": "fp8", "weight_scale": "compressed-tensors or fp8", "weight_packed": "compressed-tensors",
+    "qweight": "gptq or awq", "qzeros": "gptq or awq", "absmax": "bitsandbytes", "SCB": "bitsandbytes int8",
+    "weight_format": "bitsandbytes int8", "_blocks": "mxfp4",
+}  # fmt: skip
+"""Ends of the names of tensors that stand beside, or for, a quantized weight, and the method that they are of."""
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_ADVICE = "give the 16-bit checkpoint that it was made from"
+
+
+def check_files(folder: Path) -> None:
+    """UserError where the files in `folder` say that it holds an initialised checkpoint, or weights that are quantized already."""
+    for name in (REPORT, ADAPTER, "loft_init", "adapter_config.json"):
+        if (folder / name).exists():
+            raise UserError(f"model.path={folder}: a checkpoint with an adapter ({name} is there), whose backbone Q is no pre-trained "
+                            f"model; {_instead(folder)}")  # fmt: skip
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for settings in _settings(config):
+        method = settings.get("quant_method") or settings.get("quant_algo") or "a method that it does not name"
+        what = "packed by loftq_exp" if method == METHOD else f"already quantized by {method}"
+        raise UserError(f"model.path={folder}: {what}, as quantization_config in config.json says; {_ADVICE}")
+    for name, method in _OTHER_CONFIGS.items():
+        if (folder / name).is_file():
+            raise UserError(f"model.path={folder}: already quantized by {method}, as {name} says; {_ADVICE}")
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of an initialised checkpoint, which can be used as it is where it is dense with one rank."""
+    advice = "give the model that it was made from"
+    try:
+        init = read_artifact(folder)
+        adapter = json.loads((folder / ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+        if init is not None:
+            advice += f" ({init.report['model']['requested']})"
+            beyond = (
+                init.report.get("head") or adapter.get("rank_pattern") or init.report["quant"]["save_format"] != "dense"
+            )
+            if not beyond:
+                advice += (
+                    f", or set quant=off-the-shelf quant.path={folder} quant.rank={adapter['r']} to use it as it is"
+                )
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        pass  # the advice is then without what a damaged file would add
+    return advice
+
+
+def _settings(config: Any) -> Iterator[dict[str, Any]]:
+    """What the config, or one of those inside it, says of quantization."""
+    if not isinstance(config, dict):
+        return
+    for name, value in config.items():
+        if name in ("quantization_config", "compression_config", "quantization") and isinstance(value, dict) and value:
+            yield value
+        elif name.endswith("_config"):
+            yield from _settings(value)
+
+
+def check_types(tensors: CheckpointTensors, folder: Path) -> None:
+    """UserError where tensors are those of quantized weights, whatever config.json says."""
+    for name in tensors.names:
+        dtype = tensors.dtype(name)
+        method = _method(name)
+        if method is None and dtype.is_floating_point and dtype.itemsize == 1:
+            method = "fp8"
+        if method is None and dtype in _INTEGERS and name.endswith(".weight"):
+            method = f"a method of {str(dtype).removeprefix('torch.')} weights"
+        if method:
+            raise UserError(f"model.path={folder}: already quantized by {method}, as tensor {name} of "
+                            f"{str(dtype).removeprefix('torch.')} shows; {_ADVICE}")  # fmt: skip
+
+
+def _method(name: str) -> str | None:
+    if ".quant_state." in name:
+        return "bitsandbytes"
+    last = name.rpartition(".")[2]
+    if re.fullmatch(r"\w+_blocks", last):
+        return _PARTS["_blocks"]
+    return _PARTS.get(last)

@@ -1,0 +1,97 @@
+"""The blocks of a model, and which of their weights are no `nn.Linear`: what quantization leaves out is counted, or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loftq_exp.errors import UserError
+
+MOST_LEFT_OUT = 0.1
+"""The largest share of the values of linear weights that may be left out. Beyond it no figure of the run means the model."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A matrix in a block that stays as it is: its name in the model, its tensor in the checkpoint, its shape.
+
+    A matrix that is cut from a larger tensor while it loads has no tensor of its own, and its name stands for it.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Names of the outermost module lists: the stacks of blocks (of encoder and decoder, where there are both)."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
+
+
+def block_of(module: str, stacks: Iterable[str]) -> str | None:
+    """The name of the block in one of the `stacks` that the module lies in; None where it lies in none."""
+    stack = next((stack for stack in stacks if module.startswith(stack + ".")), None)
+    return None if stack is None else f"{stack}.{module.removeprefix(stack + '.').split('.')[0]}"
+
+
+def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str], folder: Path) -> tuple[LeftOut, ...]:
+    """The matrices in blocks that are neither a linear layer's nor an embedding's, such as a router's or a convolution's.
+
+    `tensors` has the checkpoint's name of each parameter. Raises UserError for models of which a part that matters would
+    be left out or would not train: experts and Conv1D layers, state-space layers, and any other beyond `MOST_LEFT_OUT`.
+    """
+    stacks = list(stacks)
+    found: list[LeftOut] = []
+    linear = 0
+    for owner, module in model.named_modules():
+        if block_of(owner, stacks) is None:
+            continue
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            raise UserError(f"model.path={folder}: {type(model).__name__} has state-space layers ({owner}), whose kernels read "
+                            "weights past an adapter; choose a model of attention and linear layers alone")  # fmt: skip
+        for part, parameter in module.named_parameters(recurse=False):
+            if sum(size > 1 for size in parameter.shape) < 2 or _is_table(module):
+                continue
+            if isinstance(module, nn.Linear):
+                linear += parameter.numel()
+            else:
+                name = f"{owner}.{part}"
+                found.append(LeftOut(name, tensors.get(name, name), tuple(parameter.shape)))
+    _refuse_parts(model, found, linear, folder)
+    return tuple(found)
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
+
+
+def _refuse_parts(model: nn.Module, found: list[LeftOut], linear: int, folder: Path) -> None:
+    values = sum(weight.values for weight in found)
+    share = values / max(1, values + linear)
+    experts = [weight.name for weight in found if _is_expert(model, weight.name)]
+    conv1d = [w.name for w in found if isinstance(model.get_submodule(w.name.rpartition(".")[0]), Conv1D)]
+    if not experts and not conv1d and share <= MOST_LEFT_OUT:
+        return
+    name = (experts or conv1d or [max(found, key=lambda weight: weight.values).name])[0]
+    holder = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    what = "experts" if experts else "linear maps as Conv1D layers" if conv1d else "weights"
+    raise UserError(f"model.path={folder}: {type(model).__name__} keeps its {what} in {name} ({holder}, no nn.Linear), so that "
+                    f"{share:.1%} of the values of linear weights would be left out; choose a model of nn.Linear layers")  # fmt: skip
+
+
+def _is_expert(model: nn.Module, name: str) -> bool:
+    """Whether it is a weight of a mixture's experts, not of what chooses among them."""
+    owner = name.rpartition(".")[0]
+    words = f"{owner} {type(model.get_submodule(owner)).__name__}".lower()
+    return "expert" in words and not any(word in words for word in ("router", "gating"))
