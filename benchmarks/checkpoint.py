@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.artifact.writer import SafetensorsWriter
+from loftq_exp.storage.specs import TensorSpec
 
 HIDDEN, FEED_FORWARD, VOCABULARY = 4096, 11008, 32000
 LIMIT = 3 * 2**30

@@ -21,12 +21,12 @@ from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.off_the_shelf import take
+from loftq_exp.initialise.published import check_published, locate_published
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import cells, columns, print_table
 from loftq_exp.report.tensorboard import Recorder
 from loftq_exp.source.locate import Source, locate
-from loftq_exp.source.published import check_published, locate_published
 from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task

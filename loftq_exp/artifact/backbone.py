@@ -14,12 +14,11 @@ from torch import nn
 
 from loftq_exp.artifact.folder import REPORT, Initialised, read_artifact
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.stage import packed_name
 from loftq_exp.integrations.transformers_quantizer import METHOD, LoftQConfig
 from loftq_exp.source.layout import skeleton, stored_name
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.bnb4 import values_of_four_bit
-from loftq_exp.storage.packed import PARTS, check_parts, dequantize
+from loftq_exp.storage.packed import PARTS, check_parts, dequantize, packed_name
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from loftq_exp.artifact.folder import (
     exclusive,
     written_whole,
 )
-from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.errors import UserError
 from loftq_exp.progress import progress
 from loftq_exp.source.layout import AUTO_CLASSES, left_dense, load_config
 from loftq_exp.storage.bnb4 import four_bit_of_values, four_bit_specs
+from loftq_exp.storage.specs import TensorSpec
 
 
 def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dense", dtype: str | None = None) -> str:

@@ -17,8 +17,8 @@ from peft import LoraConfig, TaskType
 
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.plan import Precision
 from loftq_exp.integrations.transformers_quantizer import LoftQConfig
+from loftq_exp.loftq.allocation import Precision
 from loftq_exp.source.layout import TASK_TYPES, Layout, load_config
 from loftq_exp.source.locate import Source
 

@@ -8,16 +8,16 @@ tensor goes to its own offset, in any order.
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from loftq_exp.storage.specs import TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -30,19 +30,6 @@ _CODES = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Type and shape of a tensor that will be written."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsWriter:

@@ -86,7 +86,7 @@ class QuantConfig:
         shapes=(INITIALISATION,),
     )
     path: str | None = setting(
-        "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.source.published lists it",
+        "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.initialise.published lists it",
         None,
         shapes=(),
     )

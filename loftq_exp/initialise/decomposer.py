@@ -10,9 +10,10 @@ from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Kept, Recipe, weight_digest
-from loftq_exp.initialise.plan import Errors, Precision, candidates
+from loftq_exp.initialise.plan import Errors, candidates
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import Rooms, decompose, make_quantizer
+from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.layout import Layout, Target
 from loftq_exp.source.tensors import CheckpointTensors

@@ -31,19 +31,20 @@ from loftq_exp.artifact.folder import (
     write_surroundings,
     written_whole,
 )
-from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.prequantized import check_types
+from loftq_exp.initialise.published import ADAPTER_FOLDERS, find_adapter
 from loftq_exp.initialise.verify import VERSION, check_written
 from loftq_exp.provenance import provenance
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
-from loftq_exp.source.published import ADAPTER_FOLDERS, find_adapter
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
+from loftq_exp.storage.specs import TensorSpec
 
 log = logging.getLogger(__name__)
 

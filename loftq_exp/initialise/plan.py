@@ -10,27 +10,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from loftq_exp.config.quant import PAPER_WIDTHS, QuantConfig
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.allocation import Option, allocate
+from loftq_exp.loftq.allocation import Option, Precision, allocate
 from loftq_exp.source.layout import Layout, Target
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 """Counted up whenever the plan that the same errors lead to changes."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What one weight gets: bits a code, and the rank of its factors."""
-
-    bits: int
-    rank: int
 
 
 Plan = dict[str, Precision]

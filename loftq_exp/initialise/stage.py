@@ -27,7 +27,7 @@ from loftq_exp.artifact.folder import (
     write_surroundings,
     written_whole,
 )
-from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec
+from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
@@ -35,12 +35,13 @@ from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_nam
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import FORMAT, Kept, weight_digest
 from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
-from loftq_exp.initialise.plan import Plan, Precision, code_bits, describe_plan, is_measured, make_plan, tell_plan
+from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, make_plan, tell_plan
 from loftq_exp.initialise.prequantized import check_files, check_types
 from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
+from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
 from loftq_exp.source.finite import check_finite, is_finite
@@ -50,7 +51,8 @@ from loftq_exp.source.layout import HEAD_KINDS, Layout, Target, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.bnb4 import four_bit_of_codes, four_bit_specs
-from loftq_exp.storage.packed import dequantize, part_specs, parts_of
+from loftq_exp.storage.packed import dequantize, packed_name, part_specs, parts_of
+from loftq_exp.storage.specs import TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -270,11 +272,6 @@ def _backbone_specs(
         else:
             specs[name] = TensorSpec(tensors.dtype(name), tensors.shape(name))
     return specs
-
-
-def packed_name(tensor: str, part: str) -> str:
-    """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
-    return tensor.removesuffix("weight") + part
 
 
 def _adapter_name(target: Target, factor: str) -> str:

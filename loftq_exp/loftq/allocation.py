@@ -16,6 +16,14 @@ GAP = 1e-6
 
 
 @dataclass(frozen=True)
+class Precision:
+    """What one weight gets: bits a code, and the rank of its factors."""
+
+    bits: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class Option:
     """What an item may be given."""
 

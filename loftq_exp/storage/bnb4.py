@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from loftq_exp.artifact.writer import TensorSpec
 from loftq_exp.loftq import Quantizer
 from loftq_exp.storage.codes import pack_codes, unpack_codes
+from loftq_exp.storage.specs import TensorSpec
 
 BLOCK = 64
 TYPE = "nf4"

@@ -29,6 +29,11 @@ CHUNK_VALUES = 2**20
 """Values that torch's form works on at a time: what it needs beside the result."""
 
 
+def packed_name(tensor: str, part: str) -> str:
+    """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
+    return tensor.removesuffix("weight") + part
+
+
 def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of each tensor that stands for a weight of this shape.
 

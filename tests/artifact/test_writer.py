@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loftq_exp.artifact import writer as module
-from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec, tensor_bytes
+from loftq_exp.artifact.writer import SafetensorsWriter, tensor_bytes
+from loftq_exp.storage.specs import TensorSpec
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,

@@ -31,7 +31,7 @@ from loftq_exp.commands.run import compose
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.off_the_shelf import take
-from loftq_exp.source.published import locate_published, published_names
+from loftq_exp.initialise.published import locate_published, published_names
 
 MISTRAL = "LoftQ/Mistral-7B-v0.1-4bit-64rank"
 Files = dict[str, bytes]

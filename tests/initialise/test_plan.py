@@ -24,9 +24,10 @@ from loftq_exp.artifact.folder import Initialised, bnb4_config
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.plan import Precision, candidates, code_bits, make_plan
+from loftq_exp.initialise.plan import candidates, code_bits, make_plan
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.loftq import decompose, make_quantizer
+from loftq_exp.loftq.allocation import Precision
 from loftq_exp.source.layout import AUTO_CLASSES, Layout, Target
 from loftq_exp.source.locate import locate
 

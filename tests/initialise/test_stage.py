@@ -26,7 +26,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.artifact.writer import SafetensorsWriter, TensorSpec, tensor_bytes
+from loftq_exp.artifact.writer import SafetensorsWriter, tensor_bytes
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BITS_OF_TYPE
 from loftq_exp.errors import UserError
@@ -36,6 +36,7 @@ from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.source.locate import locate
 from loftq_exp.source.tensors import open_tensors
+from loftq_exp.storage.specs import TensorSpec
 
 RANK = 8
 LOFTQ = {"method": "loftq", "type": "nf", "bits": 4, "rank": RANK, "iter": 2}
