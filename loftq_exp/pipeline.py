@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -20,9 +20,10 @@ from loftq_exp.artifact.push import check_push, push
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.off_the_shelf import take
+from loftq_exp.initialise.off_the_shelf import take, taken_key
 from loftq_exp.initialise.published import check_published, locate_published
-from loftq_exp.initialise.stage import initialise
+from loftq_exp.initialise.stage import init_key, initialise
+from loftq_exp.records import Record, Records
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import cells, columns, print_table
 from loftq_exp.report.tensorboard import Recorder
@@ -30,6 +31,10 @@ from loftq_exp.source.locate import Source, locate
 from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task
+from loftq_exp.training.origin import Origin, adapter_digest, rows_digest
+
+if TYPE_CHECKING:
+    from loftq_exp.training.preflight import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -65,35 +70,39 @@ def _run(config: RunConfig) -> RunResult:
     check_published(config)
     data = _read_data(config)
     _check_scores(config, data.task)
-    source = _locate(config) if "quantize" in config.stages else None
-    if source is None:
-        _kept(config)
+    place = _locate(config) if "quantize" in config.stages else _kept(config)
+    records = Records(folder, _key_of(place, config))
+    adapter = _adapter_to_score(config, records)
+    prepared = _prepare(place, config, data, records, adapter)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_dict())
     recorder = Recorder(folder / "tensorboard")
     try:
-        init = _quantize(source, config, recorder)
-        finetuned = _finetune(config, init, data, folder, recorder)
-        evaluated = _evaluate(config, init, data, folder, recorder)
+        init = place if isinstance(place, Initialised) else _quantize(place, config, recorder)
+        if _key_of(init, config) != records.init_key:
+            raise UserError(
+                f"model.path={config.model.path}: its files changed while they were quantized; run it again"
+            )
+        finetuned = _finetune(config, init, data, prepared, records, recorder)
+        evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder)
     finally:
         recorder.close()
     metrics = assemble(config, init, finetuned, evaluated, data.task.table)
-    adapter = folder / "adapter"
     if _is_main_process():
         write_json(folder / "metrics.json", metrics)
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)])
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
-    return RunResult(folder, init.folder, adapter if adapter.is_dir() else None, metrics["scores"], metrics)
+    return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
 
 
 def _check_machine(config: RunConfig) -> None:
-    """UserError for a device that is not here, and for training arguments that transformers refuses."""
+    """UserError for a device that is not here, and for an optimiser or training arguments that do not work on it."""
     device = compute_device(config.device)
     if "finetune" in config.stages:
-        from loftq_exp.training.finetune import training_arguments
+        from loftq_exp.training.preflight import check_optimiser
 
-        training_arguments(config, config.run_dir, device, compute_dtype(device, config.train.bf16))
+        check_optimiser(config, device, compute_dtype(device, config.train.bf16))
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,37 @@ def _locate(config: RunConfig) -> Source:
     return locate_published(config) if off_the_shelf else locate(config.model, config.cache_path)
 
 
-def _quantize(source: Source | None, config: RunConfig, recorder: Recorder) -> Initialised:
-    if source is None:
-        return _kept(config)
+def _key_of(source: Source | Initialised, config: RunConfig) -> str:
+    """The key of an initialisation, or the one that the quantize stage will give to that of a source."""
+    if isinstance(source, Initialised):
+        return str(source.report.get("key") or digest_of(source.report))  # an exported one has none
+    return (taken_key if config.quant.method == "off-the-shelf" else init_key)(source, config)
+
+
+def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:
+    """The adapter that the evaluate stage will score; None: the initial factors."""
+    if "evaluate" not in config.stages:
+        return None
+    return records.adapter if "finetune" in config.stages else records.adapter_to_score()
+
+
+def _prepare(
+    place: Source | Initialised, config: RunConfig, data: _Data, records: Records, adapter: Path | None
+) -> Prepared | None:
+    """The rows of the stages that are still to do, encoded and checked against the model; None where there are none."""
+    train, scored = data.train, data.eval
+    if "finetune" in config.stages and records.finetuned(_finetune_key(config, data, records)):
+        train = []
+    if "evaluate" in config.stages and not train and records.evaluated(_evaluate_key(config, data, records, adapter)):
+        scored = []
+    if not train and not scored:
+        return None
+    from loftq_exp.training.preflight import prepare
+
+    return prepare(place, data.task, train, scored, config)
+
+
+def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initialised:
     init = (take if config.quant.method == "off-the-shelf" else initialise)(source, config)
     if _is_main_process() and recorder.empty:
         recorder.config(config)
@@ -162,68 +199,70 @@ def _kept(config: RunConfig) -> Initialised:
 
 
 def _finetune(
-    config: RunConfig, init: Initialised, data: _Data, folder: Path, recorder: Recorder
-) -> dict[str, Any] | None:
-    record = folder / "finetune.json"
+    config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Recorder
+) -> Record | None:
     if "finetune" not in config.stages:
-        return _read_record(record)
-    key = digest_of(
-        [
-            init.report["key"],
-            config.to_dict()["task"],
-            config.to_dict()["train"],
-            config.seed,
-            data.task.digest("train"),
-        ]
-    )
+        return records.finetuned()
+    key = _finetune_key(config, data, records)
 
-    def work() -> dict[str, Any]:
+    def work() -> Record:
         from loftq_exp.training.finetune import finetune
 
-        result = finetune(init, data.train, data.task, config, folder, recorder.training)
-        return result | {"data": {"train": data.task.digest("train")}}
+        assert prepared
+        origin = Origin(key, records.init_key)
+        result = finetune(init, prepared, data.task, config, records.folder, origin, recorder.training)
+        return result | {"rows": len(data.train), "data": {"train": data.task.digest("train")}}
 
-    return _once("finetune", record, key, work)
+    return _once("finetune", records, key, records.finetuned(key), work)
 
 
 def _evaluate(
-    config: RunConfig, init: Initialised, data: _Data, folder: Path, recorder: Recorder
-) -> dict[str, Any] | None:
-    record = folder / "evaluate.json"
+    config: RunConfig,
+    init: Initialised,
+    data: _Data,
+    prepared: Prepared | None,
+    records: Records,
+    adapter: Path | None,
+    recorder: Recorder,
+) -> Record | None:
     if "evaluate" not in config.stages:
-        return _read_record(record)
-    trained = folder / "adapter"
-    adapter = trained if trained.is_dir() else None
-    trained_key = (_read_record(folder / "finetune.json") or {}).get("key")
-    key = digest_of([init.report["key"], trained_key, config.to_dict()["task"], data.task.digest("eval")])
+        return records.evaluated()
+    key = _evaluate_key(config, data, records, adapter)
 
-    def work() -> dict[str, Any]:
+    def work() -> Record:
         from loftq_exp.evaluation.score import score
 
-        result = score(init, adapter, data.eval, data.task, config, folder / "samples.jsonl")
+        assert prepared
+        digest = adapter_digest(adapter) if adapter else None
+        result = score(init, adapter, data.eval, prepared, data.task, config, records.samples)
         recorder.scores(config, init, result["scores"])
-        return result | {"adapter": "fine-tuned" if adapter else "initial", "data": {"eval": data.task.digest("eval")}}
+        result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
+        return result | {"data": {"eval": data.task.digest("eval")}}
 
-    return _once("evaluate", record, key, work)
+    return _once("evaluate", records, key, records.evaluated(key), work)
 
 
-def _once(stage: str, record: Path, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The stage's record where it is there under the same key; else does the work and keeps its record."""
-    found = _read_record(record)
-    if found and found["key"] == key:
-        log.info("%s: done before, in %s", stage, record.parent)
+def _finetune_key(config: RunConfig, data: _Data, records: Records) -> str:
+    """Of all that shapes the adapter. The rows count as they are used: the first `task.max_train_samples`."""
+    settings = config.to_dict()
+    return digest_of([records.init_key, settings["task"], settings["train"], config.seed, rows_digest(data.train)])
+
+
+def _evaluate_key(config: RunConfig, data: _Data, records: Records, adapter: Path | None) -> str:
+    """Of all that shapes the scores: the adapter's bytes among it, whoever wrote them."""
+    digest = adapter_digest(adapter) if adapter else None
+    return digest_of([records.init_key, digest, config.to_dict()["task"], rows_digest(data.eval)])
+
+
+def _once(stage: str, records: Records, key: str, found: Record | None, work: Callable[[], Record]) -> Record:
+    """The stage's record that was `found`; where there is none, does the work and keeps its record."""
+    if found:
+        log.info("%s: done before, in %s", stage, records.folder)
         return found
-    result = work() | {"key": key}
+    result = work() | {"key": key, "initialisation": records.init_key}
     if _is_main_process():
-        write_json(record, result)
+        write_json(records.folder / f"{stage}.json", result)
     return result
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _unwritable(error: Exception) -> str | None:

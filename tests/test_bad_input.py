@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -17,7 +18,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    CTRLConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from loftq_exp import compose
+from loftq_exp.training.preflight import check_optimiser
 
 QUANTIZE = "stages=[quantize]"
 
@@ -239,6 +251,184 @@ def test_a_file_of_rows(cli: Any, tmp_path: Path, split: str, name: str, text: s
     given = {"train": other, "eval": other} | {split: tmp_path / name}
     told = cli.refused(*cli.tiny, "task=gsm8k", *(f"task.{which}_file={path}" for which, path in given.items()))
     assert told.startswith(f"task.{split}_file={tmp_path / name}: {message}")
+    assert not Path("outputs").exists()
+
+
+# What the rows and the settings ask of the model, refused before it is quantized ---------------------------------------
+
+
+def written(folder: Path, config: Any, tokenizer: Any) -> Path:
+    """A random model of `config` in `folder`, for the kind of model that reads and writes text."""
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_opt(**settings: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64,
+             "vocab_size": 512, "max_position_embeddings": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    return OPTConfig(**(sizes | settings))
+
+
+LONG = {
+    "question": "What is 123456789 + 987654321 + 123456789 + 987654321?",
+    "answer": "a b c d e f g h i j k l\n#### 2",
+}
+
+
+def rows_of(tmp_path: Path, *rows: dict[str, str]) -> tuple[str, ...]:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "task=gsm8k", f"task.train_file={file}", f"task.eval_file={file}"
+
+
+@pytest.mark.parametrize(("positions", "target", "stages", "message"), [
+    (64, 8, "quantize,finetune", "reading takes 7"),
+    (96, 60, "quantize,evaluate", "generating takes 1"),
+])  # fmt: skip
+def test_more_tokens_than_positions(
+    cli: Any, tmp_path: Path, tiny_tokenizer: Any, positions: int, target: int, stages: str, message: str
+) -> None:
+    model = written(tmp_path / "opt", small_opt(max_position_embeddings=positions), tiny_tokenizer)
+    rows = rows_of(
+        tmp_path, json.loads(ROW) | {"answer": "#### 2"}, LONG if "finetune" in stages else LONG | {"answer": "#### 2"}
+    )
+    limits = ("task.max_source_length=64", f"task.max_target_length={target}")
+    told = cli.refused(*cli.tiny, f"model.path={model}", *rows, *limits, f"stages=[{stages}]")
+    assert told.startswith(f"task.max_source_length=64, task.max_target_length={target}: {message}")
+    assert f"and the model has {positions}" in told
+    assert not Path("outputs").exists()
+    if stages == "quantize,finetune":
+        padded = cli.refused(*cli.tiny, f"model.path={model}", *rows_of(tmp_path, json.loads(ROW)), *limits,
+                             "task.pad_to_max_length=true", f"stages=[{stages}]")  # fmt: skip
+        assert "reading takes 72 positions" in padded
+
+
+def test_exactly_as_many_tokens_as_positions(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """The last token that is generated is never read: it needs no position."""
+    rows = rows_of(tmp_path, LONG | {"answer": "#### 2"})
+    settings = (*cli.tiny, *rows, "task.max_source_length=40", "task.max_target_length=25", "train.bf16=false")
+    model = written(tmp_path / "opt", small_opt(max_position_embeddings=63), tiny_tokenizer)
+    assert "generating takes 64 positions" in cli.refused(
+        *settings, f"model.path={model}", "stages=[quantize,evaluate]"
+    )
+    model = written(tmp_path / "opt", small_opt(max_position_embeddings=64), tiny_tokenizer)
+    assert cli(*settings, f"model.path={model}", "stages=[quantize,evaluate]").code == 0
+
+
+def test_a_block_longer_than_the_positions(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    model = written(tmp_path / "opt", small_opt(), tiny_tokenizer)
+    (tmp_path / "text.txt").write_text("What is 1 + 1?\n" * 99)
+    text = ("task=wikitext", f"task.eval_file={tmp_path / 'text.txt'}", "task.block_size=97")
+    told = cli.refused(*cli.tiny, *text, f"model.path={model}", "stages=[quantize,evaluate]")
+    assert told.startswith("task.block_size=97: reading takes 97 positions (")
+
+
+def test_a_summary_longer_than_the_decoders_positions(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    settings = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+                "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 512, "max_position_embeddings": 32,
+                "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "decoder_start_token_id": 1}  # fmt: skip
+    model = written(tmp_path / "bart", BartConfig(**settings), tiny_tokenizer)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"document": "one and one", "summary": "two"}) + "\n")
+    told = cli.refused(*cli.tiny, "model=bart", f"model.path={model}", "task=summarization", f"task.eval_file={file}",
+                       "task.max_target_length=33", "stages=[quantize,evaluate]")  # fmt: skip
+    assert told.startswith("task.max_source_length=512, task.max_target_length=33: writing takes 33 positions")
+    assert "row 1" in told
+
+
+def test_rotary_models_compute_beyond_their_positions(cli: Any, model: Path, tmp_path: Path) -> None:
+    rewrite_config(model, max_position_embeddings=32)
+    outcome = cli(*cli.tiny, f"model.path={model}", *rows_of(tmp_path, LONG), "stages=[quantize,evaluate]")
+    assert outcome.code == 0
+    lines = [line for line in outcome.out.splitlines() if "the model was trained on 32 positions" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("task.max_source_length=")
+
+
+def test_a_token_without_an_embedding(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["monday"])
+    model = written(tmp_path / "opt", small_opt(max_position_embeddings=512), tokenizer)
+    rows = rows_of(tmp_path, json.loads(ROW), {"question": "Is it monday?", "answer": "#### 1"})
+    for stages, split in (("quantize,finetune", "train"), ("quantize,evaluate", "eval")):
+        told = cli.refused(*cli.tiny, f"model.path={model}", *rows, f"stages=[{stages}]")
+        assert told.startswith(
+            f"task.{split}_file={tmp_path / 'rows.jsonl'}: row 2 holds the token 'monday' with id 512, "
+        )
+    assert not Path("outputs").exists()
+    assert cli(*cli.tiny, f"model.path={model}", *rows_of(tmp_path, json.loads(ROW))).code == 0  # where no row uses it
+
+
+def test_a_pad_token_without_an_embedding_is_not_padded_with(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    rows = rows_of(tmp_path, json.loads(ROW), LONG)
+    scores = []
+    for name in ("plain", "padded"):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        if name == "padded":
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            assert tokenizer.pad_token_id == 512
+        torch.manual_seed(0)
+        model = written(tmp_path / name, small_opt(max_position_embeddings=512), tokenizer)
+        assert cli(*cli.tiny, f"model.path={model}", *rows, f"output_dir={name}").code == 0
+        (metrics,) = Path(name).glob("runs/*/metrics.json")
+        scores.append(json.loads(metrics.read_text())["scores"])
+    assert scores[0] == scores[1]
+
+
+def test_a_tokenizer_without_an_end_of_sequence(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = None
+    model = written(tmp_path / "opt", small_opt(), tokenizer)
+    told = cli.refused(*cli.tiny, f"model.path={model}", *rows_of(tmp_path, json.loads(ROW)))
+    assert told.startswith(f"model.path={model}: its tokenizer has no end-of-sequence token")
+    assert not Path("outputs").exists()
+
+
+def test_a_tokenizer_that_makes_no_tokens(cli: Any, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    model = written(tmp_path / "opt", small_opt(), tokenizer)
+    told = cli.refused(
+        *cli.tiny, f"model.path={model}", *rows_of(tmp_path, json.loads(ROW)), "stages=[quantize,evaluate]"
+    )
+    assert "row 1 has no tokens" in told
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": "1.0"'])
+def test_a_damaged_tokenizer(cli: Any, model: Path, text: str) -> None:
+    (model / "tokenizer.json").write_text(text)
+    told = cli.refused(*cli.tiny, f"model.path={model}")
+    assert told.startswith(f"model.path={model}: no tokenizer to be read (")
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (["train.optim=schedule_free_adamw"], "train.optim=schedule_free_adamw: cannot be used here (You need to install"),
+    (["train.optim=galore_adamw"], "train.optim=galore_adamw: cannot be used here ("),
+    (["train.optim=adamw_torch_xla"], "train.optim=adamw_torch_xla: cannot be used here ("),
+    (["train.optim=adamw"], "train.optim=adamw: transformers has no such optimiser; choose one of its OptimizerNames, such as "),
+    (["train.lr_scheduler_type=polynomial", "train.learning_rate=1e-8"], "train.lr_scheduler_type=polynomial, train.learning_rate="),
+])  # fmt: skip
+def test_an_optimiser_or_a_schedule_that_cannot_be(cli: Any, settings: list[str], message: str) -> None:
+    assert cli.refused(*cli.tiny, *settings).startswith(message)
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("optimiser", ["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "adafactor", "sgd"])
+def test_optimisers_that_work_are_not_refused(optimiser: str) -> None:
+    config = compose(["model=llama-2", "task=arithmetic", f"train.optim={optimiser}"])
+    check_optimiser(config, torch.device("cpu"), torch.float32)
+
+
+def test_a_model_that_cannot_recompute_its_activations(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    ctrl = CTRLConfig(vocab_size=512, n_embd=64, dff=128, n_layer=1, n_head=4, n_positions=512)
+    model = written(tmp_path / "ctrl", ctrl, tiny_tokenizer)
+    told = cli.refused(
+        *cli.tiny, f"model.path={model}", *rows_of(tmp_path, json.loads(ROW)), "train.gradient_checkpointing=true"
+    )
+    assert told.startswith("train.gradient_checkpointing=true: CTRLLMHeadModel cannot recompute its activations")
     assert not Path("outputs").exists()
 
 

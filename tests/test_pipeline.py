@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import loftq_exp
@@ -189,3 +193,164 @@ def test_accumulation_divides_the_steps_and_the_schedule(configure: Configure) -
     log.Reload()
     rates = [event.value for event in log.Scalars("train/learning_rate")]
     assert rates == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 0.75e-4], rel=1e-4)
+
+
+# Training that diverges -----------------------------------------------------------------------------------------------
+
+
+def test_diverged_training_saves_no_adapter_and_no_score(configure: Configure) -> None:
+    config = configure(
+        "train.learning_rate=1e20", "train.max_grad_norm=0", "train.warmup_ratio=0", "train.save_steps=1"
+    )
+    with pytest.raises(UserError, match=r"train.learning_rate=1e\+20: training diverged at step 2 ") as refusal:
+        loftq_exp.run(config)
+    assert "\n" not in str(refusal.value)
+    written = {path.name for path in config.run_dir.iterdir() if path.suffix != ".lock"}
+    assert written == {"config.json", "tensorboard", "checkpoints", config.init_dir.name}
+    (kept,) = (config.run_dir / "checkpoints").glob("checkpoint-*")
+    assert kept.name == "checkpoint-1"
+    assert all(value.isfinite().all() for value in load_file(kept / "adapter_model.safetensors").values())
+    with pytest.raises(UserError, match="diverged at step 2"):  # from the checkpoint, and to the same end
+        loftq_exp.run(config)
+
+
+def test_a_score_that_is_no_number_is_not_written(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loftq_exp.tasks.arithmetic import Arithmetic
+
+    scored = Arithmetic.score
+
+    def undefined(*args: object) -> object:
+        result = scored(*args)  # type: ignore[arg-type]
+        return dataclasses.replace(result, scores=result.scores | {"accuracy": float("nan")})
+
+    monkeypatch.setattr(Arithmetic, "score", undefined)
+    config = configure("stages=[quantize,evaluate]")
+    with pytest.raises(UserError, match=r"^evaluate: the score accuracy is nan"):
+        loftq_exp.run(config)
+    assert not list(config.run_dir.glob("*.jsonl"))
+    assert {path.name for path in config.run_dir.glob("*.json")} == {"config.json"}
+
+
+# Results of something else --------------------------------------------------------------------------------------------
+
+ROWS = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(1, 5)]
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def record(run_dir: Path, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / f"{stage}.json").read_text())
+    return found
+
+
+def other_weights(folder: Path, seed: int) -> None:
+    """Weights of the same names and shapes, at the same path."""
+    torch.manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value + 0.05 * torch.randn_like(value) for name, value in tensors.items()}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["rows", "weights", "nothing"])
+def test_training_goes_on_only_from_checkpoints_of_its_own(
+    configure: Configure, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, change: str,
+) -> None:  # fmt: skip
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = ("task=gsm8k", f"task.train_file={rows}", f"model.path={model}", "train.save_steps=1", "train.max_steps=2",
+                 "stages=[quantize,finetune]")  # fmt: skip
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_save_adapter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loftq_exp.run(configure(*arguments))
+    if change == "rows":
+        write_rows(rows, [*ROWS[:3], {"question": "What is 4 + 4?", "answer": "4 + 4 = 9\n#### 9"}])  # of the same size
+    elif change == "weights":
+        other_weights(Path(model), 1)
+    with caplog.at_level(logging.INFO):
+        result = loftq_exp.run(configure(*arguments))
+    again = record(result.run_dir, "finetune")
+    told = [line for line in caplog.messages if line.startswith("finetune: starts over: the checkpoints in ")]
+    assert (again["resumed_from"], len(told)) == (("checkpoint-2", 0) if change == "nothing" else (None, 1))
+    fresh = loftq_exp.run(configure(*arguments, f"output_dir={tmp_path / 'fresh'}"))
+    expected, found = (load_file(run.run_dir / "adapter" / "adapter_model.safetensors") for run in (fresh, result))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_rows_beyond_those_that_are_used_do_not_count(configure: Configure, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:3])
+    arguments = ("task=gsm8k", f"task.train_file={rows}", "task.max_train_samples=2", "stages=[quantize,finetune]")
+    first = loftq_exp.run(configure(*arguments))
+    write_rows(rows, ROWS)
+    again = loftq_exp.run(configure(*arguments))
+    assert record(again.run_dir, "finetune")["seconds"] == first.metrics["seconds"]["finetune"]
+
+
+def test_an_adapter_of_other_weights_is_not_scored(
+    configure: Configure, tmp_path: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    config = configure(f"model.path={model}")
+    assert loftq_exp.run(config).metrics["scored_adapter"] == "fine-tuned"
+    other_weights(model, 1)
+    result = loftq_exp.run(configure(f"model.path={model}", "stages=[quantize,evaluate]"))
+    assert sum("the adapter in" in line and "initial factors are scored" in line for line in caplog.messages) == 1
+    assert result.adapter_dir is None
+    assert result.metrics["scored_adapter"] == "initial"
+    assert result.metrics["finetune"] is None
+    assert result.metrics["losses"] == []
+    alone = loftq_exp.run(
+        configure(f"model.path={model}", "stages=[quantize,evaluate]", f"output_dir={tmp_path / 'b'}")
+    )
+    assert result.scores == alone.scores
+    both = loftq_exp.run(config)
+    assert both.metrics["scored_adapter"] == "fine-tuned"
+    assert both.scores != alone.scores
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_an_adapter_that_was_deleted_or_replaced_is_trained_again(configure: Configure, change: str) -> None:
+    config = configure("train.learning_rate=1e-2")
+    first = loftq_exp.run(config)
+    assert first.adapter_dir
+    weights = first.adapter_dir / "adapter_model.safetensors"
+    before = load_file(weights)
+    if change == "deleted":
+        shutil.rmtree(first.adapter_dir)
+    else:
+        save_file({name: torch.zeros_like(value) for name, value in before.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="was deleted or changed since it was trained; add finetune to stages"):
+        loftq_exp.run(configure("train.learning_rate=1e-2", "stages=[evaluate]"))
+    scores = loftq_exp.run(config).scores
+    assert scores == first.scores
+    assert all(torch.equal(value, before[name]) for name, value in load_file(weights).items())
+
+
+def test_scores_whose_samples_are_gone_are_made_again(configure: Configure) -> None:
+    first = loftq_exp.run(configure("stages=[quantize,evaluate]"))
+    samples = first.run_dir / "samples.jsonl"
+    before = samples.read_text()
+    for damage in (samples.unlink, lambda: samples.write_text("{}\n")):
+        damage()
+        assert loftq_exp.run(configure("stages=[quantize,evaluate]")).scores == first.scores
+        assert samples.read_text() == before
+
+
+def test_scores_of_an_earlier_adapter_are_not_shown_beside_a_new_one(configure: Configure, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    arguments = ("task=gsm8k", f"task.train_file={rows}", f"task.eval_file={rows}", "train.warmup_ratio=0")
+    assert loftq_exp.run(configure(*arguments)).scores
+    kept = loftq_exp.run(configure(*arguments, "stages=[quantize,finetune]"))
+    assert kept.metrics["scored_adapter"] == "fine-tuned"
+    write_rows(rows, ROWS[:2])
+    other = loftq_exp.run(configure(*arguments, "stages=[quantize,finetune]"))
+    assert other.scores == {}
+    assert other.metrics["scored_adapter"] is None

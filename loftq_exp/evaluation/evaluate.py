@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
+from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Generated, Generation, Likelihood, Nll, Outputs, Request, Task
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Collator, Features, pad_token_id
 from loftq_exp.training.padding import settle_padding
-from loftq_exp.training.positions import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,20 +46,20 @@ def evaluate(
     rows: Sequence[Row],
     batch_size: int,
     progress: Progress | None = None,
+    requests: Sequence[Request] | None = None,
 ) -> Evaluation:
     """The scores of `model`, of the kind that `task` needs and with or without an adapter, on `rows`.
 
-    The model comes back in the mode it was in, and pads with the token that `settle_padding` finds. Raises ValueError if
-    there are no rows, and UserError where the tokenizer or the settings do not go with the task.
+    `requests` are the task's for these rows and this tokenizer; None: they are made here. The model comes back in the mode
+    it was in, and pads with the token that `settle_padding` finds. Raises ValueError if there are no rows, and UserError
+    where the tokenizer or the settings do not go with the task, or an output of the model is NaN or infinite.
     """
     if not rows:
         raise ValueError("there are no rows to score")
     report = progress or (lambda done, total, what: None)
     started = time.perf_counter()
-    requests = task.requests(rows, tokenizer)
     settle_padding(model, tokenizer)
-    for request in requests:
-        check_positions(model, request.features)
+    requests = task.requests(rows, tokenizer) if requests is None else requests
     with _scoring(model):
         answers = [_answers(model, tokenizer, request, batch_size, report) for request in requests]
     scored = task.score(rows, requests, answers)
@@ -73,7 +74,13 @@ def _answers(
     found: dict[int, Any] = {}
     for indices in _batches([len(feature["input_ids"]) for feature in request.features], batch_size):
         features = [request.features[index] for index in indices]
-        found.update(zip(indices, _batch_answers(model, tokenizer, request, features), strict=True))
+        try:
+            found.update(zip(indices, _batch_answers(model, tokenizer, request, features), strict=True))
+        except _NotFinite as error:
+            index = min(indices[position] for position in error.positions)
+            row = getattr(request.notes[index], "row", index) if request.notes else index  # a window knows its row
+            raise UserError(f"evaluate: the model's output for row {row + 1} is NaN or infinite ({request.what}); no score is "
+                            "kept: check the weights at model.path and the adapter, or use train.bf16=false") from None  # fmt: skip
         report(len(found), len(request.features), request.what)
     return [found[index] for index in range(len(request.features))]
 
@@ -91,7 +98,17 @@ def _batch_answers(
         return _likelihoods(model, batch)
     assert isinstance(request, Outputs)
     outputs = model(**_placed(model, batch))
-    return list(zip(*(outputs[name].float().cpu().numpy() for name in request.names), strict=True))
+    values = [outputs[name].float().cpu() for name in request.names]
+    for value in values:
+        # One output a token (a span's start and end) counts for the tokens, not for the padding.
+        counts = (
+            batch["attention_mask"].bool() if value.shape == batch["attention_mask"].shape else torch.ones(1).bool()
+        )
+        bad = (
+            _is_not_finite(value) if value.shape[-1] > 1 else ~value.isfinite()
+        )  # one output is a number, not a choice
+        _refuse_not_finite(bad & counts)
+    return list(zip(*(value.numpy() for value in values), strict=True))
 
 
 def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
@@ -113,11 +130,12 @@ def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
         kept = labels.shape[1] - first + 1
         logits = model(**_placed(model, batch), use_cache=False, logits_to_keep=kept).logits[:, :-1]
         labels = labels[:, first:]
-    likelihoods = []
+    likelihoods: list[Nll] = []
     for row_logits, row_labels in zip(logits, labels, strict=True):
         # Row by row, so that no float32 copy of the whole batch is made; ignored labels cost 0.
         nll = torch.nn.functional.cross_entropy(row_logits.float(), row_labels, ignore_index=IGNORED, reduction="none")
         likelihoods.append(Nll(float(nll.double().sum()), int((row_labels != IGNORED).sum())))
+    _refuse_not_finite(torch.tensor([[not math.isfinite(nll.total)] for nll in likelihoods]))
     return likelihoods
 
 
@@ -139,7 +157,9 @@ def _generated(
     )
     settings.decoder_start_token_id = _decoder_start(model)
     with _without_defaults(model):
-        sequences = model.generate(**inputs, generation_config=settings)
+        sequences = model.generate(
+            **inputs, generation_config=settings, logits_processor=[_RefuseNotFinite(request.num_beams)]
+        )
     given = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = []
     for ids in sequences[:, given:].tolist():
@@ -148,6 +168,37 @@ def _generated(
         text = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         texts.append(Generated(text, len(own)))
     return texts
+
+
+class _NotFinite(Exception):
+    """Outputs that are no numbers, for the features at `positions` of a batch."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        super().__init__(positions)
+        self.positions = positions
+
+
+def _is_not_finite(values: torch.Tensor) -> torch.Tensor:
+    """Where `values` are NaN or +inf. -inf is legitimate: it stands for what a model or a rule of the search excludes."""
+    return values.isnan() | (values == math.inf)
+
+
+def _refuse_not_finite(found: torch.Tensor) -> None:
+    """Raises _NotFinite for the features where `found`, of shape (features, ...), holds a true value."""
+    if bool(found.any()):
+        raise _NotFinite(found.flatten(1).any(dim=1).nonzero().flatten().tolist())
+
+
+class _RefuseNotFinite(LogitsProcessor):
+    """Raises _NotFinite before a token is chosen by NaN."""
+
+    def __init__(self, num_beams: int) -> None:
+        self.num_beams = num_beams
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The `scores` of shape (features * beams, tokens), unchanged."""
+        _refuse_not_finite(_is_not_finite(scores).reshape(-1, self.num_beams * scores.shape[-1]))
+        return scores
 
 
 def _decoder_start(model: Any) -> int | None:

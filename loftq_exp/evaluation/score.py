@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype, peak_memory
+from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import evaluate
 from loftq_exp.progress import progress
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.load import load_model, load_tokenizer
+from loftq_exp.training.load import load_model
+from loftq_exp.training.origin import file_digest
+
+if TYPE_CHECKING:
+    from loftq_exp.training.preflight import Prepared
 
 
 def score(
     init: Initialised,
     adapter: Path | None,
     rows: Sequence[dict[str, Any]],
+    prepared: Prepared,
     task: Task,
     config: RunConfig,
     samples: Path,
 ) -> dict[str, Any]:
-    """Scores `rows` with the fine-tuned `adapter`, or with the initial factors where it is None.
+    """Scores `rows`, `prepared` for the model, with the fine-tuned `adapter`; None: with the initial factors.
 
-    Writes one line of JSON a row to `samples`: what the task keeps of each, predictions beside gold.
+    Writes one line of JSON a row to `samples`: what the task keeps of each, predictions beside gold. Raises UserError, and
+    writes nothing, where an output of the model or a score is not finite.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
     dtype = compute_dtype(device, config.train.bf16)
     model = load_model(init, adapter, config, device, dtype, task.num_labels)
-    tokenizer = load_tokenizer(init, config)
+    batch_size = config.train.per_device_eval_batch_size
     with progress("evaluate") as advance:
-        result = evaluate(model, tokenizer, task, rows, config.train.per_device_eval_batch_size, advance)
+        result = evaluate(model, prepared.tokenizer, task, rows, batch_size, advance, prepared.requests)
+    _check_finite(result.scores)
     beside = samples.with_name(f".{samples.name}.tmp")
-    beside.write_text("".join(json.dumps(sample) + "\n" for sample in result.samples))
+    beside.write_text("".join(_line(number, sample) for number, sample in enumerate(result.samples, start=1)))
     beside.replace(samples)
     return {
         "scores": result.scores,
         "rows": len(rows),
+        "samples": file_digest(samples),
         "tokens_generated": result.tokens_generated,
         "seconds": time.perf_counter() - began,
         "peak_memory": peak_memory(),
     }
+
+
+def _line(number: int, sample: dict[str, Any]) -> str:
+    try:
+        return json.dumps(sample, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(
+            f"evaluate: the sample of row {number} holds NaN or an infinite value; no score is kept: check the row"
+        ) from None
+
+
+def _check_finite(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise UserError(f"evaluate: the score {name} is {value}; no score is kept: check the rows of task.eval_file, and the "
+                            "weights at model.path")  # fmt: skip

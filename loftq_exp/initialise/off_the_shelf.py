@@ -77,7 +77,7 @@ def take(source: Source, config: RunConfig) -> Initialised:
     final = config.init_dir
     began = time.perf_counter()
     with exclusive(final), _about_quant_path():
-        key = _key(source, config)
+        key = taken_key(source, config)
         found = read_artifact(final)
         if found and found.report.get("key") == key:
             log.info("quantize: %s is there: taken off the shelf before", final)
@@ -108,7 +108,7 @@ def _about_quant_path() -> Iterator[None]:
         raise UserError(re.sub(r"^model\.path", "quant.path", str(error))) from error
 
 
-def _key(source: Source, config: RunConfig) -> str:
+def taken_key(source: Source, config: RunConfig) -> str:
     """Digest of all that shapes the result: the published files and the settings."""
     places = [source.folder, *(source.folder / name for name in ADAPTER_FOLDERS if name)]
     files = sorted(path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())

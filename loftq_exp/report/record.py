@@ -49,7 +49,7 @@ def assemble(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside its place and renames it there."""
+    """Writes JSON beside its place and renames it there. Raises ValueError for NaN and infinities, which JSON lacks."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    beside.write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
     beside.replace(path)

@@ -6,15 +6,15 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -22,9 +22,13 @@ from loftq_exp.device import compute_device, compute_dtype, peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
+from loftq_exp.training.finite import FiniteTrainer
+from loftq_exp.training.load import backbone_form, load_model
+from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
-from loftq_exp.training.positions import check_positions
+
+if TYPE_CHECKING:
+    from loftq_exp.training.preflight import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -33,32 +37,36 @@ Scalars = Callable[[int, dict[str, float]], None]
 
 
 def finetune(
-    init: Initialised, rows: Sequence[dict[str, Any]], task: Task, config: RunConfig, folder: Path, scalars: Scalars
+    init: Initialised,
+    prepared: Prepared,
+    task: Task,
+    config: RunConfig,
+    folder: Path,
+    origin: Origin,
+    scalars: Scalars,
 ) -> dict[str, Any]:
-    """Trains the adapter of `init` on `rows` and saves it as `folder`/adapter, which is there only when it is whole.
+    """Trains the adapter of `init` on the rows that are `prepared`; saves it as `folder`/adapter, which is there only when whole.
 
-    Returns what is worth keeping: losses, steps, seconds. Trainer checkpoints under `folder`/checkpoints are resumed from
-    and removed at the end. Raises UserError where no row is left to train on.
+    Returns what is worth keeping: losses, steps, seconds, the adapter's digest. Trainer checkpoints under
+    `folder`/checkpoints are resumed from where they are of this `origin`, and removed at the end. Raises UserError, which
+    names the step, where a loss, gradient or parameter is NaN or infinite; the last checkpoint before it stays.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
     dtype = compute_dtype(device, config.train.bf16)
-    tokenizer = load_tokenizer(init, config)
-    encoded = task.encode(rows, tokenizer)
     transformers.set_seed(config.seed)
     model = load_model(init, None, config, device, dtype, task.num_labels)
-    check_positions(model, encoded)
-    settle_padding(model, tokenizer)
+    settle_padding(model, prepared.tokenizer)
     if config.train.gradient_checkpointing:
         model.enable_input_require_grads()  # or no gradient would flow into a block whose inputs need none
         model.gradient_checkpointing_enable({"use_reentrant": False})
     checkpoints = folder / "checkpoints"
     with progress("finetune") as advance:
-        trainer = Trainer(
+        trainer = FiniteTrainer(
             model=model,
             args=training_arguments(config, checkpoints, device, dtype),
-            train_dataset=encoded,
-            data_collator=task.collator(tokenizer),
+            train_dataset=prepared.train,
+            data_collator=task.collator(prepared.tokenizer),
             callbacks=[_Report(advance, scalars)],
         )
         if task.model_kind != "causal":
@@ -66,6 +74,9 @@ def finetune(
             # take the mean of each batch, which the trainer must then divide by the number of batches.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        if trainer.is_world_process_zero():
+            _start_over_from_another(checkpoints, origin)
+        trainer.accelerator.wait_for_everyone()
         resumed = last_whole_checkpoint(checkpoints)
         if resumed:
             log.info("finetune: goes on from %s", resumed.name)
@@ -74,13 +85,14 @@ def finetune(
         with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if trainer.is_world_process_zero():
-        _save_adapter(model, folder / "adapter")
+        _save_adapter(model, folder / "adapter", origin)
         shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     history = trainer.state.log_history
     return {
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "steps": trainer.state.global_step,
-        "rows": len(rows),
+        "adapter": adapter_digest(folder / "adapter"),
         "backbone": backbone_form(init, config, device),
         "dtype": str(dtype).removeprefix("torch."),
         "resumed_from": resumed.name if resumed else None,
@@ -109,6 +121,7 @@ def training_arguments(config: RunConfig, folder: Path, device: torch.device, dt
             report_to="none",  # losses go to the run's own TensorBoard log
             disable_tqdm=True,  # progress is shown by _Report
             logging_first_step=True,
+            logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
         )
@@ -131,10 +144,22 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _save_adapter(model: PeftModel, place: Path) -> None:
+def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
+    """Removes checkpoints that were not made from `origin`, and leaves its keys beside those to come."""
+    if checkpoints.is_dir() and read_origin(checkpoints) != origin:
+        log.info(
+            "finetune: starts over: the checkpoints in %s were made from other rows, weights or settings", checkpoints
+        )
+        shutil.rmtree(checkpoints)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    origin.write(checkpoints)
+
+
+def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial))
+    origin.write(partial)
     shutil.rmtree(place, ignore_errors=True)
     partial.rename(place)
 

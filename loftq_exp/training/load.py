@@ -19,6 +19,7 @@ from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.head import PREFIX, draw_head
 from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton
+from loftq_exp.source.locate import Source
 
 
 def load_model(
@@ -80,12 +81,12 @@ def _with_resized_head(backbone: Any, init: Initialised, config: RunConfig, num_
     return adapted
 
 
-def load_tokenizer(init: Initialised, config: RunConfig) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(init: Initialised | Source, config: RunConfig) -> transformers.PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises UserError where the checkpoint has none."""
     try:
         return transformers.AutoTokenizer.from_pretrained(init.folder, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # tokenizers raises that very class, transformers whatever a damaged file leads to
+        first = next(filter(None, str(error).splitlines()), type(error).__name__)
         raise UserError(f"model.path={config.model.path}: no tokenizer to be read ({first}); add its files") from None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
@@ -209,3 +217,51 @@ def test_targets_without_a_token_to_score(model: LlamaForCausalLM, tiny_tokenize
 def test_no_rows(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="no rows"):
         evaluate(model, tiny_tokenizer, TASK, [], 3)
+
+
+def without_a_number(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Makes the embedding of a token that only one row's prompt holds NaN, and returns that row's number."""
+    ids = [set(encode_prompt(TASK, row, tokenizer, CONFIG)) for row in ROWS]
+    others = [set().union(*(own for other, own in enumerate(ids) if other != index)) for index in range(len(ROWS))]
+    index = next(index for index in reversed(range(len(ROWS))) if ids[index] - others[index])
+    token = min(ids[index] - others[index])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    return index + 1
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["likelihood", "generation"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_nan_is_no_score_and_no_token(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, kind: int, batch_size: int
+) -> None:
+    row = without_a_number(model, tiny_tokenizer)
+    assert not model.config.tie_word_embeddings
+    asked = TASK.requests(ROWS, tiny_tokenizer)[kind]
+    with pytest.raises(UserError, match=f"^evaluate: the model's output for row {row} is NaN or infinite"):
+        evaluate(model, tiny_tokenizer, TASK, ROWS, batch_size, requests=[asked])
+
+
+def test_a_nan_is_no_beam(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = without_a_number(model, tiny_tokenizer)
+    asked = dataclasses.replace(TASK.requests(ROWS, tiny_tokenizer)[1], num_beams=2)
+    with pytest.raises(UserError, match=f"output for row {row} is NaN or infinite"):
+        evaluate(model, tiny_tokenizer, TASK, ROWS, 3, requests=[asked])
+
+
+@pytest.mark.parametrize(("value", "refused"), [("nan", True), ("inf", True), ("-inf", False)])
+def test_a_nan_is_no_class(tiny_tokenizer: PreTrainedTokenizerFast, value: str, refused: bool) -> None:
+    """-inf is what a model may give to a class that it excludes."""
+    task = load_task(TaskConfig(kind="glue", name="sst2"))
+    rows = [{"sentence": text, "label": 1} for text in ("one", "two and two")]
+    config = BertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=512
+    )
+    classifier = BertForSequenceClassification(config)
+    with torch.no_grad():
+        classifier.classifier.bias[0] = float(value)
+    if not refused:
+        assert evaluate(classifier, tiny_tokenizer, task, rows, 2).scores == {"accuracy": 1.0}
+        return
+    with pytest.raises(UserError, match=r"output for row 1 is NaN or infinite \(labels\)"):
+        evaluate(classifier, tiny_tokenizer, task, rows, 2)

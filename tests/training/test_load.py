@@ -23,6 +23,7 @@ from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.locate import locate
 from loftq_exp.training.finetune import _save_adapter, training_arguments
 from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
+from loftq_exp.training.origin import Origin
 
 CPU = torch.device("cpu")
 
@@ -382,7 +383,7 @@ def test_a_trained_head_comes_back_with_its_adapter(
         for value in model.parameters():
             if value.requires_grad:
                 value.add_(torch.randn_like(value), alpha=0.03)
-    _save_adapter(model, tmp_path / "adapter")
+    _save_adapter(model, tmp_path / "adapter", Origin("adapter", "initialisation"))
     again = load_model(init, tmp_path / "adapter", config, CPU, dtype, labels)
     assert all(value.dtype == torch.float32 for value in trained_head(model).values())
     before, after = ({n: v for n, v in m.named_parameters() if v.requires_grad} for m in (model, again))

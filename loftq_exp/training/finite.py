@@ -1,0 +1,50 @@
+"""A trainer that stops where training diverged: nothing that is not finite is logged, saved or trained on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback
+
+from loftq_exp.errors import UserError
+
+
+class FiniteTrainer(Trainer):
+    """A Trainer that raises UserError, which names the step, where a loss, gradient norm or parameter is NaN or infinite.
+
+    Losses and gradients are checked before the optimiser step and before clipping, which turns infinite gradients into
+    zeros and NaN. Parameters may overflow in the step itself, and are checked after it: before a checkpoint is saved.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losses: list[torch.Tensor] = []
+        self.add_callback(_FiniteParameters())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the trainer's own: forward and backward of one batch, with a check once a step's gradients are complete."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss.detach())
+        if self.accelerator.sync_gradients:  # all batches that are accumulated for the step are done
+            assert self.model is not None
+            losses, self._losses = float(torch.stack(self._losses).sum()), []
+            norm = float(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
+            if not (math.isfinite(losses) and math.isfinite(norm)):
+                raise _diverged(self.args, self.state.global_step + 1, f"loss {losses:g}, gradient norm {norm:g}")
+        return loss
+
+
+class _FiniteParameters(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Raises UserError where the step made a trained parameter NaN or infinite."""
+        largest = [value.detach().abs().max() for value in model.parameters() if value.requires_grad and value.numel()]
+        if not bool(torch.stack(largest).isfinite().all()):
+            raise _diverged(args, state.global_step, "a trained parameter is NaN or infinite after it")
+
+
+def _diverged(args: Any, step: int, what: str) -> UserError:
+    return UserError(f"train.learning_rate={args.learning_rate:g}: training diverged at step {step} ({what}); no adapter is saved "
+                     "and earlier checkpoints are kept; lower it, or set train.max_grad_norm=1 and a longer warmup")  # fmt: skip

@@ -1,0 +1,199 @@
+"""What a run's rows and settings ask of its model, checked before the quantize stage: hours later it would be too late.
+
+The rows of the stages to come are encoded with the source's tokenizer and held against the model without its weights.
+What was encoded is kept, so that no stage does it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
+
+from loftq_exp.artifact.folder import Initialised
+from loftq_exp.config import RunConfig
+from loftq_exp.errors import UserError
+from loftq_exp.source.layout import skeleton
+from loftq_exp.source.locate import Source
+from loftq_exp.tasks.base import Generation, Request, Task
+from loftq_exp.tasks.data import Row, Split
+from loftq_exp.tasks.encode import Features
+from loftq_exp.training.finetune import training_arguments
+from loftq_exp.training.finite import FiniteTrainer
+from loftq_exp.training.load import load_tokenizer
+from loftq_exp.training.padding import settle_padding
+from loftq_exp.training.positions import positions_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run as its model reads them. A stage that is not run has none."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Features]
+    requests: list[Request]
+
+
+def prepare(
+    source: Source | Initialised, task: Task, train: Sequence[Row], scored: Sequence[Row], config: RunConfig
+) -> Prepared:
+    """Encodes the rows to train on and those to score, and checks that the model in `source` can read them.
+
+    Raises UserError, one line that names the setting or the row: for positions that the model lacks, in training or while it
+    generates; for a token without an embedding; for a text of no tokens; for a tokenizer that lacks what the task needs.
+    """
+    model = skeleton(source.folder, config.model.kind, config.model.trust_remote_code)
+    if train and config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.gradient_checkpointing=true: {type(model).__name__} cannot recompute its activations; leave it out"
+        )
+    tokenizer = load_tokenizer(source, config)
+    settle_padding(model, tokenizer)
+    checks = _Checks(task, tokenizer, model)
+    encoded = task.encode(train, tokenizer) if train else []
+    pads = task.lengths if task.config.pad_to_max_length else {}
+    checks.check("train", encoded, len(train), pads)
+    requests = task.requests(scored, tokenizer) if scored else []
+    for request in requests:
+        checks.check("eval", request.features, len(scored), {}, request)
+    checks.warn_beyond_rotary()
+    return Prepared(tokenizer, encoded, requests)
+
+
+def check_optimiser(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Takes one step with the run's optimiser and schedule on a tiny layer.
+
+    Raises UserError for an optimiser that transformers does not know, whose package is missing, that needs further arguments
+    or another device, for a schedule that its settings do not allow, and for any argument that transformers refuses.
+    """
+    name = config.train.optim
+    known = [optimiser.value for optimiser in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known) or ["adamw_torch", "adafactor", "sgd"]
+        raise UserError(f"train.optim={name}: transformers has no such optimiser; choose one of its OptimizerNames, such as {', '.join(near)}")  # fmt: skip
+    layer = nn.Linear(64, 64).to(device)  # 8-bit optimisers leave smaller weights in 32 bits
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder at once
+        trainer = FiniteTrainer(model=layer, args=training_arguments(config, Path(folder), device, dtype))
+        with _refused(f"train.optim={name}", "install what it needs, or use train.optim=adamw_torch"):
+            optimiser = trainer.create_optimizer()
+            layer(torch.ones(1, 64, device=device)).sum().backward()
+            optimiser.step()
+        settings = f"train.lr_scheduler_type={config.train.lr_scheduler_type}, train.learning_rate={config.train.learning_rate:g}"
+        with _refused(settings, "use another of the two"):
+            trainer.create_scheduler(num_training_steps=2)
+
+
+@contextmanager
+def _refused(setting: str, remedy: str) -> Iterator[None]:
+    """Turns what libraries raise for the value of a setting into a UserError."""
+    try:
+        yield
+    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{setting}: cannot be used here ({' '.join(str(error).split()):.200}); {remedy}") from None
+
+
+def _embeddings(model: PreTrainedModel) -> int | None:
+    """The tokens that the model has embeddings for; None where it does not say."""
+    try:
+        return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+class _Checks:
+    """The checks of one model: `check` a split's features, then `warn_beyond_rotary` once."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.embeddings, self.positions = _embeddings(model), positions_of(model)
+        self.token_types = next((module.num_embeddings for name, module in model.named_modules()
+                                 if name.endswith("token_type_embeddings") and isinstance(module, nn.Embedding)), None)  # fmt: skip
+        self.encodes = bool(model.config.is_encoder_decoder)
+        self.longest = 0
+
+    def check(
+        self,
+        split: Split,
+        features: Sequence[Features],
+        rows: int,
+        pads: Mapping[str, int],
+        request: Request | None = None,
+    ) -> None:
+        """Raises UserError for the first feature that the model cannot read, or cannot write an answer to."""
+        source, place = self.task.source(split), "row" if len(features) == rows else "example"
+        origin = source.label if source.file or source.dataset else f"task={self.task.config.kind}"
+        for number, feature in enumerate(features, start=1):
+            label = f"{origin}: {place} {number}"
+            if not feature["input_ids"]:
+                raise UserError(f"{label} has no tokens: the tokenizer of {self.tokenizer.name_or_path} makes none of its text; "
+                                "mend the row, or use a model with another tokenizer")  # fmt: skip
+            self._check_ids(label, feature)
+            for what, length, positions in self._lengths(feature, pads, request):
+                if positions is not None and length > positions:
+                    raise UserError(f"{self._settings()}: {what} takes {length} positions ({label}), and the model has "
+                                    f"{positions}; lower what these settings allow in all to {positions}")  # fmt: skip
+
+    def _check_ids(self, label: str, feature: Features) -> None:
+        for name, known in (
+            ("input_ids", self.embeddings),
+            ("labels", self.embeddings),
+            ("token_type_ids", self.token_types),
+        ):
+            ids = feature.get(name)
+            highest = max(ids, default=0) if isinstance(ids, list) else 0
+            if known is not None and highest >= known:
+                what = (
+                    "token type"
+                    if name == "token_type_ids"
+                    else f"token {self.tokenizer.convert_ids_to_tokens(highest)!r}"
+                )
+                raise UserError(f"{label} holds the {what} with id {highest}, and the model has embeddings for {known} (0 to "
+                                f"{known - 1}); use the tokenizer that the model was trained with")  # fmt: skip
+
+    def _lengths(
+        self, feature: Features, pads: Mapping[str, int], request: Request | None
+    ) -> Iterator[tuple[str, int, int | None]]:
+        """What is read or written of a feature, the positions that it takes, and those that there are."""
+        read = max(len(feature["input_ids"]), pads.get("input_ids", 0))
+        written = request.max_new_tokens if isinstance(request, Generation) else 0
+        labels = feature.get("labels")
+        if self.encodes:
+            yield "reading", read, self.positions.inputs
+            targets = max(len(labels), pads.get("labels", 0)) if isinstance(labels, list) else written
+            yield "writing", targets, self.positions.labels
+        else:
+            total = read + max(0, written - 1)  # the last token that is written is not read again
+            self.longest = max(self.longest, total)
+            yield "generating" if written else "reading", total, self.positions.inputs
+
+    def _settings(self) -> str:
+        config = self.task.config
+        if config.kind == "wikitext":
+            return f"task.block_size={config.block_size}"
+        if self.task.model_kind in ("causal", "seq2seq"):
+            return (
+                f"task.max_source_length={config.max_source_length}, task.max_target_length={config.max_target_length}"
+            )
+        return f"task.max_source_length={config.max_source_length}"
+
+    def warn_beyond_rotary(self) -> None:
+        """Logs a warning where sequences are longer than those that a rotary model was trained on: they compute, but worse."""
+        trained = self.positions.rotary
+        if trained is not None and self.longest > trained:
+            log.warning("%s: sequences of up to %d tokens, and the model was trained on %d positions; expect worse scores",
+                        self._settings(), self.longest, trained)  # fmt: skip
