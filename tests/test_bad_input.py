@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_named(cli: Any, model: Path, value: flo
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = value
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     message = refused_model(cli, model, f"quant={quant}")
-    assert "weight model.layers.1.mlp.down_proj.weight" in message
+    assert "tensor model.layers.1.mlp.down_proj.weight" in message
     assert "NaN or infinite" in message
 
 
@@ -400,7 +400,7 @@ def test_a_tokenizer_that_makes_no_tokens(cli: Any, tmp_path: Path) -> None:
 def test_a_damaged_tokenizer(cli: Any, model: Path, text: str) -> None:
     (model / "tokenizer.json").write_text(text)
     told = cli.refused(*cli.tiny, f"model.path={model}")
-    assert told.startswith(f"model.path={model}: no tokenizer to be read (")
+    assert told.startswith(f"model.path={model}: no tokenizer to be read in {model} (")
     assert not Path("outputs").exists()
 
 

@@ -137,6 +137,8 @@ def _code(config: RunConfig, report: dict[str, Any]) -> str:
     arguments = [f"dtype={dtype}"]
     if config.hub.revision:
         arguments.append(f'revision="{config.hub.revision}"')
+    if config.model.trust_remote_code:
+        arguments.append("trust_remote_code=True")
     if packs:
         settings = [
             "load_in_4bit=True",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 from loftq_exp.artifact.adapter import CONFIG, WEIGHTS, Adapter, default_adapter, open_adapter
@@ -19,14 +21,16 @@ from loftq_exp.artifact.folder import (
     ADAPTER,
     REPORT,
     bnb4_config,
-    carry_files,
     exclusive,
     written_whole,
 )
 from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.errors import UserError
+from loftq_exp.integrations.loads import check_report
 from loftq_exp.progress import progress
+from loftq_exp.source.files import carry_files
 from loftq_exp.source.layout import AUTO_CLASSES, left_dense, load_config
+from loftq_exp.source.loading import load_report
 from loftq_exp.storage.bnb4 import four_bit_of_values, four_bit_specs
 from loftq_exp.storage.specs import TensorSpec
 
@@ -49,12 +53,15 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
     with open_backbone(folder) as backbone, open_adapter(adapter or default_adapter(folder), backbone) as opened:
         _check_form(backbone, to)
         kept: str = dtype or backbone.init.report["quant"]["save_dtype"]
+        sources, untied = _sources(backbone, opened)
+        config = _config(backbone, opened, to, getattr(torch, kept), untied)
+        _check_whole(backbone, opened, config, sources)
         with exclusive(out, "OUT"):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(f"OUT={out}: is there already, and not empty; give a new folder")
             with written_whole(out, "OUT") as partial:
-                _write_weights(partial, backbone, opened, to, getattr(torch, kept))
-                _write_config(partial, backbone, opened, to, getattr(torch, kept))
+                _write_weights(partial, backbone, opened, sources, to, getattr(torch, kept))
+                config.save_pretrained(partial)
                 carry_files(folder, partial)
                 if to == "packed":
                     _keep_adapter(partial, out, backbone, opened)
@@ -75,20 +82,54 @@ def _check_form(backbone: Backbone, to: str) -> None:
         raise UserError(f"--to=bnb4: transformers loads {dense[0]} only as a dense layer; use --to dense")
 
 
-def _write_weights(folder: Path, backbone: Backbone, adapter: Adapter, to: str, dtype: torch.dtype) -> None:
-    """The weights, one at a time: what is merged, the head that was trained, and all others."""
-    names = {stored: name for stored in backbone.others if (name := _full_name(stored, backbone)) not in adapter.head}
+def _sources(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, str], bool]:
+    """The stored tensor behind each name in OUT that is no target and not trained; whether tied weights come apart.
+
+    Where the adapter trained one of several tied weights, such as only the head of a model that ties it to its embeddings,
+    the others keep the stored value, under names of their own.
+    """
+    sources = {_full_name(stored, backbone): stored for stored in backbone.others}
+    ties: dict[str, str] = backbone.model.all_tied_weights_keys
+    untied = False
+    for first in dict.fromkeys(ties.values()):
+        group = (first, *(name for name, source in ties.items() if source == first))
+        stored = next((sources[name] for name in group if name in sources), None)
+        if stored is not None and not adapter.head.keys().isdisjoint(group):
+            sources |= dict.fromkeys(group, stored)
+            untied = True
+    return {name: stored for name, stored in sources.items() if name not in adapter.head}, untied
+
+
+def _check_whole(
+    backbone: Backbone, adapter: Adapter, config: transformers.PretrainedConfig, sources: Mapping[str, str]
+) -> None:
+    """UserError where transformers would report a tensor of OUT that is missing, or one that the model has no place for."""
+    with torch.device("meta"):
+        model = type(backbone.model)(config)
+    shapes = {name: backbone.tensors.shape(stored) for name, stored in sources.items()} | adapter.head
+    shapes |= {_full_name(weight.tensor, backbone): weight.shape for weight in backbone.weights.values()}
+    check_report(
+        load_report(model, shapes).as_transformers,
+        f"DIR={backbone.init.folder}",
+        "the checkpoint is damaged: quantize again",
+    )
+
+
+def _write_weights(
+    folder: Path, backbone: Backbone, adapter: Adapter, sources: Mapping[str, str], to: str, dtype: torch.dtype
+) -> None:
+    """The weights, one at a time: what is merged, the head that was trained, and all others, which are in `sources`."""
     tensors = backbone.tensors
     specs = {
         name: TensorSpec(_written_type(tensors.dtype(stored), to, dtype), tensors.shape(stored))
-        for stored, name in names.items()
+        for name, stored in sources.items()
     }
     specs |= {name: TensorSpec(dtype, shape) for name, shape in adapter.head.items()}
     targets = {module: _full_name(weight.tensor, backbone) for module, weight in backbone.weights.items()}
     for module, name in targets.items():
         specs |= _target_specs(backbone, module, name, to, dtype)
     with SafetensorsWriter(folder, specs) as out, progress("export") as advance:
-        for stored, name in names.items():
+        for name, stored in sources.items():
             out.write(name, _converted(name, tensors.read(stored), specs[name].dtype))
         for name in adapter.head:
             out.write(name, _converted(name, adapter.head_values(name), dtype))
@@ -147,7 +188,9 @@ def _full_name(stored: str, backbone: Backbone) -> str:
     return stored if stored.split(".")[0] in dict(model.named_children()) else prefix + stored
 
 
-def _write_config(folder: Path, backbone: Backbone, adapter: Adapter, to: str, dtype: torch.dtype) -> None:
+def _config(
+    backbone: Backbone, adapter: Adapter, to: str, dtype: torch.dtype, untied: bool
+) -> transformers.PretrainedConfig:
     """config.json: of the model class as it is loaded, and of the form in which it is stored."""
     report = backbone.init.report
     config = load_config(backbone.init.folder, kind=report["model"]["kind"])
@@ -161,7 +204,9 @@ def _write_config(folder: Path, backbone: Backbone, adapter: Adapter, to: str, d
         config.quantization_config = bnb4_config(report["other_linears"], dtype)
     elif to == "packed":
         config.quantization_config = backbone.packing
-    config.save_pretrained(folder)
+    if untied:
+        config.tie_word_embeddings = False
+    return config
 
 
 def _keep_adapter(folder: Path, out: Path, backbone: Backbone, adapter: Adapter) -> None:

@@ -19,13 +19,12 @@ from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.transformers_quantizer import LoftQConfig
 from loftq_exp.loftq.allocation import Precision
+from loftq_exp.source.files import carry_files
 from loftq_exp.source.layout import TASK_TYPES, Layout, load_config
 from loftq_exp.source.locate import Source
 
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
-_CARRIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-            "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
 _PEFT_HEADS = ("classifier", "score", "qa_outputs")
 """Heads that PEFT adds to `modules_to_save` by itself, each time that it loads an adapter of their task type."""
 
@@ -125,7 +124,7 @@ def write_surroundings(
     elif config.save_format == "packed":
         model_config.quantization_config = _packed_config(plan, config)
     model_config.save_pretrained(folder)
-    carry_files(source.folder, folder)
+    carry_files(source.folder, folder, config.model.trust_remote_code)
     quant = config.quant
     others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
     adapter = LoraConfig(
@@ -143,14 +142,8 @@ def write_surroundings(
     )
     # PEFT's own writer would put the target modules in the order of a set, another one in every process.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
+    (folder / ADAPTER).mkdir()
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
-
-
-def carry_files(source: Path, folder: Path) -> None:
-    """Copies what a checkpoint keeps beside weights and config: tokenizer, generation config, licence."""
-    for pattern in _CARRIED:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
 
 
 def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQConfig:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -31,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp.commands.terminal import quiet_libraries
 from loftq_exp.config import RunConfig, local_path
-from loftq_exp.config.schema import dotted_names, nearest
+from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 SWEEP_FOLDER = "LOFTQ_EXP_SWEEP"
 """Environment variable with the folder of the multirun that this process belongs to."""
 GROUPS = ("model", "quant", "task", "train", "experiment")
+NAMES = (*dotted_names(RunConfig), *GROUPS)
+"""Every name that an override may set."""
 _REFUSALS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 """What Hydra raises for settings that it cannot compose; ValueError for a choice that is no text, such as model=null."""
 
@@ -63,6 +66,9 @@ def _choices(group: str, names: str = "*") -> list[str]:
 
 # For the page that --help shows: Hydra's own list would name all of the paper's rows, more lines than the rest of the page.
 OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*group)), replace=True)
+# First in conf/config.yaml's defaults list: every setting is in the composed tree, also one that no file of conf/ names, and
+# an override sets it without a +.
+ConfigStore.instance().store("schema", defaults(RunConfig))
 
 
 def main() -> None:
@@ -104,7 +110,14 @@ def _put_flags_first() -> None:
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
     overrides = parser.parse_intermixed_args().overrides
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in overrides] + overrides
+    flags = [argument for argument in sys.argv[1:] if argument not in overrides]
+    sys.argv[1:] = flags + [_plain(override) for override in overrides]
+
+
+def _plain(override: str) -> str:
+    """`+NAME=VALUE` as NAME=VALUE where there is such a setting: Hydra refuses to add what is there."""
+    known = re.match(r"\+([^+=]+)=", override)
+    return override[1:] if known and known[1] in NAMES else override
 
 
 def _refuse_flag(message: str) -> NoReturn:
@@ -168,7 +181,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _config(hydra.compose("config", overrides=list(overrides)))
+            return _config(hydra.compose("config", overrides=[_plain(override) for override in overrides]))
     except _REFUSALS as error:
         raise UserError(_explain(error, list(overrides))) from error
 
@@ -192,23 +205,22 @@ def _explain(error: Exception, arguments: list[str]) -> str:
         )
     if several := re.match("Ambiguous value for argument '(.+?)'", str(error)):
         return f"{several[1]}: several values; add -m to run each of them, or write a list as [A,B]"
-    names = [*dotted_names(RunConfig), *GROUPS]
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
             continue
         key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
-        if not key.startswith("hydra") and key not in names:
-            return f"{argument}: there is no such setting; {_nearest_setting(key, names)}"
+        if not key.startswith("hydra") and key not in NAMES:
+            return f"{argument}: there is no such setting; {_nearest_setting(key)}"
         choices = _choices(key)
         if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # no text, such as model=null
             return f"{argument}: there is no such choice; {nearest(value, choices)}"
     return str(error)
 
 
-def _nearest_setting(key: str, names: list[str]) -> str:
+def _nearest_setting(key: str) -> str:
     """As `nearest`, also where only the last part of a dotted name was given (`rank` for `quant.rank`)."""
-    last_parts = {name.rpartition(".")[2]: name for name in names}
-    found = difflib.get_close_matches(key, [*names, *last_parts], n=1)
+    last_parts = {name.rpartition(".")[2]: name for name in NAMES}
+    found = difflib.get_close_matches(key, [*NAMES, *last_parts], n=1)
     return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"
 
 

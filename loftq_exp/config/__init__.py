@@ -8,7 +8,7 @@ from loftq_exp.config.hub import HUB_ID, HubConfig
 from loftq_exp.config.model import KINDS, ModelConfig
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.quant import QuantConfig
-from loftq_exp.config.run_config.run_config import STAGES, RunConfig
+from loftq_exp.config.run_config import STAGES, RunConfig
 from loftq_exp.config.task import NAMES_OF_TASK, TaskConfig
 from loftq_exp.config.train import TrainConfig
 

@@ -90,6 +90,18 @@ def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
+def defaults(cls: type) -> dict[str, Any]:
+    """Every setting of the dataclass `cls` that has a default, in nested plain containers; required ones are left out."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = defaults(hints[field.name])
+        elif field.default is not _MISSING:
+            values[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return values
+
+
 def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     value = _converted(path, value, hint)
     if value is None:

@@ -37,9 +37,11 @@ from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.prequantized import check_types
+from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.published import ADAPTER_FOLDERS, find_adapter
 from loftq_exp.initialise.verify import VERSION, check_written
 from loftq_exp.provenance import provenance
+from loftq_exp.source.files import FORMAT as FILES_FORMAT
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
@@ -113,7 +115,8 @@ def taken_key(source: Source, config: RunConfig) -> str:
     places = [source.folder, *(source.folder / name for name in ADAPTER_FOLDERS if name)]
     files = sorted(path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return digest_of(["off the shelf", 1, VERSION, stats, config.model.kind, config.quant.shaping])
+    return digest_of(["off the shelf", 1, VERSION, stats, config.model.kind, config.quant.shaping, config.model.trust_remote_code,
+                      FILES_FORMAT])  # fmt: skip
 
 
 def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) -> Layout:
@@ -190,11 +193,10 @@ def _write(
     with SafetensorsWriter(folder, specs) as out:
         for name in names:
             out.write(name, tensors.read(name))
-    (folder / ADAPTER).mkdir()
-    save_file(adapter.factors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
     write_surroundings(
         folder, final, source, layout, {}, dataclasses.replace(config, save_dtype=_dtype(tensors, adapter))
     )
+    save_file(adapter.factors, folder / ADAPTER / "adapter_model.safetensors", {"format": "pt"})
     place = folder / "config.json"
     model_config = json.loads(place.read_text())
     if model_config.pop(
@@ -205,6 +207,7 @@ def _write(
     ours = json.loads(place.read_text())
     ours |= {"lora_alpha": adapter.settings["lora_alpha"], "target_modules": _target_modules(layout, adapter)}
     place.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+    check_surroundings(source.folder, folder, (target.module for target in adapter.targets), config.model)
 
 
 def _target_modules(layout: Layout, adapter: _Adapter) -> list[str]:

@@ -37,6 +37,7 @@ from loftq_exp.initialise.decomposition_cache import FORMAT, Kept, weight_digest
 from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
 from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, make_plan, tell_plan
 from loftq_exp.initialise.prequantized import check_files, check_types
+from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
@@ -44,6 +45,7 @@ from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
+from loftq_exp.source.files import FORMAT as FILES_FORMAT
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.head import FORMAT as HEAD_FORMAT
 from loftq_exp.source.head import PREFIX, head_tensors
@@ -99,9 +101,10 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             worker = _Worker(config)
             plan = worker.plan(tensors, layout)
             with written_whole(final) as folder:
+                write_surroundings(folder, final, source, layout, plan, config)
+                check_surroundings(source.folder, folder, plan, config.model)
                 head = head_tensors(source.folder, tensors, layout, config)
                 weights = _write_weights(folder, tensors, names, layout, plan, worker, head)
-                write_surroundings(folder, final, source, layout, plan, config)
                 forms = {target.tensor: (target.shape, list(worker.stored_specs(target, plan[target.module].bits)))
                          for target in layout.targets}  # fmt: skip
                 check_written(folder, tensors, layout, forms, config)
@@ -122,7 +125,8 @@ def init_key(source: Source, config: RunConfig) -> str:
     files = sorted(path for path in source.folder.iterdir() if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return digest_of([str(source.folder.resolve()), stats, config.model.kind, config.quant.shaping, config.save_dtype,
-                      config.save_format, config.seed, FORMAT, QUANTIZER_VERSION, SOLVER_VERSION, CHECK_VERSION,
+                      config.save_format, config.seed, config.model.trust_remote_code, FILES_FORMAT, FORMAT,
+                      QUANTIZER_VERSION, SOLVER_VERSION, CHECK_VERSION,
                       *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else []),
                       *([PLAN_VERSION] if is_measured(config.quant) else [])])  # fmt: skip
 
@@ -154,7 +158,6 @@ def _write_weights(
 ) -> list[WeightReport]:
     targets = {target.tensor: target for target in layout.targets}
     backbone = _backbone_specs(names, tensors, targets, plan, worker)
-    (folder / ADAPTER).mkdir()
     reports: list[WeightReport] = []
     with (
         SafetensorsWriter(folder, backbone) as out,

@@ -30,7 +30,10 @@ from loftq_exp.source.wheel import UNWRITABLE
 
 # Named one by one: many a repository holds its weights several times (onnx/, consolidated.safetensors, tf_model.h5).
 _SMALL = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-          "chat_template*", "vocab*", "merges.txt", "*.model"]  # fmt: skip
+          "chat_template*", "vocab*", "merges.txt", "*.model",
+          # What else transformers' tokenizers read: bertweet, marian, prophetnet, luke, xlm, tiktoken's ...
+          "bpe.codes", "*.spm", "*.tiktoken", "dict.txt", "prophetnet.tokenizer", "*_vocab.json", "emoji.json", "normalizer.json",
+          "byte_maps.json", "word_shape.json", "word_pronunciation.json", "tekken.json"]  # fmt: skip
 _SAFETENSORS = [*SAFETENSORS_FILES, "model-*-of-*.safetensors"]
 _TORCH = [*TORCH_FILES, "pytorch_model-*-of-*.bin"]
 

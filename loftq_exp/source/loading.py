@@ -42,6 +42,12 @@ class LoadReport:
             found.setdefault(parameter, tensor)
         return found
 
+    @property
+    def as_transformers(self) -> dict[str, Any]:
+        """The report under the names that `output_loading_info=True` gives to its parts."""
+        return {"missing_keys": self.missing, "unexpected_keys": self.unexpected, "mismatched_keys": self.mismatched,
+                "error_msgs": ()}  # fmt: skip
+
 
 def load_report(model: transformers.PreTrainedModel, shapes: Mapping[str, Shape]) -> LoadReport:
     """The report of loading tensors with these `shapes` into the class of `model`, which is on the meta device."""

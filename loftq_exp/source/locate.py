@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loftq_exp.config import ModelConfig, local_path
 from loftq_exp.errors import UserError
+from loftq_exp.source.files import named_in_code
 from loftq_exp.source.hub import fetch_checkpoint
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
 from loftq_exp.source.wheel import SCHEME, packaged
@@ -48,6 +49,8 @@ def locate(model: ModelConfig, cache_dir: Path) -> Source:
     else:
         code = ["*.py"] if model.trust_remote_code else []
         folder, commit = checkpoint_folder("model", model.path, model.revision, code)
+        if commit and model.trust_remote_code:  # by commit: the branch may have moved since
+            checkpoint_folder("model", model.path, commit, [*code, *sorted(named_in_code(folder))])
     return Source(folder, model.basename, model.path, commit)
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
 from loftq_exp.artifact.folder import ADAPTER, Initialised, bnb4_config
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.integrations.loads import check_report, collected_log, failed_conversion, without_bars
+from loftq_exp.source.files import read_tokenizer
 from loftq_exp.source.head import PREFIX, draw_head
 from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton
 from loftq_exp.source.locate import Source
+from loftq_exp.training.adapter import put_adapter, read_adapter
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -35,8 +40,10 @@ def load_model(
     The adapter's parameters, and with them the head of a classifier, are trainable, in float32; everything else is frozen.
     Activations are computed in `dtype`. `num_labels` is the number of outputs that a classification task needs (1: a
     regression; None: the checkpoint's own). Where the initial head has another number, those of its parameters whose shape
-    depends on it are drawn anew from `config.seed`; an adapter that was saved brings its own. Raises UserError where `init`
-    was made for another `model.kind`.
+    depends on it are drawn anew from `config.seed`; an adapter that was saved brings its own. Nothing else is ever drawn.
+
+    Raises UserError where `init` was made for another `model.kind`, and where backbone or adapter lack a tensor, have one
+    too many or one of another shape.
     """
     made_for = init.report["model"]["kind"]
     if made_for != config.model.kind:
@@ -50,15 +57,22 @@ def load_model(
         options = {"num_labels": num_labels, "problem_type": None, "ignore_mismatched_sizes": resized}
     # A packed checkpoint says so itself, and transformers loads it as the packed layers that it is.
     load = _load_four_bit if backbone_form(init, config, device) == "bnb4" else _load_dense
-    with _without_bars():
+    with without_bars():
         backbone = load(init, config, device, dtype, options)
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
     for name in init.report.get("head", ()):
         # PEFT trains a copy of it. In bfloat16 small steps would be lost.
         backbone.get_submodule(name).float().register_forward_pre_hook(_widen)
+    again = (
+        f"delete {init.folder} and quantize again"
+        if adapter is None
+        else f"delete {adapter.parent} and fine-tune again"
+    )
+    folder = adapter or init.folder / ADAPTER
+    values = read_adapter(folder, again)
     if resized and adapter is None:
-        return _with_resized_head(backbone, init, config, num_labels)
-    return PeftModel.from_pretrained(backbone, str(adapter or init.folder / ADAPTER), is_trainable=True)
+        values |= _resized_head(values, init, config, num_labels)
+    return put_adapter(backbone, values, folder, again)
 
 
 def _widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -66,28 +80,24 @@ def _widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.float() if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)
 
 
-def _with_resized_head(backbone: Any, init: Initialised, config: RunConfig, num_labels: int | None) -> PeftModel:
-    """The initial adapter on `backbone`, with those parameters of the head drawn whose shape in it is another."""
+def _resized_head(
+    initial: Mapping[str, torch.Tensor], init: Initialised, config: RunConfig, num_labels: int | None
+) -> dict[str, torch.Tensor]:
+    """New values for those parameters of the head whose shape in the initial adapter is another, by their names in it."""
     model = skeleton(init.folder, config.model.kind, config.model.trust_remote_code, num_labels)
-    values = load_file(init.folder / ADAPTER / "adapter_model.safetensors")
-    for name, value in draw_head(model, init.report["head"], config.seed).items():
-        if values[PREFIX + name].shape != value.shape:
-            values[PREFIX + name] = value
-    # Not by PEFT's own `ignore_mismatched_sizes`: it takes one output in place of two for a packed 4-bit weight.
-    adapter = PeftConfig.from_pretrained(str(init.folder / ADAPTER))
-    adapter.inference_mode = False  # or nothing would be trainable
-    adapted = get_peft_model(backbone, adapter)
-    set_peft_model_state_dict(adapted, values)
-    return adapted
+    drawn = {PREFIX + name: value for name, value in draw_head(model, init.report["head"], config.seed).items()}
+    head = {name: value for name, value in drawn.items() if name in initial and initial[name].shape != value.shape}
+    log.info("head of %s outputs, drawn from seed %d: %s", num_labels, config.seed,
+             ", ".join(name.removeprefix(PREFIX) for name in head))  # fmt: skip
+    return head
 
 
 def load_tokenizer(init: Initialised | Source, config: RunConfig) -> transformers.PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises UserError where the checkpoint has none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(init.folder, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # tokenizers raises that very class, transformers whatever a damaged file leads to
-        first = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise UserError(f"model.path={config.model.path}: no tokenizer to be read ({first}); add its files") from None
+        return read_tokenizer(init.folder, config.model.trust_remote_code)
+    except UserError as error:
+        raise UserError(f"model.path={config.model.path}: {error}; add its files") from None
 
 
 def backbone_form(init: Initialised, config: RunConfig, device: torch.device) -> str:
@@ -108,24 +118,27 @@ def backbone_form(init: Initialised, config: RunConfig, device: torch.device) ->
     return "bnb4" if forced or fits else "dense"
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hides transformers' bar for loading weights, a matter of seconds, and leaves those for downloads."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
 def _load_dense(
     init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
 ) -> Any:
-    model = AUTO_CLASSES[config.model.kind].from_pretrained(
-        init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code, **options
-    )
+    again = f"the checkpoint is damaged: delete {init.folder} and quantize again"
+    try:
+        with collected_log() as lines:
+            model, report = AUTO_CLASSES[config.model.kind].from_pretrained(
+                init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code,
+                output_loading_info=True, **options | {"ignore_mismatched_sizes": True},
+            )  # fmt: skip
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{init.folder}: the weights cannot be read ({error}); {again}") from error
+    except UserError as error:  # of packed weights
+        raise UserError(f"{init.folder}: {error}") from error
+    except RuntimeError as error:
+        name = failed_conversion(lines)
+        if name is None:
+            raise
+        raise UserError(f"{init.folder}: {name} cannot be made of the weights that are there; {again}") from error
+    resized = options.get("ignore_mismatched_sizes", False)
+    check_report(report, str(init.folder), again, init.report.get("head", ()), resized)
     for name, value in model.named_parameters():
         if name.endswith((".q_bias", ".v_bias")):  # deberta v1: float32 to transformers, whatever type it is told
             value.data = value.data.to(dtype)

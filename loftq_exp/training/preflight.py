@@ -63,7 +63,6 @@ def prepare(
             f"train.gradient_checkpointing=true: {type(model).__name__} cannot recompute its activations; leave it out"
         )
     tokenizer = load_tokenizer(source, config)
-    settle_padding(model, tokenizer)
     checks = _Checks(task, tokenizer, model)
     encoded = task.encode(train, tokenizer) if train else []
     pads = task.lengths if task.config.pad_to_max_length else {}
@@ -72,6 +71,7 @@ def prepare(
     for request in requests:
         checks.check("eval", request.features, len(scored), {}, request)
     checks.warn_beyond_rotary()
+    settle_padding(model, tokenizer)
     return Prepared(tokenizer, encoded, requests)
 
 

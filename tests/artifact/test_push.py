@@ -124,6 +124,9 @@ def test_the_card_says_what_it_is(cli: Any) -> None:
     assert f"| {totals['mean_error_quantized']:.4f} | " in body
     assert f" | {totals['mean_error']:.4f} |" in body
     assert model_card(init, config, None).count("base_model") == 0
+    assert "trust_remote_code" not in card
+    trusting = compose([*cli.tiny, *QUANTIZE, *PUSH, "model.trust_remote_code=true"])
+    assert ", trust_remote_code=True, " in model_card(init, trusting, None)
 
 
 @pytest.mark.parametrize("overrides", [(), ("save_format=bnb4",), ("save_format=packed",), ("quant.bits=3",)])

@@ -265,7 +265,7 @@ def test_all_of_it_beside_running_jobs(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_as_a_module(tmp_path: Path, entries: dict[str, Path]) -> None:
     entries["nf4"].write_bytes(b"")
-    call = [sys.executable, "-m", "loftq_exp.commands.manage_cache", "verify", "--cache-dir", str(tmp_path)]
+    call = [sys.executable, "-m", "loftq_exp.cache", "verify", "--cache-dir", str(tmp_path)]
     result = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (1, "")
     assert "3 decompositions, 1 damaged" in result.stdout

@@ -196,8 +196,28 @@ def test_a_repository_without_safetensors_gives_its_bin(hub: Hub, tmp_path: Path
 
 
 def test_code_is_downloaded_only_where_it_is_trusted(hub: Hub, tmp_path: Path) -> None:
-    found("me/tiny", tmp_path, trust_remote_code=True)
-    assert "modeling_tiny.py" in hub.fetched
+    hub.files |= {
+        "modeling_tiny.py": b"WORDS = 'tiny.words'\nHUGE = 'tiny.pt'",
+        "tiny.words": b"a b",
+        "tiny.pt": b"",
+        "more.py": b"",
+    }
+    found("me/tiny", tmp_path)
+    assert not {"modeling_tiny.py", "tiny.words", "more.py"} & hub.fetched
+    source = found("me/tiny", tmp_path, trust_remote_code=True)
+    assert {"modeling_tiny.py", "tiny.words", "more.py"} <= hub.fetched, "the files that code names, too"
+    assert "tiny.pt" not in hub.fetched
+    assert (source.folder / "tiny.words").read_bytes() == b"a b"
+
+
+def test_vocabularies_of_any_name_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+    """Of all names that transformers' tokenizers read."""
+    names = {"bpe.codes", "vocab.bpe", "vocab.txt", "source.spm", "qwen.tiktoken", "spiece.model", "dict.txt", "emoji.json",
+             "prophetnet.tokenizer", "entity_vocab.json", "normalizer.json", "merges.txt"}  # fmt: skip
+    hub.files |= dict.fromkeys(names, b"x") | {"notes.txt": b"x", "optimizer.pt": b"x"}
+    found("me/tiny", tmp_path)
+    assert names <= hub.fetched
+    assert not {"notes.txt", "optimizer.pt"} & hub.fetched
 
 
 def test_the_token_comes_from_the_environment(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import transformers as hf
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loftq_exp.artifact.folder import Initialised
@@ -438,3 +440,101 @@ def test_the_tokenizer_is_the_sources(tiny_llama_dir: Path, tmp_path: Path) -> N
     expected = hf.AutoTokenizer.from_pretrained(tiny_llama_dir)(text)["input_ids"]
     assert load_tokenizer(init, config)(text)["input_ids"] == expected
     assert json.loads((init.folder / "config.json").read_text())["vocab_size"] == 512
+
+
+# What is whole --------------------------------------------------------------------------------------------------------
+
+
+def edited(
+    init: Initialised, place: Path, change: Callable[[dict[str, torch.Tensor]], Any], adapter: bool = False
+) -> Path:
+    """A copy of the checkpoint in `place` with other tensors in its backbone or its adapter."""
+    shutil.copytree(init.folder, place)
+    file = place / "loftq_init/adapter_model.safetensors" if adapter else place / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return place
+
+
+def refused(init: Initialised, config: RunConfig, adapter: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(init, adapter, config, CPU, torch.float32)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("save_format", ["dense", "bnb4", "packed"])
+def test_a_backbone_that_is_not_whole_is_refused(tiny_llama_dir: Path, tmp_path: Path, save_format: str) -> None:
+    """transformers would draw what is missing, leave out what it does not know, and say so where nobody looks."""
+    config = settings(tiny_llama_dir, tmp_path, save_format=save_format)
+    init = made(config)
+    names = {name for name in load_file(init.folder / "model.safetensors") if ".self_attn." not in name}
+    part = {"dense": "weight", "bnb4": "weight.quant_state.bitsandbytes__nf4", "packed": "scales"}[save_format]
+    lost = [name for name in sorted(names) if ".layers.0." not in name or name.endswith(f"mlp.up_proj.{part}")]
+    assert {"model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"} < set(lost)
+    for number, name in enumerate(lost):
+        copy = edited(init, tmp_path / f"lost{number}", lambda tensors, name=name: tensors.pop(name))
+        message = refused(Initialised(copy, init.report), config)
+        assert message.startswith(f"{copy}: ")
+        assert re.sub(r"\.weight\..*", ".weight", name) in message
+        assert message.endswith((f"the checkpoint is damaged: delete {copy} and quantize again", "get the file again"))
+    copy = edited(init, tmp_path / "more", lambda tensors: tensors.update(odd=torch.ones(2)))
+    assert f"{copy}: odd has no place in the model; " in refused(Initialised(copy, init.report), config)
+    short = {"model.norm.weight": torch.ones(32)}
+    copy = edited(init, tmp_path / "short", lambda tensors: tensors.update(short))
+    expected = f"{copy}: model.norm.weight has shape (32,), config.json means (64,); the checkpoint is damaged: "
+    assert refused(Initialised(copy, init.report), config).startswith(expected)
+    (copy / "model.safetensors").write_bytes(b"\x10")
+    assert refused(Initialised(copy, init.report), config).startswith(f"{copy}: ")
+    (copy / "model.safetensors").unlink()
+    assert f"{copy}: the weights cannot be read" in refused(Initialised(copy, init.report), config)
+
+
+FACTOR = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+FAULTS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
+    (lambda tensors: tensors.pop(FACTOR), f"{FACTOR} is missing from adapter_model.safetensors (1 of 27 names differ)"),
+    (lambda tensors: tensors.update({f"{FACTOR}s": torch.ones(2)}), f"{FACTOR}s has no place in the model and would be lost"),
+    (lambda tensors: tensors[FACTOR].fill_(torch.inf), f"{FACTOR} has NaN or infinite values"),
+    (lambda tensors: tensors[FACTOR][0, 0].fill_(torch.nan), f"{FACTOR} has NaN or infinite values"),
+    (lambda tensors: tensors.update({FACTOR: torch.ones(4, 64)}), f"{FACTOR} has shape (4, 64), the model means (8, 64)"),
+    (lambda tensors: tensors.clear(), "is missing from adapter_model.safetensors (28 of 0 names differ)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_an_adapter_that_is_not_whole_is_refused(tiny_llama_dir: Path, tmp_path: Path, finetuned: bool) -> None:
+    config = settings(tiny_llama_dir, tmp_path)
+    init = made(config)
+    for number, (change, fault) in enumerate(FAULTS):
+        copy = edited(init, tmp_path / f"bad{number}", change, adapter=True)
+        folder = copy / "loftq_init"
+        message = refused(init, config, folder) if finetuned else refused(Initialised(copy, init.report), config)
+        assert message.startswith(f"{folder}: ")
+        assert fault in message
+        assert message.endswith(f"delete {copy} and {'fine-tune' if finetuned else 'quantize'} again")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        copy = edited(init, tmp_path / name, lambda tensors: None, adapter=True)
+        (copy / "loftq_init" / name).unlink()
+        assert f"{copy / 'loftq_init'}: {name} cannot be read" in refused(Initialised(copy, init.report), config)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_model_whose_targets_peft_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    """Of deepseek-v3's targets PEFT makes parameters of experts: without dropout it would lose the others' factors."""
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+        "num_key_value_heads": 4, "first_k_dense_replace": 2, "n_routed_experts": 4, "moe_intermediate_size": 64,
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    }  # fmt: skip
+    folder = a_model(hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes)), tmp_path / "deepseek")
+    config = settings(folder, tmp_path, quant__dropout=dropout)
+    with pytest.raises(
+        UserError, match=r"^model\.path=\S+: PEFT (loses the factors of model\.layers\.0\.mlp|cannot put)"
+    ):
+        made(config)
+    assert not config.init_dir.exists()
+    monkeypatch.setattr("loftq_exp.initialise.stage.check_surroundings", lambda *_: None)
+    message = refused(made(config), config)
+    assert "mlp.down_proj.lora_A.weight has no place in the model and would be lost" in message or dropout

@@ -1,0 +1,78 @@
+"""Proof, before the long work, that what goes into an initialised checkpoint loads from there alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
+
+from loftq_exp.artifact.folder import ADAPTER
+from loftq_exp.config import ModelConfig
+from loftq_exp.errors import UserError
+from loftq_exp.integrations.loads import with_adapter
+from loftq_exp.source.files import llama_pieces, read_tokenizer
+from loftq_exp.source.head import PREFIX
+from loftq_exp.source.layout import skeleton
+
+_SAMPLE = "Natalia sold 48/2 = 24 clips,\n  isn't it?\tÜnïcödé — 你好, नमस्ते \N{SLIGHTLY SMILING FACE} <b>x</b> don't"
+
+
+_WORDS = "the quick brown fox jumps over the lazy dog"
+
+
+def check_surroundings(source: Path, folder: Path, modules: Iterable[str], model: ModelConfig) -> None:
+    """Raise UserError unless `folder` is enough for what was taken from `source`, weights aside.
+
+    The tokenizer gives the same ids, config.json makes the model, and PEFT adapts exactly these `modules` of it.
+    """
+    _check_tokenizer(source, folder, model)
+    _check_adapter(folder, set(modules), model)
+
+
+def _check_tokenizer(source: Path, folder: Path, model: ModelConfig) -> None:
+    expected, found = (_ids(place, model.trust_remote_code) for place in (source, folder))
+    if expected is None:  # the stages that need one refuse
+        return
+    pieces = llama_pieces(source)
+    if found is None or (pieces is None and found != expected):
+        raise UserError(f"model.path={model.path}: the tokenizer reads other ids from the files that go along with the "
+                        "checkpoint than from the model's folder; save it there again with save_pretrained")  # fmt: skip
+    if pieces is None:
+        return
+    tokens = read_tokenizer(folder, False).tokenize(_WORDS)
+    if tokens != pieces.encode(_WORDS, out_type=str) and "<unk>" not in tokens:
+        raise UserError(f"model.path={model.path}: transformers reads other tokens from tokenizer.model than SentencePiece does; "
+                        "put a tokenizer.json beside it")  # fmt: skip
+
+
+def _ids(folder: Path, trust_remote_code: bool) -> list[int] | None:
+    """The sample in the tokenizer's ids, the number of its tokens, and its special ones; None where it cannot be used."""
+    try:
+        tokenizer = read_tokenizer(folder, trust_remote_code)
+        return [*tokenizer(_SAMPLE)["input_ids"], len(tokenizer), *tokenizer.all_special_ids]
+    except Exception:  # of any kind, see read_tokenizer
+        return None
+
+
+def _check_adapter(folder: Path, modules: set[str], model: ModelConfig) -> None:
+    place = f"model.path={model.path}"
+    try:
+        bare = skeleton(folder, model.kind, model.trust_remote_code)
+    except (UserError, OSError, ImportError) as error:
+        fault = str(error).splitlines()[0]
+        raise UserError(f"{place}: the model does not load from the files that go along with it ({fault}); "
+                        "put all of its code into the folder, beside config.json") from error  # fmt: skip
+    advice = f"a {bare.config.model_type} model cannot be fine-tuned with this version of PEFT"
+    settings = PeftConfig.from_pretrained(str(folder / ADAPTER))
+    adapted = with_adapter(bare, settings, place, advice, low_cpu_mem_usage=True)
+    found = {
+        name.removeprefix(PREFIX)
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, LoraLayer) and name.startswith(PREFIX)
+    }
+    if odd := sorted(modules.symmetric_difference(found)):
+        what = "loses the factors of" if odd[0] in modules else "also adapts"
+        raise UserError(f"{place}: PEFT {what} {odd[0]} ({len(odd)} of {len(modules)} layers differ): it changes the targets of this "
+                        f"architecture; {advice}")  # fmt: skip

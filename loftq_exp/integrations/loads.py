@@ -1,0 +1,90 @@
+"""Whether a load is whole: what transformers and PEFT report of the weights that they looked for and found."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from loftq_exp.errors import UserError
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides transformers' bar for loading weights, a matter of seconds, and leaves those for downloads."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def collected_log() -> Iterator[list[str]]:
+    """Collects what transformers logs of a load, whatever its verbosity, in place of showing it: see `failed_conversion`."""
+    log, lines = logging.getLogger("transformers.modeling_utils"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+def failed_conversion(lines: Iterable[str]) -> str | None:
+    """The first weight that transformers could not convert, by its load report; None where it reports no such thing."""
+    found = re.search(r"^(\S.*?) +\| CONVERSION", "\n".join(lines), re.MULTILINE)
+    return found[1] if found else None
+
+
+def check_report(
+    report: Mapping[str, Any], place: str, advice: str, head: Iterable[str] = (), resized: bool = False
+) -> None:
+    """Raise UserError unless transformers found every weight, and had a place for every one.
+
+    Args:
+        report: transformers' own (`output_loading_info=True`).
+        place: what the message begins with: the setting or the folder.
+        advice: what to do.
+        head: modules whose parameters may be missing, because they come from elsewhere.
+        resized: whether they may also have other shapes.
+    """
+    inside = tuple(f"{module}." for module in head)
+    mismatched = {name: shapes for name, *shapes in report["mismatched_keys"]}
+    faults = {name: "is missing from the weights" for name in report["missing_keys"] if not name.startswith(inside)}
+    faults |= {name: f"has shape {tuple(stored)}, config.json means {tuple(expected)}"
+               for name, (stored, expected) in mismatched.items() if not (resized and name.startswith(inside))}  # fmt: skip
+    faults |= dict.fromkeys(report["unexpected_keys"], "has no place in the model")
+    faults |= dict.fromkeys(report["error_msgs"], "is what transformers reports")
+    if faults:
+        name = min(faults)
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UserError(f"{place}: {name} {faults[name]}{more}; {advice}")
+
+
+def with_adapter(
+    model: transformers.PreTrainedModel, settings: PeftConfig, place: str, advice: str, **options: Any
+) -> PeftModel:
+    """`model` with an adapter as PEFT makes it of `settings`. Raises UserError, with PEFT's reason, where PEFT cannot."""
+    base, settings.base_model_name_or_path = settings.base_model_name_or_path, None  # PEFT warns where it is another
+    try:
+        return get_peft_model(model, settings, **options)
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"{place}: PEFT cannot put the adapter on a {model.config.model_type} model ({error}); {advice}"
+        ) from error
+    finally:
+        settings.base_model_name_or_path = base

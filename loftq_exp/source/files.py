@@ -1,0 +1,148 @@
+"""The small files that go along with a checkpoint: all that its tokenizer and its own code need, and nothing else.
+
+A source folder may hold anything, such as a `.env`, and artifacts are pushed to the hub: a file goes along because a
+tokenizer class, a piece of the checkpoint's code or a name that is known asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import transformers
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+from loftq_exp.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of the initialised checkpoint's key: raise it when other files go along."""
+_KNOWN = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+          "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_QUOTED = re.compile(r"""["']([\w.-]+\.\w+)["']""")
+"""What stands in code as the name of a file."""
+
+
+def carry_files(source: Path, folder: Path, trust_remote_code: bool = False) -> None:
+    """Copy what a checkpoint keeps beside weights and config: tokenizer, generation config, licence.
+
+    Where its own code is trusted, that goes along with the files that it names, and is what the copies point at.
+    """
+    for path in sorted(_carried(source, trust_remote_code)):
+        if _lies_in(source, path):
+            shutil.copyfile(path, folder / path.name)
+        else:
+            log.warning("%s: left out, because it is a link out of its folder; put the file itself there", path)
+    for name in ("config.json", "tokenizer_config.json"):
+        _point_at_local_code(folder, name)
+    if llama_pieces(source) is not None:
+        _convert_llama(source, folder)
+
+
+def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:
+    """Llama's SentencePiece model `tokenizer.model`, where no tokenizer.json says the same; None for any other tokenizer.
+
+    transformers 4 knew its class from the model's type (mistral's too). transformers 5 reads it by a generic class, which
+    leaves out the blank before a text, and <s> where no setting asks for it, without a word.
+    """
+    config, settings = (_read_json(source / name) for name in ("config.json", "tokenizer_config.json"))
+    own_class = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or _class_of_model_type(config))
+    llama = own_class.removesuffix("Fast") in ("LlamaTokenizer", "LLaMATokenizer", "TokenizersBackend", "None")
+    place = source / "tokenizer.model"
+    if not llama or "auto_map" in settings or not place.is_file() or (source / "tokenizer.json").is_file():
+        return None
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(place))
+    except (RuntimeError, OSError):  # tiktoken's may have the same name
+        return None
+
+
+def _convert_llama(source: Path, folder: Path) -> None:
+    """Write tokenizer.json of llama's class, which any class then reads as it is."""
+    log.info("tokenizer.model: kept as tokenizer.json too, because transformers 5 reads the former by a generic class")
+    add_bos_token = _read_json(source / "tokenizer_config.json").get("add_bos_token", True)
+    transformers.LlamaTokenizer.from_pretrained(source, add_bos_token=add_bos_token).save_pretrained(folder)
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in `folder`. Raises UserError, in one line, where there is none or it cannot be read."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (
+        Exception
+    ) as error:  # of any kind: the tokenizers package raises bare ones, and so may a checkpoint's own code
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no tokenizer to be read in {folder} ({first})") from error
+
+
+def _carried(source: Path, trust_remote_code: bool) -> set[Path]:
+    found = {path for pattern in _KNOWN for path in source.glob(pattern)}
+    found |= {source / name for name in _vocabulary_names(source)}
+    if trust_remote_code:
+        found |= {*source.glob("*.py"), *(source / name for name in named_in_code(source))}
+    return {path for path in found if path.is_file()}
+
+
+def _vocabulary_names(source: Path) -> Iterator[str]:
+    """The files that the tokenizer's class reads, and that of its fast or slow counterpart."""
+    config, own = (_read_json(source / name) for name in ("config.json", "tokenizer_config.json"))
+    classes = (own.get("tokenizer_class"), config.get("tokenizer_class"), _class_of_model_type(config))
+    for name in {str(name).removesuffix("Fast") for name in classes if name}:
+        for variant in (name, f"{name}Fast"):
+            try:
+                yield from getattr(tokenizer_class_from_name(variant), "vocab_files_names", {}).values()
+            except ImportError:  # it needs a package that is not here
+                continue
+
+
+def _class_of_model_type(config: dict[str, Any]) -> str | None:
+    return TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type")))
+
+
+def named_in_code(folder: Path) -> set[str]:
+    """Names of files, weights and config aside, that the Python files in `folder` hold as a text, such as a vocabulary's."""
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("*.py"))
+    names = {name for text in texts for name in _QUOTED.findall(text)}
+    return {
+        name for name in names if name != "config.json" and not name.startswith(".") and not name.endswith(_WEIGHTS)
+    }
+
+
+def _lies_in(source: Path, path: Path) -> bool:
+    """Whether the file is in the folder itself, or linked from there into the hub's cache, which keeps all files that way."""
+    place = path.resolve().parent
+    return place == source.resolve() or (place.name == "blobs" and (place.parent / "snapshots").is_dir())
+
+
+def _point_at_local_code(folder: Path, name: str) -> None:
+    """Strip the repository from each `auto_map` entry (`OWNER/NAME--module.Class`) whose module is in `folder`."""
+    settings = _read_json(folder / name)
+    entries = settings.get("auto_map")
+    if not isinstance(entries, dict):
+        return
+    local = {key: _local(folder, value) for key, value in entries.items()}
+    if local != entries:
+        (folder / name).write_text(json.dumps(settings | {"auto_map": local}, indent=2) + "\n")
+
+
+def _local(folder: Path, entry: Any) -> Any:
+    if isinstance(entry, list):
+        return [_local(folder, item) for item in entry]
+    reference = str(entry).rpartition("--")[2]
+    return reference if entry and (folder / f"{reference.split('.')[0]}.py").is_file() else entry
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}

@@ -1,0 +1,81 @@
+"""The adapter on a backbone: every factor of its file is in the model, with the file's value, and no other is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from loftq_exp.errors import UserError
+from loftq_exp.integrations.loads import with_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def read_adapter(folder: Path, advice: str) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in `folder` by name.
+
+    Raises UserError, which ends with `advice`, for a file that is absent or damaged, and for values that are not finite.
+    """
+    try:
+        values = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{folder}: {name} has NaN or infinite values; {advice}")
+    return values
+
+
+def put_adapter(
+    backbone: transformers.PreTrainedModel, values: Mapping[str, torch.Tensor], folder: Path, advice: str
+) -> PeftModel:
+    """`backbone` with a trainable adapter of these `values`, set up as adapter_config.json in `folder` says.
+
+    PEFT's own loader leaves out what has no place in the model, and draws what the file lacks. Raises UserError, which ends
+    with `advice`, where either would happen.
+    """
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: adapter_config.json cannot be read ({reason}); {advice}") from error
+    settings.inference_mode = False  # or nothing would be trainable
+    adapted = with_adapter(backbone, settings, str(folder), advice)
+    _check_places(values, _held(adapted), folder, advice)
+    set_peft_model_state_dict(adapted, dict(values))
+    _check_values(values, _held(adapted), folder, advice)
+    return adapted
+
+
+def _held(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors in the model, by their names in a file."""
+    return get_peft_model_state_dict(adapted, save_embedding_layers=False)
+
+
+def _check_places(
+    values: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], folder: Path, advice: str
+) -> None:
+    """UserError unless file and model have the same names and shapes."""
+    if odd := sorted(set(values).symmetric_difference(held)):
+        what = "has no place in the model and would be lost" if odd[0] in values else f"is missing from {WEIGHTS}"
+        raise UserError(f"{folder}: {odd[0]} {what} ({len(odd)} of {len(values)} names differ); the adapter is damaged, or this "
+                        f"version of PEFT changes its targets; {advice}")  # fmt: skip
+    for name, value in values.items():
+        if value.shape != held[name].shape:
+            raise UserError(f"{folder}: {name} has shape {tuple(value.shape)}, the model means {tuple(held[name].shape)}; the "
+                            f"adapter is another model's, or damaged; {advice}")  # fmt: skip
+
+
+def _check_values(
+    values: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], folder: Path, advice: str
+) -> None:
+    """UserError unless the model has the file's values, in its own type."""
+    for name, value in values.items():
+        if not torch.equal(held[name], value.to(held[name])):
+            raise UserError(f"{folder}: {name} has other values in the model than in {WEIGHTS}; {advice}")
