@@ -44,5 +44,4 @@ def run(overrides: list[str]) -> None:
     """Prints the command, and does what it does."""
     sys.stdout.write(f"python -m loftq_exp {shlex.join(overrides)}\n")
     sys.stdout.flush()
-    sys.argv[1:] = overrides
-    main()
+    sys.exit(main(overrides))

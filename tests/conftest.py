@@ -111,13 +111,13 @@ class Command:
 
     def __call__(self, *arguments: str) -> Outcome:
         """Exit code and output of `python -m loftq_exp ARGUMENTS`."""
-        return self.call(main, *arguments)
+        return self.call(lambda: main(arguments))
 
-    def call(self, program: Callable[[], None], *arguments: str) -> Outcome:
-        """Exit code and output of a program that ends in the command."""
+    def call(self, program: Callable[[], int | None]) -> Outcome:
+        """Exit code and output of a program that ends in a command."""
         for name in (SWEEP_FOLDER, "HYDRA_FULL_ERROR", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "OMP_WAIT_POLICY"):
             self._monkeypatch.setenv(name, os.environ.get(name, ""))  # the command sets them; this puts them back
-        self._monkeypatch.setattr(sys, "argv", ["loftq-exp", *arguments])
+        self._monkeypatch.setattr(sys, "argv", sys.argv)  # a script of examples/ reads its own
         self._monkeypatch.setattr(threading, "excepthook", threading.excepthook)
         GlobalHydra.instance().clear()
         root = logging.getLogger()
@@ -126,7 +126,7 @@ class Command:
         self._capsys.readouterr()
         code = 0
         try:
-            program()
+            code = program() or 0
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:

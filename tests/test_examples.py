@@ -46,7 +46,7 @@ def translated(script: Script, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """The run that a script makes of its flags, which is not run; the command that it prints is checked to make the same."""
 
     def translate(name: str, *arguments: str) -> RunConfig:
-        monkeypatch.setattr("loftq_exp.commands.run.main", lambda: None)
+        monkeypatch.setattr("loftq_exp.commands.run.main", lambda overrides: 0)
         sys.modules.pop("peft_flags", None)
         outcome = script(name, *arguments)
         assert outcome.code == 0, outcome

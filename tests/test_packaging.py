@@ -127,7 +127,7 @@ def test_an_installed_wheel_brings_its_own_conf(wheel: Path, tmp_path: Path) -> 
     assert "path: from-the-wheel/Mistral-7B-v0.1" in shown.stdout
     place = run("-c", "from loftq_exp.commands.run import conf_dir; print(conf_dir())").stdout.strip()
     assert place == str(site / "loftq_exp" / "conf")
-    script = run(str(site / "bin" / "loftq-exp"), "--help")
+    script = run(str(site / "bin" / "loftq-exp"), "run", "--help")
     assert (script.returncode, script.stderr) == (0, "")
     assert "model: bart, bart-large, " in script.stdout
     typo = run("-m", "loftq_exp", "model=mistrall")

@@ -1,1 +1,1 @@
-"""What is typed: run, cache, export. The only package that knows Hydra and argv; imports everything below it."""
+"""What is typed: run, cache, export, report, rerun. The only package that knows Hydra and argv; imports everything below it."""

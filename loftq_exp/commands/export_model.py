@@ -13,11 +13,11 @@ FORMS = ("dense", "bnb4", "packed")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error."""
 
     def work() -> int:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(argv)
         folder, out = local_path(options.folder), local_path(options.out)
         adapter = local_path(options.adapter) if options.adapter else None
         quiet_libraries()

@@ -39,11 +39,11 @@ class _File:
     """Last use, in seconds since 1970."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error, and for damage."""
 
     def work() -> int:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(argv)
         folder = local_path(getattr(options, "cache_dir", DEFAULT_FOLDER))
         if not folder.is_dir():
             raise UserError(f"--cache-dir={folder}: there is no such folder; give the cache_dir of a run")

@@ -15,13 +15,15 @@ import re
 import shutil
 import sys
 import threading
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
+from hydra import version as hydra_version
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -30,8 +32,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loftq_exp.commands.terminal import quiet_libraries
-from loftq_exp.config import RunConfig, local_path
+from loftq_exp.commands.terminal import exit_code, quiet_libraries
+from loftq_exp.config import RunConfig, TaskConfig, local_path
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
 
@@ -67,57 +69,69 @@ def _choices(group: str, names: str = "*") -> list[str]:
 # For the page that --help shows: Hydra's own list would name all of the paper's rows, more lines than the rest of the page.
 OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*group)), replace=True)
 # First in conf/config.yaml's defaults list: every setting is in the composed tree, also one that no file of conf/ names, and
-# an override sets it without a +.
+# an override sets it without a +. The task's settings follow from the task that is chosen.
 ConfigStore.instance().store("schema", defaults(RunConfig))
+for _kind, _settings in TaskConfig.variants().items():
+    ConfigStore.instance().store(_kind, defaults(_settings), group="schema_of_task", package="task")
 
 
-def main() -> None:
-    """Entry point of `loftq-exp` and `python -m loftq_exp`: exits with 0 when every job succeeded, else with 1."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments, without them those of the process; returns 0 when every job succeeded."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     quiet_libraries()
     threading.excepthook = _tell_of_thread
     os.environ.pop(SWEEP_FOLDER, None)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here and are told in one line below
-    try:
-        for composed in _composed():
-            _run(composed)
-        if SWEEP_FOLDER in os.environ and not _report_sweep(Path(os.environ[SWEEP_FOLDER])):
-            raise UserError("not every job succeeded: the table above names those that failed, and why")
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted: finished work is kept, and the same command goes on from there", 130)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here and are reported in one line
+    return exit_code(lambda: _work(arguments), "finished work is kept, and the same command goes on from there")
 
 
-def _composed() -> list[DictConfig]:
+def _work(arguments: list[str]) -> int:
+    for composed in _composed(arguments):
+        _run(composed)
+    if SWEEP_FOLDER in os.environ and not _report_sweep(Path(os.environ[SWEEP_FOLDER])):
+        raise UserError("not every job succeeded: the table above names those that failed, and why")
+    return 0
+
+
+def _composed(arguments: list[str]) -> list[DictConfig]:
     """The composed tree of a single run; none where Hydra ran the jobs of a multirun, or showed a page, by itself."""
     single: list[DictConfig] = []
-    task = functools.partial(_job, single=single)
-    _put_flags_first()
+    parser, options = _parsed(arguments)
+    hydra_version.setbase("1.3")
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+        # What `hydra.main` does, but for the arguments: that reads them from sys.argv, and no others.
+        _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
     except _REFUSALS as error:
         _forget_empty_sweep()
-        raise UserError(_explain(error, sys.argv[1:])) from error
+        raise UserError(_explain(error, arguments)) from error
     except OSError as error:
         place = os.environ.get(SWEEP_FOLDER, ".")
         raise UserError(f"output_dir: {place} cannot be written ({error.strerror}); set another output_dir") from error
     return single
 
 
-def _put_flags_first() -> None:
-    """Lets -m stand anywhere, and refuses a wrong flag in one line: Hydra's parser does neither by itself."""
+def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
+    """Hydra's parser and what it makes of the arguments: -m may stand anywhere, and a wrong flag is refused in one line."""
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]
-    overrides = parser.parse_intermixed_args().overrides
-    flags = [argument for argument in sys.argv[1:] if argument not in overrides]
-    sys.argv[1:] = flags + [_plain(override) for override in overrides]
+    options = parser.parse_intermixed_args(arguments)
+    if options.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: not supported; use python -m loftq_exp.rerun RUN_DIR")
+    options.overrides = [_plain(override) for override in options.overrides]
+    return parser, options
 
 
 def _plain(override: str) -> str:
-    """`+NAME=VALUE` as NAME=VALUE where there is such a setting: Hydra refuses to add what is there."""
-    known = re.match(r"\+([^+=]+)=", override)
-    return override[1:] if known and known[1] in NAMES else override
+    """`NAME=VALUE` as Hydra takes it for a setting that there is, whether written with a + or without.
+
+    Hydra refuses to add what is in the composed tree, and to set what is not: a setting of another task than the chosen one.
+    """
+    known = re.match(r"(?:\+\+?)?([^+=~]+)=", override)
+    if not known or known[1] not in NAMES:
+        return override
+    name = override.lstrip("+")
+    return f"++{name}" if name.startswith("task.") else name
 
 
 def _refuse_flag(message: str) -> NoReturn:
@@ -155,7 +169,9 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> None:
     from loftq_exp.report.sweep import record_job
 
     # A job that fails is recorded and told at the end; the others go on.
-    with record_job(Path(os.environ[SWEEP_FOLDER]), job.job.num, list(job.overrides.task)) as finished:
+    with record_job(
+        Path(os.environ[SWEEP_FOLDER]), job.job.num, [override.lstrip("+") for override in job.overrides.task]
+    ) as finished:
         finished(_run(composed))
 
 
@@ -200,11 +216,13 @@ def _explain(error: Exception, arguments: list[str]) -> str:
         return f"{group}={choice}: there is no such choice; {nearest(choice, error.options)}"
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override}: not readable as NAME=VALUE; a list is written [A,B], and a text with blanks, brackets, "
+            f"{str(error.override).lstrip('+')}: not readable as NAME=VALUE; a list is written [A,B], and a text with blanks, brackets, "
             "commas or ~ in quotes: 'NAME=\"A TEXT\"'"
         )
+    if "interpolation '${task}'" in str(error):  # of the schema in conf/config.yaml, where ~task removed the group
+        return "task.kind: no value is set and there is no default; give task=NAME"
     if several := re.match("Ambiguous value for argument '(.+?)'", str(error)):
-        return f"{several[1]}: several values; add -m to run each of them, or write a list as [A,B]"
+        return f"{several[1].lstrip('+')}: several values; add -m to run each of them, or write a list as [A,B]"
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
             continue
@@ -222,8 +240,3 @@ def _nearest_setting(key: str) -> str:
     last_parts = {name.rpartition(".")[2]: name for name in NAMES}
     found = difflib.get_close_matches(key, [*NAMES, *last_parts], n=1)
     return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    sys.exit(code)

@@ -22,7 +22,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exit_code(work: Callable[[], int], interrupted: str) -> int:
-    """The exit code of a command's work. A refusal is one line on standard error and 1; an interruption the line given and 130."""
+    """The exit code of a command's work.
+
+    A refusal is one line on standard error and 1; an interruption the line given and 130. A page such as --help, after which
+    argparse and Hydra leave the process, is 0.
+    """
     try:
         return work()
     except UserError as error:
@@ -31,6 +35,8 @@ def exit_code(work: Callable[[], int], interrupted: str) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"error: interrupted: {interrupted}\n")
         return 130
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def quiet_libraries() -> None:

@@ -9,13 +9,12 @@ from loftq_exp.config.model import KINDS, ModelConfig
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.config.run_config import STAGES, RunConfig
-from loftq_exp.config.task import NAMES_OF_TASK, TaskConfig
+from loftq_exp.config.task import TaskConfig
 from loftq_exp.config.train import TrainConfig
 
 __all__ = [
     "HUB_ID",
     "KINDS",
-    "NAMES_OF_TASK",
     "STAGES",
     "HubConfig",
     "ModelConfig",

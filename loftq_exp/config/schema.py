@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from loftq_exp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MISSING = dataclasses.MISSING
@@ -55,8 +58,12 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """An instance of the dataclass `cls` from `values`, every key, type and range checked.
 
     `prefix` is the dotted path of `cls` inside the configuration, used in messages ("quant." for `quant.bits`).
-    Raises UserError for an unknown key, a missing value, a value of another type or one out of range.
+    Where `cls` has variants, the instance is of the one that the key `kind` names. Raises UserError for an unknown key, a
+    missing value, a value of another type or one out of range.
     """
+    if has_variants(cls):
+        variant, own = _variant(cls, values, prefix)
+        return build(variant, own, prefix)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
@@ -80,8 +87,38 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**kwargs)
 
 
+def has_variants(cls: Any) -> bool:
+    """Whether `cls` stands for one of several dataclasses: its `variants()` maps each value of the key `kind` to one."""
+    return isinstance(cls, type) and "variants" in vars(cls)
+
+
+def _variant(cls: type[T], values: Mapping[str, Any], prefix: str) -> tuple[type[T], dict[str, Any]]:
+    """The variant of `cls` that `values` are for, and those of `values` that it has.
+
+    A setting that only other variants have is left out with a warning: a sweep over several may set it for all of them.
+    """
+    variants: Mapping[str, type[T]] = cast("Any", cls).variants()
+    if "kind" not in values:
+        raise UserError(f"{prefix}kind: no value is set and there is no default; give {prefix}kind=VALUE")
+    kind = _checked(f"{prefix}kind", values["kind"], str, {"choices": tuple(variants)})
+    names = {each: [f.name for f in dataclasses.fields(variant)] for each, variant in variants.items()}  # type: ignore[arg-type]
+    known = {name for own in names.values() for name in own}
+    for key in values:
+        if key not in known:
+            raise UserError(f"{prefix}{key}: there is no such setting; {nearest(str(key), [*names[kind], *known])}")
+    unused = [key for key in values if key not in names[kind]]
+    if unused:
+        given = ", ".join(f"{prefix}{key}={values[key]}" for key in unused)
+        log.warning("%s: not used by %s %s", given, prefix.rstrip("."), kind)
+    return variants[kind], {key: value for key, value in values.items() if key not in unused}
+
+
 def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every setting of the dataclass `cls` by its dotted name, nested ones included."""
+    """Every setting of the dataclass `cls` by its dotted name, nested ones and those of all variants included."""
+    if has_variants(cls):
+        variants = cast("Any", cls).variants().values()
+        yield from dict.fromkeys(name for variant in variants for name in dotted_names(variant, prefix))
+        return
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -91,10 +128,15 @@ def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """Every setting of the dataclass `cls` that has a default, in nested plain containers; required ones are left out."""
+    """Every setting of the dataclass `cls` that has a default, in nested plain containers.
+
+    Required ones are left out, and so is a group that has variants: its defaults follow from which one it is.
+    """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
+        if has_variants(hints[field.name]):
+            continue
         if dataclasses.is_dataclass(hints[field.name]):
             values[field.name] = defaults(hints[field.name])
         elif field.default is not _MISSING:

@@ -1,29 +1,31 @@
-"""The tasks: what a model is fine-tuned on and how its answers are scored, one module a task."""
+"""The tasks: what a model is fine-tuned on and how its answers are scored, one module a task.
+
+A module that is put here is found: each class with a `kind` of its own is the task of that `task.kind`. No module here
+imports torch before it is used, because the settings of a run are checked without it.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from typing import Any
+
 from loftq_exp.config import KINDS, TaskConfig
-from loftq_exp.tasks.anli import Anli
-from loftq_exp.tasks.arithmetic import Arithmetic
-from loftq_exp.tasks.base import Task
-from loftq_exp.tasks.glue import Glue
-from loftq_exp.tasks.gsm8k import GSM8K
-from loftq_exp.tasks.squad import Squad
-from loftq_exp.tasks.summarization import Summarization
-from loftq_exp.tasks.wikitext import WikiText
+from loftq_exp.config.schema import build
+from loftq_exp.tasks.base import TASKS, Task
 
-__all__ = ["TASKS", "Task", "load_task", "pairs_that_fit"]
+__all__ = ["TASKS", "Task", "load_task", "pairs_that_fit", "task_settings"]
 
-TASKS: dict[str, type[Task]] = {
-    "gsm8k": GSM8K,
-    "arithmetic": Arithmetic,
-    "glue": Glue,
-    "anli": Anli,
-    "squad": Squad,
-    "summarization": Summarization,
-    "wikitext": WikiText,
-}
-"""The task of each `task.kind`."""
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+
+def task_settings(kind: str, **settings: Any) -> TaskConfig:
+    """The settings of the task `kind`: those given and the defaults of its dataclass. conf/task/ is not read.
+
+    Raises UserError for a setting that the task cannot have.
+    """
+    return build(TaskConfig, {"kind": kind, **settings}, "task.")
 
 
 def load_task(config: TaskConfig) -> Task:

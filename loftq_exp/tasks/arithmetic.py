@@ -10,8 +10,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loftq_exp.config.schema import setting
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.data import Row, Split
+from loftq_exp.tasks.generation import PromptConfig
 from loftq_exp.tasks.gsm8k import GSM8K
 
 DEFAULT_ROWS: dict[Split, int] = {"train": 2000, "eval": 200}
@@ -100,12 +102,22 @@ TEMPLATES = (
 )
 
 
+@dataclass(frozen=True)
+class ArithmeticConfig(PromptConfig):
+    """What is generated, where no other data is given."""
+
+    data_seed: int = setting("seed of generated data", 0, ge=0, shapes=())
+
+
 class Arithmetic(GSM8K):
     """GSM8K's prompt, target and score on generated problems, or on `task.train_file` and `task.eval_file`.
 
     The rows of a split depend on `task.data_seed` alone: asking for more rows adds to the end. Training and evaluation
     problems never share a template with the same numbers, under whatever names, and not with other seeds either.
     """
+
+    kind = "arithmetic"
+    config: ArithmeticConfig
 
     def rows(self, split: Split) -> list[Row]:
         """As `Task.rows`; generated problems are 2000 to train on and 200 to score unless a setting says how many."""

@@ -7,6 +7,7 @@ to numbers). Fine-tuning and evaluation know only these. No task touches a model
 
 from __future__ import annotations
 
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,9 +99,19 @@ class Column:
     """What a score is multiplied by before it is written; 100 for scores that are published in points."""
 
 
-class Task(ABC):
-    """One task: its data, and how a model learns it and is scored on it."""
+TASKS: dict[str, type[Task]] = {}
+"""The task of each `task.kind`. A class enters itself when its module is imported."""
 
+
+class Task(ABC):
+    """One task: its data, and how a model learns it and is scored on it.
+
+    A class with a `kind` is the task of that `task.kind`; one without is a shape that tasks have in common. The dataclass
+    that annotates `config` declares the settings of the task.
+    """
+
+    kind: ClassVar[str]
+    config: TaskConfig
     model_kind: ClassVar[str]
     """The `model.kind` that the task needs."""
     columns: tuple[str, ...]
@@ -108,6 +119,19 @@ class Task(ABC):
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+
+    def __init_subclass__(cls) -> None:
+        if "kind" not in vars(cls):
+            return
+        other = TASKS.setdefault(cls.kind, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"two tasks have the kind {cls.kind!r}: {other.__module__} and {cls.__module__}")
+
+    @classmethod
+    def settings(cls) -> type[TaskConfig]:
+        """The dataclass of the task's settings."""
+        found: type[TaskConfig] = typing.get_type_hints(cls)["config"]
+        return found
 
     # The data ---------------------------------------------------------------------------------------------------------
 
@@ -172,9 +196,14 @@ class Task(ABC):
         return Collator(pad_token_id(tokenizer), self.lengths if self.config.pad_to_max_length else {})
 
     @property
+    @abstractmethod
     def lengths(self) -> dict[str, int]:
         """The length of a feature at most, for `input_ids` and, where they have another one, for `labels`."""
-        return {"input_ids": self.config.max_source_length}
+
+    @property
+    def length_settings(self) -> tuple[str, ...]:
+        """The settings of the task that limit what a model reads and writes, as an error names them."""
+        return tuple(name for name in ("max_source_length", "max_target_length") if hasattr(self.config, name))
 
     @abstractmethod
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:

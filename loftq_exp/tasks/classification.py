@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loftq_exp.config import TaskConfig
+from loftq_exp.config.task import SourceLength
 from loftq_exp.tasks.base import PART, Column, Outputs, Request, Scored, Task, missing_column
 from loftq_exp.tasks.data import Row, shown
 from loftq_exp.tasks.encode import Features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(SourceLength, TaskConfig):
+    """The settings of a task of this shape."""
 
 
 class Classification(Task):
@@ -23,6 +31,7 @@ class Classification(Task):
     """
 
     model_kind = "classification"
+    config: ClassificationConfig
     labels: tuple[str, ...] = ()
     """What each label 0, 1, ... means; none: the label is a number between `bounds`, and the task regression."""
     bounds: tuple[float, float] = (0.0, 1.0)
@@ -55,6 +64,11 @@ class Classification(Task):
         label = _label(row, bool(self.labels))
         assert label is not None  # `flaw` saw to it
         return label
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The texts of a row stand in one sequence."""
+        return {"input_ids": self.config.max_source_length}
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
         """The texts of each row with the tokenizer's own special tokens, the longer one cut first, and its label."""

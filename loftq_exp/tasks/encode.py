@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.data import Row
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from loftq_exp.tasks.generation import PromptTask
+    from loftq_exp.tasks.generation import PromptConfig, PromptTask
 
 Features = dict[str, Any]
 """What a model reads of one example, by argument name: lists of ids (`input_ids`, ...), or one number (a label)."""
@@ -24,7 +22,9 @@ IGNORED = -100
 """The label that the loss skips, as torch and transformers define it."""
 
 
-def encode(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> dict[str, list[int]]:
+def encode(
+    task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
+) -> dict[str, list[int]]:
     """One training row: `input_ids` = prompt + target, `labels` the same with the prompt replaced by -100.
 
     Both are made from the same two lists of ids. Tokenizing prompt + target as one string could merge tokens across the
@@ -38,7 +38,7 @@ def encode(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, confi
     return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
 
-def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
+def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[int]:
     """The prompt's ids, `max_source_length` at most, for training and for generation alike.
 
     They begin with the beginning-of-sequence token where the tokenizer adds one by itself. A prompt that is too long
@@ -50,7 +50,7 @@ def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase
     return start + ids[max(0, len(ids) - room) :]
 
 
-def encode_target(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[int]:
+def encode_target(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[int]:
     """The target's ids and the end-of-sequence token, cut after `max_target_length` ids (then without that token)."""
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -105,6 +105,8 @@ class Collator:
         return {name: self._tensor(name, [feature[name] for feature in filled]) for name in filled[0]}
 
     def _tensor(self, name: str, values: Sequence[Any]) -> torch.Tensor:
+        import torch  # here, because the settings of tasks are checked without it
+
         if not isinstance(values[0], list):
             return torch.tensor(values)
         # Labels of an encoder-decoder have a length of their own.

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from loftq_exp.config import TaskConfig
+from loftq_exp.config.task import SourceLength, TargetLength
 from loftq_exp.tasks.base import Column, Generation, Likelihood, Request, Scored, Task, mean_nll
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import Features, encode, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptConfig(TargetLength, SourceLength, TaskConfig):
+    """The settings of a task of this shape."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class PromptTask(Task):
     """
 
     model_kind = "causal"
+    config: PromptConfig
 
     @abstractmethod
     def prompt(self, row: Row) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
-from loftq_exp.config import TaskConfig
-from loftq_exp.tasks.classification import Classification
+from loftq_exp.tasks.classification import Classification, ClassificationConfig
 from loftq_exp.tasks.data import DataSource, Split
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -40,15 +40,24 @@ METRICS: dict[str, tuple[str, ...]] = {
 MNLI_SPLITS = "validation_matched+validation_mismatched"
 
 
+@dataclass(frozen=True)
+class GlueConfig(ClassificationConfig):
+    """The settings of any classification, and which of the nine."""
+
+    names = tuple(COLUMNS)
+
+
 class Glue(Classification):
     """The data set of GLUE that `task.name` names, with the columns and labels of nyu-mll/glue and GLUE's metrics.
 
     MNLI is scored on both its validation sets, together and each alone: `accuracy_matched`, `accuracy_mismatched`.
     """
 
+    kind = "glue"
+    config: GlueConfig
     bounds = (0.0, 5.0)  # of STS-B, the one with numbers
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(self, config: GlueConfig) -> None:
         super().__init__(config)
         name = config.name or ""
         self.columns, self.labels = COLUMNS[name], LABELS[name]

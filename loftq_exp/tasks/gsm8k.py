@@ -18,6 +18,7 @@ class GSM8K(PromptTask):
     The target keeps the solution as it is, its `<<48/2=24>>` annotations included, as the official code does.
     """
 
+    kind = "gsm8k"
     columns = ("question", "answer")
 
     def flaw(self, row: Row) -> str | None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loftq_exp.config import TaskConfig
+from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.task import SourceLength
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Outputs, Request, Scored, Task, missing_column
 from loftq_exp.tasks.data import Row, shown, with_line_feeds
@@ -16,6 +19,18 @@ from loftq_exp.tasks.encode import Features
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SquadConfig(SourceLength, TaskConfig):
+    """How contexts become windows, and how an answer is found in them."""
+
+    doc_stride: int = setting("tokens that two windows on a long context share", 128, ge=0, shapes=(ADAPTER, SCORES))
+    n_best_size: int = setting(
+        "likeliest starts and ends that are paired to find the answer", 20, ge=1, shapes=(SCORES,)
+    )
+    max_answer_length: int = setting("tokens of an answer at most", 30, ge=1, shapes=(SCORES,))
+
 
 Offsets = list[tuple[int, int] | None]
 """For each token the characters of the context that it stands for, first and one past the last; None outside of it."""
@@ -48,7 +63,9 @@ class Squad(Task):
     to it depends on the longest of its batch, unless `task.pad_to_max_length` is set. Predictions do not.
     """
 
+    kind = "squad"
     model_kind = "question-answering"
+    config: SquadConfig
     columns = ("id", "context", "question")
 
     def flaw(self, row: Row) -> str | None:
@@ -76,6 +93,11 @@ class Squad(Task):
         answers = _answers(row) or []
         starts = [len(with_line_feeds(row["context"][:start])) for _, start in answers]
         return changed | {"answers": {"text": [with_line_feeds(text) for text, _ in answers], "answer_start": starts}}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """A window has one length."""
+        return {"input_ids": self.config.max_source_length}
 
     # Windows ----------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.config import TaskConfig
+from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.task import SourceLength, TargetLength
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Generation, Likelihood, Request, Scored, Task, mean_nll
 from loftq_exp.tasks.data import DataSource, Row, Split, shown
@@ -36,6 +38,22 @@ DATA_SETS = {
 LEAD_SENTENCES = 3
 
 
+@dataclass(frozen=True)
+class SummarizationConfig(TargetLength, SourceLength, TaskConfig):
+    """Which data set, and how summaries are searched for."""
+
+    names = tuple(DATA_SETS)
+
+    source_prefix: str = setting("put before each document; t5 expects 'summarize: '", "", shapes=(ADAPTER, SCORES))
+    num_beams: int = setting("beams of the search for a summary; 1 is greedy", 1, ge=1, shapes=(SCORES,))
+    length_penalty: float = setting(
+        "a summary's score is divided by its length to this power (beams only)", 1.0, shapes=(SCORES,)
+    )
+    no_repeat_ngram_size: int = setting(
+        "no so many tokens in a row occur twice in a summary; 0: they may", 0, ge=0, shapes=(SCORES,)
+    )
+
+
 class Summarization(Task):
     """Rows of a document and its summary, in the columns of the data set that `task.name` names.
 
@@ -44,9 +62,11 @@ class Summarization(Task):
     which any summarizer should beat.
     """
 
+    kind = "summarization"
     model_kind = "seq2seq"
+    config: SummarizationConfig
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(self, config: SummarizationConfig) -> None:
         super().__init__(config)
         self.data = DATA_SETS[config.name or ""]
         self.columns = (self.data.document, self.data.summary)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loftq_exp.config import TaskConfig
+from loftq_exp.config.schema import ADAPTER, SCORES, setting
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Likelihood, Request, Scored, Task, mean_nll
 from loftq_exp.tasks.data import DataSource, Row, Split, read_rows
@@ -20,6 +23,13 @@ LARGEST_NLL = 700.0
 """Nats a token above which the perplexity stays e^700: a model that fell apart would overflow a float."""
 
 
+@dataclass(frozen=True)
+class WikiTextConfig(TaskConfig):
+    """How a text is cut."""
+
+    block_size: int = setting("tokens of a block", 1024, ge=2, shapes=(ADAPTER, SCORES))
+
+
 class WikiText(Task):
     """Rows of a line of `text` each, which may be empty; a local .txt file is read line by line.
 
@@ -28,7 +38,10 @@ class WikiText(Task):
     A block's first token has nothing before it and is not scored. `perplexity` is e^700 at most, where a float ends.
     """
 
+    kind = "wikitext"
     model_kind = "causal"
+    config: WikiTextConfig
+    length_settings = ("block_size",)
     columns = ("text",)
 
     def source(self, split: Split) -> DataSource:

@@ -136,7 +136,7 @@ class _Checks:
     ) -> None:
         """Raises UserError for the first feature that the model cannot read, or cannot write an answer to."""
         source, place = self.task.source(split), "row" if len(features) == rows else "example"
-        origin = source.label if source.file or source.dataset else f"task={self.task.config.kind}"
+        origin = source.label if source.file or source.dataset else f"task={self.task.kind}"
         for number, feature in enumerate(features, start=1):
             label = f"{origin}: {place} {number}"
             if not feature["input_ids"]:
@@ -183,13 +183,7 @@ class _Checks:
 
     def _settings(self) -> str:
         config = self.task.config
-        if config.kind == "wikitext":
-            return f"task.block_size={config.block_size}"
-        if self.task.model_kind in ("causal", "seq2seq"):
-            return (
-                f"task.max_source_length={config.max_source_length}, task.max_target_length={config.max_target_length}"
-            )
-        return f"task.max_source_length={config.max_source_length}"
+        return ", ".join(f"task.{name}={getattr(config, name)}" for name in self.task.length_settings)
 
     def warn_beyond_rotary(self) -> None:
         """Logs a warning where sequences are longer than those that a rotary model was trained on: they compute, but worse."""

@@ -50,6 +50,15 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (command.conf_dir() / group).glob("*.yaml"))
 
 
+def names_of(run: RunConfig) -> list[str]:
+    """Every setting of a run: of those of tasks, the ones that its own task has."""
+    return [
+        name
+        for name in dotted_names(RunConfig)
+        if not name.startswith("task.") or hasattr(run.task, name[len("task.") :])
+    ]
+
+
 # What it shows --------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +100,7 @@ def test_cfg_job_shows_the_run_without_running_it(cli: Any) -> None:
     assert run.model.path == "mistralai/Mistral-7B-v0.1"
     assert run.quant.bits == 2
     shown = OmegaConf.create(outcome.out)
-    assert all(OmegaConf.select(shown, name, default=missing) is not missing for name in dotted_names(RunConfig))
+    assert all(OmegaConf.select(shown, name, default=missing) is not missing for name in names_of(run))
     assert not list(Path.cwd().iterdir())
 
 
@@ -140,7 +149,7 @@ def test_every_setting_can_be_set_without_a_plus(model: str) -> None:
         "model.name": "mine", "hub.revision": "dev", "hub.private": True, "quant.solver": "exact", "train.bf16": True,
         "published": {"accuracy": 35.0}, "seed": 12,
     }  # fmt: skip
-    values = {name: functools.reduce(getattr, name.split("."), run) for name in dotted_names(RunConfig)} | here
+    values = {name: functools.reduce(getattr, name.split("."), run) for name in names_of(run)} | here
     changed = compose([f"model={model}", *(f"{name}={as_override(value)}" for name, value in values.items())])
     for name, value in values.items():
         assert functools.reduce(getattr, name.split("."), changed) == value
@@ -204,6 +213,7 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["task=7"], "task=7: there is no such choice; choose from: anli, arithmetic, glue, gsm8k, squad, summarization, wikitext"),
     (["experiment=demo-loft"], "experiment=demo-loft: there is no such choice; did you mean 'demo-loftq'?"),
     (["~model"], "model.path: no value is set and there is no default; give model.path=VALUE"),
+    (["~task"], "task.kind: no value is set and there is no default; give task=NAME"),
     (["model.revison=v2"], "model.revison=v2: there is no such setting; did you mean 'model.revision'?"),
 
     (["quant.bits=5"], "quant.bits=5: type nf has 2, 3, 4 bits"),

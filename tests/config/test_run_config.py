@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BITS_OF_TYPE
-from loftq_exp.config.schema import dotted_names
+from loftq_exp.config.schema import dotted_names, has_variants
 from loftq_exp.errors import UserError
 
 BASE: dict[str, Any] = {
@@ -48,6 +48,8 @@ def refused(settings: dict[str, Any]) -> str:
 
 def bounded_settings(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], type]]:
     """Every setting with bounds: its name, its bounds, and whether it is a whole number."""
+    if has_variants(cls):  # those that arithmetic, the task of BASE, has
+        cls = cls.variants()["arithmetic"]
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):

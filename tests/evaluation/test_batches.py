@@ -13,11 +13,10 @@ import torch
 import transformers as hf
 from families import DECODER, FAMILIES, seeded
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import Evaluation, evaluate
 from loftq_exp.source.layout import AUTO_CLASSES
-from loftq_exp.tasks import Task, load_task
+from loftq_exp.tasks import Task, load_task, task_settings
 from loftq_exp.tasks.encode import IGNORED, pad_token_id
 from loftq_exp.training.padding import settle_padding
 
@@ -57,22 +56,22 @@ CASES += [
 
 def task_and_rows(name: str) -> tuple[Task, list[dict[str, Any]]]:
     if name == "gsm8k":
-        config = TaskConfig(kind="gsm8k", max_source_length=90, max_target_length=6)
+        config = task_settings(kind="gsm8k", max_source_length=90, max_target_length=6)
         return load_task(config), [{"question": text, "answer": f"{text}\n#### 4"} for text in TEXTS]
     if name == "wikitext":
-        return load_task(TaskConfig(kind="wikitext", block_size=17)), [{"text": text} for text in TEXTS * 2]
+        return load_task(task_settings(kind="wikitext", block_size=17)), [{"text": text} for text in TEXTS * 2]
     if name in ("beams", "greedy"):
-        config = TaskConfig(kind="summarization", name="xsum", max_source_length=90, max_target_length=6,
+        config = task_settings(kind="summarization", name="xsum", max_source_length=90, max_target_length=6,
                             num_beams=3 if name == "beams" else 1)  # fmt: skip
         return load_task(config), [{"document": text, "summary": text[::2]} for text in TEXTS]
     if name == "squad":
-        config = TaskConfig(kind="squad", max_source_length=24, doc_stride=6)
+        config = task_settings(kind="squad", max_source_length=24, doc_stride=6)
         rows = [
             {"id": str(row), "question": "Who?" * (row + 1), "context": text, "answers": {"text": [text[:3]], "answer_start": [0]}}
             for row, text in enumerate(TEXTS)
         ]  # fmt: skip
         return load_task(config), rows
-    config = TaskConfig(kind="glue", name=name, max_source_length=60)
+    config = task_settings(kind="glue", name=name, max_source_length=60)
     return load_task(config), [
         {"sentence1": text, "sentence2": text[::-1], "label": row % 2} for row, text in enumerate(TEXTS)
     ]

@@ -18,15 +18,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import Evaluation, evaluate
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.arithmetic import Arithmetic
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Features, encode, encode_prompt
 
-CONFIG = TaskConfig(kind="arithmetic", max_eval_samples=7, max_source_length=128, max_target_length=16)
+CONFIG = task_settings(kind="arithmetic", max_eval_samples=7, max_source_length=128, max_target_length=16)
 TASK = load_task(CONFIG)
 ROWS = TASK.rows("eval")
 
@@ -131,7 +130,7 @@ def test_a_model_that_knows_the_answer_is_right(
     tiny_tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM
 ) -> None:
     """Trained on one row until it recites it: the target, its end and its score."""
-    config = TaskConfig(kind="arithmetic", max_eval_samples=1, max_source_length=64, max_target_length=64)
+    config = task_settings(kind="arithmetic", max_eval_samples=1, max_source_length=64, max_target_length=64)
     (row,) = load_task(config).rows("eval")
     encoded = {name: torch.tensor([ids]) for name, ids in encode(TASK, row, tiny_tokenizer, config).items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -252,7 +251,7 @@ def test_a_nan_is_no_beam(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTok
 @pytest.mark.parametrize(("value", "refused"), [("nan", True), ("inf", True), ("-inf", False)])
 def test_a_nan_is_no_class(tiny_tokenizer: PreTrainedTokenizerFast, value: str, refused: bool) -> None:
     """-inf is what a model may give to a class that it excludes."""
-    task = load_task(TaskConfig(kind="glue", name="sst2"))
+    task = load_task(task_settings(kind="glue", name="sst2"))
     rows = [{"sentence": text, "label": 1} for text in ("one", "two and two")]
     config = BertConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=512

@@ -3,16 +3,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.report.table import cells, columns
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 
 
 def metrics(scores: dict[str, float], published: dict[str, float] | None = None, **task: Any) -> dict[str, Any]:
     """As much of metrics.json as the table reads."""
     return {
         "config": {"quant": {"method": "qlora", "type": "nf", "bits": 4, "rank": 8, "iter": 0}},
-        "table": [dataclasses.asdict(column) for column in load_task(TaskConfig(**task)).table],
+        "table": [dataclasses.asdict(column) for column in load_task(task_settings(**task)).table],
         "scores": scores,
         "seconds": {},
         "published": published,

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
-from loftq_exp.tasks import arithmetic
+from loftq_exp.tasks import arithmetic, task_settings
 from loftq_exp.tasks.arithmetic import ITEMS, NAMES, TEMPLATES, Arithmetic, generate
 from loftq_exp.tasks.data import Row
 
@@ -66,17 +65,17 @@ def test_both_splits_use_every_template() -> None:
 
 
 def test_more_rows_only_add_to_the_end() -> None:
-    few = Arithmetic(TaskConfig(kind="arithmetic", max_train_samples=10)).rows("train")
-    many = Arithmetic(TaskConfig(kind="arithmetic", max_train_samples=300)).rows("train")
+    few = Arithmetic(task_settings(kind="arithmetic", max_train_samples=10)).rows("train")
+    many = Arithmetic(task_settings(kind="arithmetic", max_train_samples=300)).rows("train")
     assert many[:10] == few
 
 
 def test_default_sizes_and_digest() -> None:
-    task = Arithmetic(TaskConfig(kind="arithmetic"))
+    task = Arithmetic(task_settings(kind="arithmetic"))
     assert len(task.rows("train")) == 2000
     assert len(task.rows("eval")) == 200
-    assert task.digest("train") == Arithmetic(TaskConfig(kind="arithmetic")).digest("train") != task.digest("eval")
-    assert task.digest("eval") != Arithmetic(TaskConfig(kind="arithmetic", data_seed=1)).digest("eval")
+    assert task.digest("train") == Arithmetic(task_settings(kind="arithmetic")).digest("train") != task.digest("eval")
+    assert task.digest("eval") != Arithmetic(task_settings(kind="arithmetic", data_seed=1)).digest("eval")
 
 
 def test_a_seed_keeps_its_problems() -> None:
@@ -90,7 +89,7 @@ def test_a_seed_keeps_its_problems() -> None:
 
 
 def test_it_is_scored_like_gsm8k() -> None:
-    task = Arithmetic(TaskConfig(kind="arithmetic", max_eval_samples=50))
+    task = Arithmetic(task_settings(kind="arithmetic", max_eval_samples=50))
     for row in task.rows("eval"):
         assert task.target(row).count("The final answer is: ") == 1
         assert task.judge(row, task.target(row)).correct
@@ -101,7 +100,7 @@ def test_a_local_file_stands_in_for_its_split_only(tmp_path: Path) -> None:
     row = {"question": "How many?", "answer": "#### 2"}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row))
-    task = Arithmetic(TaskConfig(kind="arithmetic", train_file=str(file)))
+    task = Arithmetic(task_settings(kind="arithmetic", train_file=str(file)))
     assert task.rows("train") == [row]
     assert len(task.rows("eval")) == 200
 
@@ -111,4 +110,4 @@ def test_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "ITEMS", ["pens"])
     monkeypatch.setattr(arithmetic, "TEMPLATES", TEMPLATES[:1])
     with pytest.raises(UserError, match=r"^task\.max_eval_samples=100000: \d+ different problems can be made"):
-        Arithmetic(TaskConfig(kind="arithmetic", max_eval_samples=100_000)).rows("eval")
+        Arithmetic(task_settings(kind="arithmetic", max_eval_samples=100_000)).rows("eval")

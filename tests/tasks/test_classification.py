@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loftq_exp.config import NAMES_OF_TASK, TaskConfig
 from loftq_exp.errors import UserError
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.base import Outputs, Scored
-from loftq_exp.tasks.glue import COLUMNS, LABELS, METRICS
+from loftq_exp.tasks.glue import COLUMNS, LABELS, METRICS, GlueConfig
 
 MNLI = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}
 
 
 def glue(name: str, **settings: Any) -> Any:
-    return load_task(TaskConfig(kind="glue", name=name, **settings))
+    return load_task(task_settings(kind="glue", name=name, **settings))
 
 
 def test_the_tables_hold_every_name() -> None:
-    assert tuple(COLUMNS) == tuple(LABELS) == NAMES_OF_TASK["glue"]
+    assert tuple(COLUMNS) == tuple(LABELS) == GlueConfig.names
     assert set(METRICS) <= set(COLUMNS)
 
 
@@ -154,7 +153,7 @@ def test_scores_of_numbers() -> None:
 
 
 def test_parts_are_scored_together_and_apart() -> None:
-    task = load_task(TaskConfig(kind="anli", eval_split="test_r1+test_r2", dataset="facebook/anli"))
+    task = load_task(task_settings(kind="anli", eval_split="test_r1+test_r2", dataset="facebook/anli"))
     rows = [MNLI | {"part": part, "label": label} for part, label in (("r1", 0), ("r1", 1), ("r1", 0), ("r2", 2))]
     result = scored(task, rows, [[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 0, 0]])
     assert result.scores == {"accuracy": 0.5, "accuracy_r1": pytest.approx(2 / 3), "accuracy_r2": 0}

@@ -10,16 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
-from loftq_exp.tasks import TASKS, Task, load_task
+from loftq_exp.tasks import Task, load_task, task_settings
 from loftq_exp.tasks.data import DataSource, data_digest, read_rows
 
 GOOD = {"question": "How many?", "answer": "Two.\n#### 2"}
 
 
 def task_of(file: Path, **settings: object) -> Task:
-    return load_task(TaskConfig(kind="gsm8k", train_file=str(file), **settings))
+    return load_task(task_settings(kind="gsm8k", train_file=str(file), **settings))
 
 
 def refusal(file: Path) -> str:
@@ -35,11 +34,6 @@ def written(folder: Path, name: str, text: str | bytes) -> Path:
     file = folder / name
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     return file
-
-
-def test_every_choice_of_task_kind_is_a_task() -> None:
-    choices = TaskConfig.__dataclass_fields__["kind"].metadata["choices"]
-    assert tuple(TASKS) == choices
 
 
 @pytest.mark.parametrize(
@@ -209,17 +203,17 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_the_eval_file_is_named_as_such(tmp_path: Path) -> None:
-    task = load_task(TaskConfig(kind="gsm8k", eval_file=str(tmp_path / "absent.jsonl")))
+    task = load_task(task_settings(kind="gsm8k", eval_file=str(tmp_path / "absent.jsonl")))
     with pytest.raises(UserError, match=r"^task\.eval_file=.*absent"):
         task.rows("eval")
 
 
 def test_no_source_at_all() -> None:
     with pytest.raises(UserError, match=r"^task\.train_file=null: .* give task\.train_file=FILE .* or task\.dataset="):
-        load_task(TaskConfig(kind="gsm8k")).rows("train")
+        load_task(task_settings(kind="gsm8k")).rows("train")
 
 
-HUB = TaskConfig(kind="gsm8k", dataset="openai/gsm8k", dataset_config="main")
+HUB = task_settings(kind="gsm8k", dataset="openai/gsm8k", dataset_config="main")
 
 
 def test_reads_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +268,7 @@ def test_digest_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_real_gsm8k_is_complete(shared_data: Path) -> None:
-    config = TaskConfig(
+    config = task_settings(
         kind="gsm8k", train_file=str(shared_data / "gsm8k/train.jsonl"), eval_file=str(shared_data / "gsm8k/test.jsonl")
     )
     assert len(load_task(config).rows("train")) == 7473
@@ -326,7 +320,7 @@ def test_an_unknown_split_is_told_in_one_line(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "set"
     folder.mkdir()
     written(folder, "train.jsonl", json.dumps(GOOD))
-    task = load_task(TaskConfig(kind="gsm8k", dataset=str(folder), eval_split="tset"))
+    task = load_task(task_settings(kind="gsm8k", dataset=str(folder), eval_split="tset"))
     assert task.rows("train") == [GOOD]
     with pytest.raises(UserError, match=r"task.eval_split=tset: the data set cannot be loaded \(Unknown split"):
         task.rows("eval")

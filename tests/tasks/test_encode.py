@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Collator, encode, encode_prompt, pad_token_id
 
-CONFIG = TaskConfig(kind="gsm8k")
+CONFIG = task_settings(kind="gsm8k")
 TASK = load_task(CONFIG)
 ROW = {"question": "Mia has 3 pens and buys 4. How many pens?", "answer": "3 + 4 = 7 pens.\n#### 7"}
 ROWS = st.fixed_dictionaries({"question": st.text(min_size=1), "answer": st.text().map(lambda text: f"{text}#### 7")})

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_exp.config import TaskConfig
+from loftq_exp.tasks import task_settings
 from loftq_exp.tasks.gsm8k import ANSWER_MARK, GSM8K, final_number
 
-TASK = GSM8K(TaskConfig(kind="gsm8k"))
+TASK = GSM8K(task_settings(kind="gsm8k"))
 ROW = {"question": "How many eggs?", "answer": "16 - 3 = <<16-3=13>>13 eggs.\n13 * 2 = 26\n#### 1,026"}
 
 
@@ -81,13 +81,13 @@ def test_any_text_gives_a_finite_number_or_none(text: str) -> None:
 
 def test_slip_no_row_is_left_out_unsaid(shared_data: Path) -> None:
     file = shared_data / "gsm8k" / "train.jsonl"
-    rows = GSM8K(TaskConfig(kind="gsm8k", train_file=str(file))).rows("train")
+    rows = GSM8K(task_settings(kind="gsm8k", train_file=str(file))).rows("train")
     assert len(rows) == len(file.read_bytes().splitlines())
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_every_gold_answer_parses_and_is_right_for_itself(shared_data: Path, name: str) -> None:
-    task = GSM8K(TaskConfig(kind="gsm8k", eval_file=str(shared_data / "gsm8k" / f"{name}.jsonl")))
+    task = GSM8K(task_settings(kind="gsm8k", eval_file=str(shared_data / "gsm8k" / f"{name}.jsonl")))
     for row in task.rows("eval"):
         judgement = task.judge(row, task.target(row))
         assert judgement.correct

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loftq_exp.config import TaskConfig
+from loftq_exp.tasks import task_settings
 from loftq_exp.tasks.gsm8k import ANSWER_MARK, GSM8K, final_number
 
-TASK = GSM8K(TaskConfig(kind="gsm8k"))
+TASK = GSM8K(task_settings(kind="gsm8k"))
 
 
 def official(text: str) -> float | None:

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.squad import Squad, Window, spans, token_span
 
 CONTEXT = (
     "  The naïve café 咖啡 in Zürich opened in 1998, and “Emma Blue” sold 31 cups of coffee there on its first day. "
     * 3
 )
-CONFIG = TaskConfig(kind="squad", max_source_length=64, doc_stride=20)
+CONFIG = task_settings(kind="squad", max_source_length=64, doc_stride=20)
 
 
 def row(answer: str, context: str = CONTEXT, question: str = "What was it?") -> dict[str, Any]:

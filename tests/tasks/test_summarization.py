@@ -7,8 +7,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from loftq_exp.config import TaskConfig
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.base import Generated, Generation, Nll
 from loftq_exp.tasks.encode import IGNORED
 
@@ -19,7 +18,7 @@ ROW = {
 
 
 def task(**settings: Any) -> Any:
-    return load_task(TaskConfig(**{"kind": "summarization", "name": "cnn_dailymail", **settings}))
+    return load_task(task_settings(**{"kind": "summarization", "name": "cnn_dailymail", **settings}))
 
 
 def test_sources_on_the_hub() -> None:

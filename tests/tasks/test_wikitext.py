@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from loftq_exp.config import TaskConfig
 from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import evaluate
-from loftq_exp.tasks import load_task
+from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.base import Likelihood, Nll
 from loftq_exp.tasks.encode import IGNORED
 
@@ -19,7 +18,7 @@ TEXT = " = Title = \n \n The first line . \n It is longer than a block of tokens
 
 
 def task(**settings: Any) -> Any:
-    return load_task(TaskConfig(kind="wikitext", **{"block_size": 8, **settings}))
+    return load_task(task_settings(kind="wikitext", **{"block_size": 8, **settings}))
 
 
 def test_hub_rows_and_a_text_file_make_the_same_text(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

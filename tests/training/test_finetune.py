@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from loftq_exp.config import ModelConfig, RunConfig, TaskConfig, TrainConfig
+from loftq_exp.config import ModelConfig, RunConfig, TrainConfig
 from loftq_exp.config.quant import QuantConfig
+from loftq_exp.tasks import task_settings
 from loftq_exp.training.finetune import last_whole_checkpoint, training_arguments
 
 
@@ -19,7 +20,7 @@ def run_config(**train: Any) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path="x", kind="causal"),
         quant=QuantConfig(method="loftq"),
-        task=TaskConfig(kind="gsm8k"),
+        task=task_settings(kind="gsm8k"),
         train=TrainConfig(**train),
         seed=7,
     )

@@ -1,0 +1,50 @@
+"""`loftq-exp COMMAND ...`: every command by its name. Each is also a module: `python -m loftq_exp`, `python -m loftq_exp.cache`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from loftq_exp.commands.terminal import exit_code
+from loftq_exp.config.schema import nearest
+from loftq_exp.errors import UserError
+
+COMMANDS = {
+    "run": ("run", "quantize, fine-tune and score: what `python -m loftq_exp` does"),
+    "cache": ("manage_cache", "list, size, verify and prune the cache"),
+    "export": ("export_model", "merge an adapter into its backbone"),
+    "report": ("write_report", "a table of runs and sweeps, on the terminal or as JSON, CSV or Markdown"),
+    "rerun": ("run_again", "do a finished run again from its record and say what differs"),
+}
+"""Each command with its module, which is imported when it is called, and what it does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hands the arguments after the command's name to its module, and returns its exit code."""
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    return exit_code(lambda: _call(name, arguments), "nothing was begun")
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    if name in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if name not in COMMANDS:
+        raise UserError(_unknown(name))
+    module = importlib.import_module(f"loftq_exp.commands.{COMMANDS[name][0]}")
+    code: int = module.main(arguments)
+    return code
+
+
+def _unknown(name: str) -> str:
+    if "=" in name or name.startswith("-"):
+        return f"{name}: settings come after the command; give loftq-exp run {name}"
+    return f"{name}: there is no such command; {nearest(name, COMMANDS)}"
+
+
+def _help() -> str:
+    lines = [f"  {name:8} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: loftq-exp COMMAND ...", "", *lines, "", "loftq-exp COMMAND --help shows what it takes", ""]
+    )

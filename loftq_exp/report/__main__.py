@@ -1,0 +1,8 @@
+"""`python -m loftq_exp.report`: see loftq_exp.commands.write_report."""
+
+import sys
+
+from loftq_exp.commands.write_report import main
+
+if __name__ == "__main__":
+    sys.exit(main())
