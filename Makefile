@@ -30,10 +30,11 @@ test: $(STAMP) ## the fast tests
 test-all: $(STAMP) ## all tests, also the slow ones that fetch real weights; draws new examples
 	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q -m ''
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## put the code in ruff's format
 	$(BIN)/ruff check --fix .

@@ -30,7 +30,7 @@ from peft.utils import loftq_utils
 
 from loftq_exp import loftq_init
 from loftq_exp.loftq import make_quantizer
-from loftq_exp.loftq.quantizers import Quantizer
+from loftq_exp.loftq.quantizer import Quantizer
 from loftq_exp.provenance import provenance
 from loftq_exp.report.table import markdown, print_table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 
 import torch
 
@@ -40,7 +40,17 @@ def _cpu_has_bf16() -> bool:
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process so far, in bytes: resident (file-backed pages included), and on CUDA allocated."""
-    peak = {"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = {"resident_bytes": _peak_resident_bytes()}
     if torch.cuda.is_available():
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_resident_bytes() -> int:
+    """0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # in bytes on macOS, in KiB elsewhere

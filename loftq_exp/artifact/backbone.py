@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,11 +15,9 @@ from torch import nn
 
 from loftq_exp.artifact.folder import REPORT, Initialised, read_artifact
 from loftq_exp.errors import UserError
-from loftq_exp.integrations.transformers_quantizer import METHOD, LoftQConfig
 from loftq_exp.source.layout import skeleton, stored_name
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
-from loftq_exp.storage.bnb4 import values_of_four_bit
-from loftq_exp.storage.packed import PARTS, check_parts, dequantize, packed_name
+from loftq_exp.storage.format import DamagedWeight, StorageFormat, format_of
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Backbone:
     model: transformers.PreTrainedModel
     """Its model class, on the meta device."""
     tensors: CheckpointTensors
-    storage: str
-    """`dense`, `bnb4` or `packed`, as save_format has it."""
-    packing: LoftQConfig | None
-    """How it is packed, where it is."""
+    format: StorageFormat
+    """How it is stored."""
+    settings: dict[str, Any]
+    """`quantization_config` of its config.json; empty where it has none."""
     weights: dict[str, BackboneWeight] = field(default_factory=dict)
     """What init_report.json lists, by module."""
 
@@ -59,27 +58,12 @@ class Backbone:
         Raises UserError where its tensors do not stand for a weight of the shape in init_report.json.
         """
         weight = self.weights[module]
-        if self.storage == "packed":
-            return self._unpacked(weight)
-        values = self._four_bit(weight) if self.storage == "bnb4" else self.tensors.read(weight.tensor)
-        if tuple(values.shape) != weight.shape or not values.is_floating_point():
-            raise self._damaged(f"{weight.tensor} is {values.dtype} {tuple(values.shape)}, not {weight.shape}")
-        return values.float()
-
-    def _unpacked(self, weight: BackboneWeight) -> torch.Tensor:
-        assert self.packing is not None
-        quantizer = self.packing.quantizer(self.packing.bits[weight.module])
-        parts = {part.rpartition(".")[2]: self.tensors.read(part) for part in weight.parts}
-        check_parts(weight.module, parts, quantizer, weight.shape)
-        return dequantize(parts, quantizer, weight.shape, torch.float32)
-
-    def _four_bit(self, weight: BackboneWeight) -> torch.Tensor:
-        read = {name.removeprefix(f"{weight.tensor}."): self.tensors.read(name) for name in weight.parts}
-        codes = read.pop(weight.tensor)
+        read = {name: self.tensors.read(name) for name in weight.parts}
+        quantizer = self.format.quantizer_of(module, self.settings)
         try:
-            return values_of_four_bit(codes, read)
-        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
-            raise self._damaged(f"{weight.tensor} is no packed 4-bit weight") from error
+            return self.format.values(module, weight.tensor, read, weight.shape, quantizer)
+        except DamagedWeight as error:
+            raise self._damaged(str(error)) from error
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"DIR={self.init.folder}: {what}; quantize again")
@@ -102,13 +86,13 @@ def open_backbone(folder: Path) -> Iterator[Backbone]:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"DIR={folder}: {REPORT} or config.json cannot be read ({error}); quantize again") from None
     model = skeleton(folder, kind)
-    storage = {METHOD: "packed", "bitsandbytes": "bnb4"}.get(settings.get("quant_method", ""), "dense")
-    packing = LoftQConfig(**settings) if storage == "packed" else None
-    if packing and set(packing.bits) != set(shapes):
-        odd = sorted(set(packing.bits).symmetric_difference(shapes))[0]
+    stored = format_of(settings)
+    named = stored.modules(settings)
+    if named is not None and set(named) != set(shapes):
+        odd = sorted(set(named).symmetric_difference(shapes))[0]
         raise UserError(f"DIR={folder}: {REPORT} and config.json do not agree on {odd}; quantize again")
     with open_tensors(folder) as tensors:
-        backbone, modules = Backbone(init, model, tensors, storage, packing), dict(model.named_modules())
+        backbone, modules = Backbone(init, model, tensors, stored, settings), dict(model.named_modules())
         for module, shape in shapes.items():
             backbone.weights[module] = _find(backbone, module, modules.get(module), shape)
         yield backbone
@@ -119,14 +103,9 @@ def _find(backbone: Backbone, module: str, linear: nn.Module | None, shape: tupl
     model, names = backbone.model, backbone.tensors.names
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
         raise backbone._damaged(f"config.json has no linear layer {module} of {shape[0]} x {shape[1]}, {REPORT} has")
-    first = PARTS[0] if backbone.storage == "packed" else "weight"
+    first = backbone.format.first_part
     stored = stored_name(f"{module}.{first}", model.base_model_prefix, names)
     if stored is None:
         raise backbone._damaged(f"the weights lack {module}.{first}")
     tensor = stored.removesuffix(first) + "weight"
-    parts: tuple[str, ...] = (tensor,)
-    if backbone.storage == "packed":
-        parts = tuple(name for part in PARTS if (name := packed_name(tensor, part)) in names)
-    elif backbone.storage == "bnb4":
-        parts += tuple(name for name in names if name.startswith(f"{tensor}."))
-    return BackboneWeight(module, tensor, shape, parts)
+    return BackboneWeight(module, tensor, shape, backbone.format.parts(tensor, names))

@@ -7,6 +7,7 @@ from typing import Any
 from loftq_exp.artifact.folder import ADAPTER, Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.source.layout import AUTO_CLASSES
+from loftq_exp.storage.format import LoadCode, storage_format
 
 _PIPELINES = {"causal": "text-generation", "seq2seq": "text2text-generation", "classification": "text-classification"}
 """The hub's name for each kind of model; another kind goes by its own."""
@@ -127,30 +128,20 @@ def _code(config: RunConfig, report: dict[str, Any]) -> str:
     weights, which loftq_exp reads."""
     model_class = AUTO_CLASSES[config.model.kind].__name__
     dtype = f"torch.{report.get('off_the_shelf', {}).get('stored_dtype', config.save_dtype)}"
-    packs = config.save_format == "dense" and config.fits_bnb4
-    reader = (
-        ["import loftq_exp  # reads packed weights: pip install loftq_exp"] if config.save_format == "packed" else []
-    )
-    lines = [*reader, "import torch", "from peft import PeftModel",
-             f"from transformers import {', '.join([model_class, *(['BitsAndBytesConfig'] if packs else [])])}", "",
+    stored = storage_format(config.save_format)
+    held = storage_format(next(form for form in stored.capacity.forms if config.fits(form)))
+    packing = held.load_code(report["other_linears"], dtype) if held is not stored else LoadCode()
+    lines = [*stored.card_imports, "import torch", "from peft import PeftModel",
+             f"from transformers import {', '.join([model_class, *packing.imports])}", "",
              f'REPO = "{config.hub.repo_id}"']  # fmt: skip
     arguments = [f"dtype={dtype}"]
     if config.hub.revision:
         arguments.append(f'revision="{config.hub.revision}"')
     if config.model.trust_remote_code:
         arguments.append("trust_remote_code=True")
-    if packs:
-        settings = [
-            "load_in_4bit=True",
-            'bnb_4bit_quant_type="nf4"',
-            "bnb_4bit_use_double_quant=False",
-            f"bnb_4bit_compute_dtype={dtype}",
-        ]
-        # transformers packs every linear layer but a language model's output.
-        if set(report["other_linears"]) - {"lm_head"}:
-            settings.append(f"llm_int8_skip_modules={report['other_linears']}")
-        lines += ["four_bit = BitsAndBytesConfig(", *(f"    {setting}," for setting in settings), ")"]
-        arguments.append("quantization_config=four_bit")
+    if packing.argument:
+        arguments.append(packing.argument)
+    lines += packing.lines
     lines += [f"model = {model_class}.from_pretrained(REPO, {', '.join(arguments)})",
               f'model = PeftModel.from_pretrained(model, REPO, subfolder="{ADAPTER}", is_trainable=True'
               + (f', revision="{config.hub.revision}")' if config.hub.revision else ")")]  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +21,6 @@ from loftq_exp.artifact.backbone import Backbone, open_backbone
 from loftq_exp.artifact.folder import (
     ADAPTER,
     REPORT,
-    bnb4_config,
     exclusive,
     written_whole,
 )
@@ -28,10 +28,11 @@ from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.loads import check_report
 from loftq_exp.progress import progress
+from loftq_exp.schemes import FORMATS
 from loftq_exp.source.files import carry_files
 from loftq_exp.source.layout import AUTO_CLASSES, left_dense, load_config
 from loftq_exp.source.loading import load_report
-from loftq_exp.storage.bnb4 import four_bit_of_values, four_bit_specs
+from loftq_exp.storage.format import StorageFormat, storage_format
 from loftq_exp.storage.specs import TensorSpec
 
 
@@ -48,38 +49,40 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
     Raises:
         UserError: for a checkpoint, adapter, form or place that does not fit.
     """
-    if to == "packed" and dtype:
-        raise UserError(f"--dtype={dtype}: --to packed leaves every type as it is; leave --dtype out")
+    form = storage_format(to)
+    if dtype and not form.takes_values:
+        raise UserError(f"--dtype={dtype}: --to {to} leaves every type as it is; leave --dtype out")
     with open_backbone(folder) as backbone, open_adapter(adapter or default_adapter(folder), backbone) as opened:
-        _check_form(backbone, to)
+        _check_form(backbone, form)
         kept: str = dtype or backbone.init.report["quant"]["save_dtype"]
         sources, untied = _sources(backbone, opened)
-        config = _config(backbone, opened, to, getattr(torch, kept), untied)
+        config = _config(backbone, opened, form, getattr(torch, kept), untied)
         _check_whole(backbone, opened, config, sources)
         with exclusive(out, "OUT"):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(f"OUT={out}: is there already, and not empty; give a new folder")
             with written_whole(out, "OUT") as partial:
-                _write_weights(partial, backbone, opened, sources, to, getattr(torch, kept))
+                _write_weights(partial, backbone, opened, sources, form, getattr(torch, kept))
                 config.save_pretrained(partial)
                 carry_files(folder, partial)
-                if to == "packed":
+                if not form.takes_values:
                     _keep_adapter(partial, out, backbone, opened)
     weights, name = len(backbone.weights), AUTO_CLASSES[backbone.init.report["model"]["kind"]].__name__
-    if to == "packed":
-        return f"{out}: {weights} packed weights as they were, the adapter in {ADAPTER}"
-    form = f"in bitsandbytes' NF4, all else in {kept}" if to == "bnb4" else f"in {kept}"
-    return f"{out}: {weights} weights merged, {form}; {name}.from_pretrained({str(out)!r}) loads it"
+    if not form.takes_values:
+        return f"{out}: {weights} {to} weights as they were, the adapter in {ADAPTER}"
+    types = f"{form.export_note}, all else in {kept}" if form.export_note else f"in {kept}"
+    return f"{out}: {weights} weights merged, {types}; {name}.from_pretrained({str(out)!r}) loads it"
 
 
-def _check_form(backbone: Backbone, to: str) -> None:
+def _check_form(backbone: Backbone, form: StorageFormat) -> None:
     """UserError where this checkpoint cannot be exported in that form."""
-    folder = backbone.init.folder
-    if to == "packed" and backbone.storage != "packed":
-        raise UserError(f"--to=packed: DIR={folder} is stored {backbone.storage}, and only save_format=packed has packed weights "
-                        "to keep; use --to dense or bnb4")  # fmt: skip
-    if to == "bnb4" and (dense := left_dense(backbone.model, backbone.weights)):
-        raise UserError(f"--to=bnb4: transformers loads {dense[0]} only as a dense layer; use --to dense")
+    stored, to = backbone.format, form.name
+    if not form.takes_values and stored is not form:
+        others = " or ".join(name for name in FORMATS if storage_format(name).takes_values)
+        raise UserError(f"--to={to}: DIR={backbone.init.folder} is stored {stored.name}, and only save_format={to} has {to} weights "
+                        f"to keep; use --to {others}")  # fmt: skip
+    if form.needs_plain_linears and (dense := left_dense(backbone.model, backbone.weights)):
+        raise UserError(f"--to={to}: transformers loads {dense[0]} only as a dense layer; use --to dense")
 
 
 def _sources(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, str], bool]:
@@ -116,55 +119,59 @@ def _check_whole(
 
 
 def _write_weights(
-    folder: Path, backbone: Backbone, adapter: Adapter, sources: Mapping[str, str], to: str, dtype: torch.dtype
+    folder: Path,
+    backbone: Backbone,
+    adapter: Adapter,
+    sources: Mapping[str, str],
+    form: StorageFormat,
+    dtype: torch.dtype,
 ) -> None:
     """The weights, one at a time: what is merged, the head that was trained, and all others, which are in `sources`."""
     tensors = backbone.tensors
     specs = {
-        name: TensorSpec(_written_type(tensors.dtype(stored), to, dtype), tensors.shape(stored))
+        name: TensorSpec(_written_type(tensors.dtype(stored), form, dtype), tensors.shape(stored))
         for name, stored in sources.items()
     }
     specs |= {name: TensorSpec(dtype, shape) for name, shape in adapter.head.items()}
     targets = {module: _full_name(weight.tensor, backbone) for module, weight in backbone.weights.items()}
     for module, name in targets.items():
-        specs |= _target_specs(backbone, module, name, to, dtype)
+        specs |= _target_specs(backbone, module, name, form, dtype)
     with SafetensorsWriter(folder, specs) as out, progress("export") as advance:
         for name, stored in sources.items():
             out.write(name, _converted(name, tensors.read(stored), specs[name].dtype))
         for name in adapter.head:
             out.write(name, _converted(name, adapter.head_values(name), dtype))
         for done, (module, name) in enumerate(targets.items(), 1):
-            for part, tensor in _target_tensors(backbone, adapter, module, name, to, dtype).items():
+            for part, tensor in _target_tensors(backbone, adapter, module, name, form, dtype).items():
                 out.write(part, tensor)
             advance(done, len(targets))
 
 
-def _target_specs(backbone: Backbone, module: str, name: str, to: str, dtype: torch.dtype) -> dict[str, TensorSpec]:
+def _target_specs(
+    backbone: Backbone, module: str, name: str, form: StorageFormat, dtype: torch.dtype
+) -> dict[str, TensorSpec]:
     """The types and shapes of what `_target_tensors` gives."""
     weight, tensors = backbone.weights[module], backbone.tensors
-    if to == "packed":
+    if not form.takes_values:
         return {
             _full_name(part, backbone): TensorSpec(tensors.dtype(part), tensors.shape(part)) for part in weight.parts
         }
-    if to == "dense":
-        return {name: TensorSpec(dtype, weight.shape)}
-    return four_bit_specs(name, weight.shape, dtype)
+    return form.specs(name, weight.shape, None, dtype)
 
 
 def _target_tensors(
-    backbone: Backbone, adapter: Adapter, module: str, name: str, to: str, dtype: torch.dtype
+    backbone: Backbone, adapter: Adapter, module: str, name: str, form: StorageFormat, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The tensors that stand for one target in OUT: as they were, or Q + s B A in its new form."""
-    if to == "packed":
+    if not form.takes_values:
         backbone.values(module)  # refuses what does not stand for a weight
         return {_full_name(part, backbone): backbone.tensors.read(part) for part in backbone.weights[module].parts}
-    merged = _converted(name, adapter.merged(module, backbone.values(module)), dtype)
-    return {name: merged} if to == "dense" else four_bit_of_values(name, merged)
+    return form.encode_values(name, _converted(name, adapter.merged(module, backbone.values(module)), dtype))
 
 
-def _written_type(stored: torch.dtype, to: str, dtype: torch.dtype) -> torch.dtype:
+def _written_type(stored: torch.dtype, form: StorageFormat, dtype: torch.dtype) -> torch.dtype:
     """The type of what is no target; integers, such as positions, stay what they are."""
-    return dtype if stored.is_floating_point and to != "packed" else stored
+    return dtype if stored.is_floating_point and form.takes_values else stored
 
 
 def _converted(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -189,7 +196,7 @@ def _full_name(stored: str, backbone: Backbone) -> str:
 
 
 def _config(
-    backbone: Backbone, adapter: Adapter, to: str, dtype: torch.dtype, untied: bool
+    backbone: Backbone, adapter: Adapter, form: StorageFormat, dtype: torch.dtype, untied: bool
 ) -> transformers.PretrainedConfig:
     """config.json: of the model class as it is loaded, and of the form in which it is stored."""
     report = backbone.init.report
@@ -200,10 +207,11 @@ def _config(
     config.architectures = [type(backbone.model).__name__]
     if adapter.num_labels is not None:
         config.num_labels, config.problem_type = adapter.num_labels, None
-    if to == "bnb4":
-        config.quantization_config = bnb4_config(report["other_linears"], dtype)
-    elif to == "packed":
-        config.quantization_config = backbone.packing
+    quantization: Any = backbone.settings
+    if form.takes_values:  # else the weights, and what is said of them, stay as they are
+        quantization = form.quantization_config(None, {}, report["other_linears"], dtype)
+    if quantization is not None:
+        config.quantization_config = quantization
     if untied:
         config.tie_word_embeddings = False
     return config

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from filelock import FileLock
 from peft import LoraConfig, TaskType
 
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
-from loftq_exp.integrations.transformers_quantizer import LoftQConfig
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.source.files import carry_files
 from loftq_exp.source.layout import TASK_TYPES, Layout, load_config
 from loftq_exp.source.locate import Source
+from loftq_exp.storage.format import storage_format
+from loftq_exp.whole import whole_folder
 
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
@@ -87,22 +86,12 @@ def written_whole(final: Path, setting: str = "save_dir") -> Iterator[Path]:
     if final.exists() and not (final / REPORT).is_file() and not _is_empty(final):
         raise UserError(f"{setting}={final.parent}: {final.name} in it is no initialised checkpoint (it has no {REPORT}); "
                         f"move it away or set another {setting}")  # fmt: skip
-    partial = final.parent / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
-        yield partial
-        replaced = final.parent / f".{final.name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with whole_folder(final) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{setting}={final.parent}: cannot be written ({error.strerror}); "
                         f"free space there or set another {setting}") from None  # fmt: skip
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_empty(place: Path) -> bool:
@@ -119,10 +108,12 @@ def write_surroundings(
     model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
     dtype: torch.dtype = getattr(torch, config.save_dtype)
     model_config.dtype = dtype
-    if config.save_format == "bnb4":
-        model_config.quantization_config = bnb4_config(layout.other_linears, dtype)
-    elif config.save_format == "packed":
-        model_config.quantization_config = _packed_config(plan, config)
+    bits = {module: precision.bits for module, precision in plan.items()}
+    quantization = storage_format(config.save_format).quantization_config(
+        config.quant.scheme, bits, layout.other_linears, dtype
+    )
+    if quantization is not None:
+        model_config.quantization_config = quantization
     model_config.save_pretrained(folder)
     carry_files(source.folder, folder, config.model.trust_remote_code)
     quant = config.quant
@@ -146,23 +137,6 @@ def write_surroundings(
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
 
 
-def _packed_config(plan: Mapping[str, Precision], config: RunConfig) -> LoftQConfig:
-    bits = {module: precision.bits for module, precision in plan.items()}
-    quant = config.quant
-    return LoftQConfig(bits, quant.type, quant.block_size, quant.double, config.save_dtype)
-
-
 def _number(alpha: float) -> int:
     """An alpha as PEFT writes it: it divides, so that any number will do, but whole ones are whole."""
     return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]
-
-
-def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    """How transformers loads all linear layers but `other_linears` as bitsandbytes NF4 layers."""
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=False,  # a second quantization of the scales would move the values
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(other_linears) or ["lm_head"],
-    )

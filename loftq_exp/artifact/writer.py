@@ -80,7 +80,7 @@ class SafetensorsWriter:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
         self._files.append(path)
-        os.posix_fallocate(descriptor, 0, start + offset)
+        _reserve(descriptor, start + offset)
         _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name in names:
             self._places[name] = (descriptor, start)
@@ -104,7 +104,7 @@ class SafetensorsWriter:
             self._unsynced += spec.nbytes
             if self._unsynced >= SYNC_BYTES:
                 self._unsynced = 0
-                self._syncs.append(self._syncer.submit(os.fdatasync, descriptor))
+                self._syncs.append(self._syncer.submit(_sync_data, descriptor))
 
     def close(self) -> None:
         """Closes the files as they are."""
@@ -134,6 +134,19 @@ class SafetensorsWriter:
                 self._files.clear()  # whole, and to stay
         finally:
             self._remove()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Reserves the file's space where the system can (Linux); elsewhere only its size is set, and a full disk shows later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+def _sync_data(descriptor: int) -> None:
+    """Brings the file's data to the disk, where the system can without its times (not on macOS)."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from loftq_exp.commands.terminal import OneLineParser, exit_code, quiet_libraries
 from loftq_exp.config import local_path
+from loftq_exp.schemes import FORMATS
 
-FORMS = ("dense", "bnb4", "packed")
+FORMS = tuple(FORMATS)
 DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -10,20 +10,7 @@ from typing import Any
 
 from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
-
-BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
-    "nf": (2, 3, 4),
-    "nf-symmetric": (2,),
-    "uniform": (2, 3, 4, 5, 6, 7, 8),
-    "uniform-clipped": (2, 3, 4, 5, 6, 7, 8),
-    "uniform-sigma": (2, 3, 4, 5, 6, 7, 8),
-    "int": (8,),
-    "none": (16,),
-}
-"""The bit widths of each `quant.type`; `none` keeps the weights as they are (16-bit LoRA)."""
-
-BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
-"""Types without blocks: their scales are those of the whole weight or of its rows, or there are none."""
+from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, Scheme
 
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
@@ -206,6 +193,11 @@ class QuantConfig:
         if self.rule == "same":
             return (int(self.bits),)
         return PAPER_WIDTHS if self.rule == "paper" else BITS_OF_TYPE[self.type]
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the weights are quantized, as storage formats ask."""
+        return Scheme(self.type, self.widths, self.block_size, self.double)
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from loftq_exp.config.schema import ADAPTER, INITIALISATION, build, setting
 from loftq_exp.config.task import TaskConfig
 from loftq_exp.config.train import TrainConfig
 from loftq_exp.errors import UserError
+from loftq_exp.schemes import FORMATS
 
 STAGES = ("quantize", "finetune", "evaluate")
 
@@ -49,7 +50,7 @@ class RunConfig:
     save_format: str = setting(
         "dense: dequantized values; bnb4: bitsandbytes' packed 4-bit; packed: codes at their own bits, which train packed",
         "dense",
-        choices=("dense", "bnb4", "packed"),
+        choices=tuple(FORMATS),
         shapes=(INITIALISATION,),
     )
     seed: int = setting(
@@ -67,30 +68,20 @@ class RunConfig:
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
         if self.hub.push and "quantize" not in self.stages:
             raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
-        for option, chosen in (("save_format", self.save_format), ("train.backbone", self.train.backbone)):
-            if chosen == "bnb4" and self.quant.method == "off-the-shelf" and option == "save_format":
-                raise UserError("save_format=bnb4: off-the-shelf keeps the published values, which are dense; "
-                                "use save_format=dense")  # fmt: skip
-            if chosen == "bnb4" and not self.fits_bnb4:
-                widths = "/".join(map(str, self.quant.widths))
-                raise UserError(
-                    f"{option}=bnb4: bitsandbytes' NF4 with blocks of 64 cannot hold {self.quant.type} at {widths} bits "
-                    f"with blocks of {self.quant.block_size}{' and double' if self.quant.double else ''}; "
-                    f"use {option}=dense, or quant.type=nf with 4 or 2 bits"
-                )
-        if self.save_format == "packed":
-            self._check_packed()
-        if self.save_format == "bnb4" and self.train.backbone == "dense" and set(self.stages) != {"quantize"}:
-            raise UserError("train.backbone=dense: save_format=bnb4 stores 4-bit layers, which load as such; "
-                            "use train.backbone=auto or save_format=dense")  # fmt: skip
+        self._check_formats()
 
-    def _check_packed(self) -> None:
-        if self.quant.type == "none" or self.quant.method == "off-the-shelf":
-            raise UserError(f"save_format=packed: {self.quant.method} has no codes to pack; use save_format=dense, "
+    def _check_formats(self) -> None:
+        stored, backbone, quant = FORMATS[self.save_format], self.train.backbone, self.quant
+        if stored.codes and (quant.type == "none" or quant.method == "off-the-shelf"):
+            raise UserError(f"save_format={self.save_format}: {quant.method} has no codes to pack; use save_format=dense, "
                             "or quant=loftq or qlora")  # fmt: skip
-        if self.train.backbone != "auto":
-            raise UserError(f"train.backbone={self.train.backbone}: save_format=packed stores packed layers, which load as such; "
-                            "use train.backbone=auto or another save_format")  # fmt: skip
+        for option, chosen in (("save_format", self.save_format), ("train.backbone", backbone)):
+            if chosen in FORMATS and not self.fits(chosen):
+                raise UserError(f"{option}={chosen}: {FORMATS[chosen].layers} cannot hold {quant.scheme}; "
+                                f"use {option}=dense, or {FORMATS[chosen].instead}")  # fmt: skip
+        if backbone not in ("auto", *stored.forms) and set(self.stages) != {"quantize"}:
+            raise UserError(f"train.backbone={backbone}: save_format={self.save_format} stores {stored.layers}, which load as such; "
+                            "use train.backbone=auto or save_format=dense")  # fmt: skip
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -101,11 +92,9 @@ class RunConfig:
         """The settings as plain nested containers."""
         return dataclasses.asdict(self)
 
-    @property
-    def fits_bnb4(self) -> bool:
-        """Whether bitsandbytes' NF4 layers hold the quantized values exactly: every NF2 level is an NF4 level."""
-        quant = self.quant
-        return quant.type == "nf" and set(quant.widths) <= {2, 4} and quant.block_size == 64 and not quant.double
+    def fits(self, form: str) -> bool:
+        """Whether the storage format `form` holds the quantized values exactly."""
+        return FORMATS[form].holds(self.quant.scheme)
 
     @property
     def cache_path(self) -> Path:

@@ -18,6 +18,7 @@ from loftq_exp.progress import progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.load import load_model
 from loftq_exp.training.origin import file_digest
+from loftq_exp.whole import write_whole
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -45,9 +46,7 @@ def score(
     with progress("evaluate") as advance:
         result = evaluate(model, prepared.tokenizer, task, rows, batch_size, advance, prepared.requests)
     _check_finite(result.scores)
-    beside = samples.with_name(f".{samples.name}.tmp")
-    beside.write_text("".join(_line(number, sample) for number, sample in enumerate(result.samples, start=1)))
-    beside.replace(samples)
+    write_whole(samples, "".join(_line(number, sample) for number, sample in enumerate(result.samples, start=1)))
     return {
         "scores": result.scores,
         "rows": len(rows),

@@ -18,10 +18,6 @@ import json
 import logging
 import math
 import os
-import re
-import socket
-import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +32,12 @@ from loftq_exp.artifact.writer import tensor_bytes
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
 from loftq_exp.storage.codes import pack_codes, unpack_codes
+from loftq_exp.whole import is_abandoned, whole_file
 
 log = logging.getLogger(__name__)
 
 FORMAT = 5
 """Counted up whenever the meaning of a key or an entry changes."""
-
-_DAY = 24 * 3600.0
-_BESIDE = re.compile(r"\..+\.safetensors\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
-"""Name of a file that is being written: of what entry, on what machine, by what process."""
 
 
 class DamagedEntry(Exception):
@@ -155,17 +148,13 @@ class DecompositionCache:
     def put(self, recipe: Recipe, digest: str, result: Decomposition) -> Kept:
         """Keeps the result of this very recipe, and gives it as `find` would. Raises UserError where the folder cannot be written."""
         path, kept = self.path(recipe.key(digest)), Kept.of(result, recipe.quantizer.bits)
-        beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(_encoded(path.stem, recipe, digest, kept))
-            beside.replace(path)
+            with whole_file(path, shared=True) as beside:
+                beside.write_bytes(_encoded(path.stem, recipe, digest, kept))
         except OSError as error:
             raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
                             "free space there or set another cache_dir") from None  # fmt: skip
-        finally:
-            with contextlib.suppress(OSError):  # where nothing could be written, nothing is there
-                beside.unlink()
         return kept
 
     def path(self, key: str) -> Path:
@@ -180,9 +169,7 @@ class DecompositionCache:
         """Half-written files whose process is gone: killed on this machine, or on another one more than a day ago."""
         for path in sorted(self.folder.glob("??/.*.tmp")):
             with contextlib.suppress(FileNotFoundError):  # renamed into its place meanwhile
-                writer = _BESIDE.fullmatch(path.name)
-                dead = writer and writer["host"] == socket.gethostname() and not _alive(int(writer["pid"]))
-                if dead or time.time() - path.stat().st_mtime > _DAY:
+                if is_abandoned(path):
                     yield path
 
 
@@ -222,16 +209,6 @@ def describe_entry(path: Path) -> dict[str, Any]:
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedEntry(f"not a whole file: {error}") from None
     return described
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def _encoded(key: str, recipe: Recipe, digest: str, kept: Kept) -> bytes:

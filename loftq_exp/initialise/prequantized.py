@@ -12,8 +12,9 @@ import torch
 
 from loftq_exp.artifact.folder import ADAPTER, REPORT, read_artifact
 from loftq_exp.errors import UserError
-from loftq_exp.integrations.transformers_quantizer import METHOD
 from loftq_exp.source.tensors import CheckpointTensors
+from loftq_exp.storage.format import storage_format
+from loftq_exp.storage.packing import METHOD
 
 _OTHER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Files in which older tools say that they quantized, and the method where the file does not name it."""
@@ -52,7 +53,9 @@ def _instead(folder: Path) -> str:
         if init is not None:
             advice += f" ({init.report['model']['requested']})"
             beyond = (
-                init.report.get("head") or adapter.get("rank_pattern") or init.report["quant"]["save_format"] != "dense"
+                init.report.get("head")
+                or adapter.get("rank_pattern")
+                or not storage_format(init.report["quant"]["save_format"]).plain
             )
             if not beyond:
                 advice += (

@@ -52,8 +52,7 @@ from loftq_exp.source.head import PREFIX, head_tensors
 from loftq_exp.source.layout import HEAD_KINDS, Layout, Target, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
-from loftq_exp.storage.bnb4 import four_bit_of_codes, four_bit_specs
-from loftq_exp.storage.packed import dequantize, packed_name, part_specs, parts_of
+from loftq_exp.storage.format import Codes, storage_format
 from loftq_exp.storage.specs import TensorSpec
 
 log = logging.getLogger(__name__)
@@ -141,10 +140,9 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
         if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
             raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
                             f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
-    if config.save_format == "bnb4" and layout.left_dense:
-        raise UserError(
-            f"save_format=bnb4: transformers loads {layout.left_dense[0]} only as a dense layer; use save_format=dense"
-        )
+    if layout.left_dense and storage_format(config.save_format).needs_plain_linears:
+        raise UserError(f"save_format={config.save_format}: transformers loads {layout.left_dense[0]} only as a dense layer; "
+                        "use save_format=dense")  # fmt: skip
 
 
 def _write_weights(
@@ -197,6 +195,7 @@ class _Worker:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.dtype = getattr(torch, config.save_dtype)
+        self.format = storage_format(config.save_format)
         self.decomposer = Decomposer(config)
         self.device = self.decomposer.device
 
@@ -239,24 +238,13 @@ class _Worker:
         return stored, lora_A.cpu(), lora_B.cpu(), report
 
     def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
-        """The tensors that stand for one target in the file: its values, or a packed form of the same values."""
-        config, quantizer = self.config, self.decomposer.quantizers[bits]
-        if config.save_format == "bnb4":
-            return four_bit_of_codes(name, kept.packed, kept.scales, kept.shape, quantizer)
-        parts = parts_of(kept.packed, kept.scales, quantizer)
-        if config.save_format == "packed":
-            return {packed_name(name, part): tensor for part, tensor in parts.items()}
-        return {name: dequantize(parts, quantizer, kept.shape, self.dtype)}
+        """The tensors that stand for one target in the file."""
+        codes = Codes(kept.packed, kept.scales, kept.shape, self.decomposer.quantizers[bits])
+        return self.format.encode(name, codes, self.dtype)
 
     def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
         """The types and shapes of what `initialise` gives for a target at so many bits."""
-        name, shape = target.tensor, target.shape
-        if self.config.save_format == "packed":
-            parts = part_specs(self.decomposer.quantizers[bits], shape)
-            return {packed_name(name, part): TensorSpec(*spec) for part, spec in parts.items()}
-        if self.config.save_format == "dense":
-            return {name: TensorSpec(self.dtype, shape)}
-        return four_bit_specs(name, shape, self.dtype)
+        return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:

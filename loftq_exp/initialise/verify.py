@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
-from loftq_exp.integrations.linear import PackedLinear
 from loftq_exp.source.layout import Layout, check_complete, skeleton
 from loftq_exp.source.loading import load_report
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors, same_values, some
@@ -46,26 +46,24 @@ def check_written(folder: Path, source: CheckpointTensors, layout: Layout, forms
                 raise UserError(
                     f"model.path: {name} was not written as it is in the source; check the disk, and quantize again"
                 )
-    if config.save_format != "dense":
+    if getattr(model.config, "quantization_config", None):
         _check_modules(model, folder, layout)
 
 
 def _check_modules(model: transformers.PreTrainedModel, folder: Path, layout: Layout) -> None:
     """UserError where the quantizer of config.json packs other modules than the targets, or finds other parts for one."""
-    settings = model.config.quantization_config
+    settings, before = model.config.quantization_config, dict(model.named_modules())
     files = sorted(str(path) for path in folder.glob("model*.safetensors"))
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
     quantizer.preprocess_model(
         model, dtype=torch.bfloat16, device_map={"": "cpu"}, checkpoint_files=files, use_kernels=False
     )
-    packed = {name for name, module in model.named_modules() if _is_packed(module)}
+    packed = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not before.get(name)
+    }
     if odd := sorted(packed.symmetric_difference(target.module for target in layout.targets)):
         raise UserError(
             f"save_format: transformers would not load {some(odd)} as it was written; use save_format=dense"
         )
-
-
-def _is_packed(module: torch.nn.Module) -> bool:
-    from bitsandbytes.nn import Linear4bit
-
-    return isinstance(module, (PackedLinear, Linear4bit))

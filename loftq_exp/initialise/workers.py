@@ -66,7 +66,7 @@ def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.devic
 
 
 def keep_freed_memory_low() -> None:
-    """Has glibc give large blocks back when they are freed. By itself it learns to keep them, up to 32 MiB each."""
+    """Has glibc (Linux) give large blocks back when they are freed. By itself it learns to keep them, up to 32 MiB each."""
     M_MMAP_THRESHOLD = -3
-    with contextlib.suppress(OSError, AttributeError):  # another C library has ways of its own
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has ways of its own
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)

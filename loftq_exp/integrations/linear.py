@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from loftq_exp.loftq.quantizers import Quantized, Quantizer
+from loftq_exp.loftq.quantizer import Quantized, Quantizer
 from loftq_exp.storage.packed import PARTS, check_parts, dequantize, pack, part_specs, product, unpack
 
 

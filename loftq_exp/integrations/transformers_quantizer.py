@@ -19,12 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.linear import PackedLinear
-from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
+from loftq_exp.loftq import Quantizer
 from loftq_exp.storage.packed import PARTS, check_specs
-
-METHOD = "loftq"
-VERSION = 1
-"""Version of the packed format. A reader refuses any other."""
+from loftq_exp.storage.packing import METHOD, VERSION, Packing
 
 NEEDS_US = "packed by loftq_exp: pip install loftq_exp and import loftq_exp before loading"
 """Stands in config.json as the name of the weights' file, which transformers reads only where nobody told it of our method:
@@ -54,26 +51,20 @@ class LoftQConfig(QuantizationConfigMixin):
         version: int = VERSION,
         **unknown: Any,
     ) -> None:
-        unknown.pop("quant_method", None)
-        if version != VERSION or unknown:
-            names = f" and {', '.join(unknown)}" if unknown else ""
-            raise UserError(f"quantization_config: packed by another loftq_exp (format {version}{names}; this one reads "
-                            f"{VERSION}); update loftq_exp, or quantize again")  # fmt: skip
-        if not isinstance(bits, dict):
-            raise UserError(
-                "quantization_config.bits: not the bits of each packed module by its name; get config.json again"
-            )
-        if not isinstance(getattr(torch, str(scale_dtype), None), torch.dtype):
-            raise UserError(f"quantization_config.scale_dtype={scale_dtype}: not a type; get config.json again")
+        packing = Packing.of({"bits": bits, "type": type, "block_size": block_size, "double": double,
+                              "scale_dtype": scale_dtype, "version": version} | unknown)  # fmt: skip
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration knows its own only
-        self.bits, self.type, self.block_size, self.double = bits, type, block_size, double
-        self.scale_dtype, self.version = scale_dtype, version
-        for width in set(self.bits.values()):
-            self.quantizer(width)  # refuses what does not exist
+        self.bits, self.type, self.block_size, self.double = (
+            packing.bits,
+            packing.type,
+            packing.block_size,
+            packing.double,
+        )
+        self.scale_dtype, self.version = packing.scale_dtype, VERSION
 
     def quantizer(self, bits: int) -> Quantizer:
         """The quantizer of the modules with so many bits."""
-        return make_quantizer(self.type, bits, self.block_size, getattr(torch, self.scale_dtype), self.double)
+        return Packing(self.bits, self.type, self.block_size, self.double, self.scale_dtype).quantizer(bits)
 
 
 @register_quantizer(METHOD)
@@ -86,7 +77,7 @@ class LoftQHfQuantizer(HfQuantizer):
         """Raises UserError where a dense checkpoint is to be packed, which is not done while loading."""
         if not self.pre_quantized:
             raise UserError("quantization_config: LoftQConfig only reads what was packed before; "
-                            "python -m loftq_exp stages=[quantize] save_format=packed packs a checkpoint")  # fmt: skip
+                            "the quantize stage of loftq_exp packs a checkpoint")  # fmt: skip
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The first that is told of the config: takes out what only stops readers who lack this class."""

@@ -1,4 +1,4 @@
 """Compiled forms (numba) of what loftq and storage define in torch, with the same bytes.
 
-Imports nothing of loftq_exp.
+quantize.py works on blocks of values, unpack.py on packed codes; registers.py and bfloat16.py serve both. Imports nothing.
 """

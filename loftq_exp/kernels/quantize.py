@@ -1,11 +1,11 @@
 """The quantizers' inner loops as one pass over memory: numba's compiled form of `Quantizer.requantize`, `leave` and `restore`.
 
-`fused(quantizer)` gives functions that quantize blocks of W - P, that tell what Q and P leave of W, and that write Q's values,
+`quantizing(quantizer)` gives functions that quantize blocks of W - P, that tell what Q and P leave of W, and that write Q's values,
 while the blocks are in the nearest cache, where torch's operations would go over memory some thirty times. They give the same bytes as torch does:
 the same float32 operations in the same order, and nothing that regroups a sum. They run on one thread, and let go of
 Python's lock, so that others may run beside them.
 
-Without numba, or for a quantizer or type that has no kernel, `fused` gives None and torch's form is used.
+Without numba, or for a quantizer or type that has no kernel, `quantizing` gives None and torch's form is used.
 
 How they are written follows from what the compiler makes vector instructions of: plain loops over a few blocks' values, one
 subject each, indexed from 0 in arrays of 32-bit numbers. A loop that counts in bytes takes three times as long.
@@ -23,46 +23,39 @@ import torch
 
 from loftq_exp.kernels import registers
 from loftq_exp.kernels.bfloat16 import flat, narrowing, rounding, widening
-from loftq_exp.kernels.compiled import compiled, numba
+from loftq_exp.kernels.compiled import CHUNK_VALUES, CPU_TYPES, compiled, numba
 
 if TYPE_CHECKING:
-    from loftq_exp.loftq.quantizers import Quantizer
+    from loftq_exp.loftq.quantizer import Quantizer
 
 log = logging.getLogger(__name__)
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor], None]
+BlockPass = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """f(weight, product, unit, codes, scales, out), as the methods of `Quantizer` have them; whole blocks of them are worked on.
 An empty product is zero. `out` must not overlap the others."""
 
 
-class Kernels(NamedTuple):
+class QuantizerPasses(NamedTuple):
     """The compiled passes of one quantizer. A weight, its residual and values restored are float32 or bfloat16."""
 
-    requantize: Kernel
-    leave: Kernel
+    requantize: BlockPass
+    leave: BlockPass
     restore: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     """f(codes, scales, out)."""
 
 
-FUSED_TYPES = (torch.float32, torch.bfloat16)
-"""Types of weights, scales and values restored that the compiled passes take."""
-
-
 LANES = 16
 """Values compared side by side in the search for a block's extremes."""
-
-CHUNK_VALUES = 1024
-"""About as many values go through one loop after the other: what a loop writes is in the nearest cache for the next."""
 
 SMALLEST_ABSMAX = 1e-38
 """bitsandbytes divides by no less than this, so that a block of zeros stays finite."""
 
 
 @functools.cache
-def fused(quantizer: Quantizer) -> Kernels | None:
+def quantizing(quantizer: Quantizer) -> QuantizerPasses | None:
     """The compiled passes of `quantizer` for tensors on the CPU; None where there are none."""
     family, block = quantizer.kernel_family, quantizer.block_size
-    if family is None or quantizer.double or block % (2 * LANES) or quantizer.scale_dtype not in FUSED_TYPES:
+    if family is None or quantizer.double or block % (2 * LANES) or quantizer.scale_dtype not in CPU_TYPES:
         return None
     if numba is None:
         _say_once()
@@ -76,7 +69,7 @@ def fused(quantizer: Quantizer) -> Kernels | None:
         encode = _uniform_encoder(top, block, rounded)
         decode = _uniform_decoder(block, rounded)
         tables = np.empty(0, np.float32), np.empty(0, np.float32)
-    return Kernels(
+    return QuantizerPasses(
         _caller(lambda *narrow: _requantize(encode, decode, block, *narrow), tables, block),
         _caller(lambda narrow, _: _leave(decode, block, narrow), tables, block),
         _restorer(lambda narrow: _restore(decode, block, narrow), tables[1], block),
@@ -88,8 +81,8 @@ def _say_once() -> None:
     log.warning("numba is not there: quantizing takes several times as long, with the same result; pip install numba")
 
 
-def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray, ...], block: int) -> Kernel:
-    """The kernel of what is compiled for a weight and a result that are narrow or not."""
+def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray, ...], block: int) -> BlockPass:
+    """The pass of what is compiled for a weight and a result that are narrow or not."""
 
     def call(
         weight: torch.Tensor,
@@ -262,7 +255,7 @@ def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
 def _nearest(bits: int) -> Any:
     """Writes how many thresholds are below each of x's first `count` values: the code of the nearest level."""
     top, lanes = 2**bits - 1, registers.lanes()
-    if bits in registers.WIDTHS and lanes:
+    if bits in registers.REGISTER_WIDTHS and lanes:
         nearest_of_some = registers.nearest(bits, lanes)
 
         def in_registers(x: Any, thresholds: Any, codes: Any, count: int) -> None:
@@ -288,7 +281,7 @@ def _nearest(bits: int) -> Any:
 def _levels_of(bits: int) -> Any:
     """Writes the levels of the first `count` codes to x."""
     lanes = registers.lanes()
-    if bits in registers.WIDTHS and lanes:
+    if bits in registers.REGISTER_WIDTHS and lanes:
         levels_of_some = registers.levels_of(bits, lanes)
 
         def in_registers(codes: Any, levels: Any, x: Any, count: int) -> None:

@@ -20,7 +20,7 @@ if numba is not None:
     from numba.core import cgutils, types
     from numba.extending import intrinsic
 
-WIDTHS = (2, 3, 4)
+REGISTER_WIDTHS = (2, 3, 4)
 """Bits a code whose levels fit."""
 
 TABLE_SIZE = 16

@@ -1,7 +1,7 @@
 """Unpacking and what follows it in one pass over memory, in numba's compiled form.
 
-`fused(quantizer, dtype)` gives a function that writes a packed weight's values, with the same bytes as torch's form in
-`loftq_exp.storage.packed`: the same float32 operations in the same order. `fused_product(quantizer)` gives one that multiplies
+`unpacking(quantizer, dtype)` gives a function that writes a packed weight's values, with the same bytes as torch's form in
+`loftq_exp.storage.packed`: the same float32 operations in the same order. `multiplying(quantizer)` gives one that multiplies
 a few rows by the weight and never writes its values: in generation, writing them would take longer than all else.
 
 Codes of 2, 3 and 4 bits are looked up in vector registers where the processor can, see `loftq_exp.kernels.registers`. Else
@@ -22,33 +22,29 @@ import torch
 
 from loftq_exp.kernels import registers
 from loftq_exp.kernels.bfloat16 import flat, narrowing, rounding
-from loftq_exp.kernels.compiled import compiled, numba
+from loftq_exp.kernels.compiled import CHUNK_VALUES, CPU_TYPES, compiled, numba
 
 if TYPE_CHECKING:
-    from loftq_exp.loftq.quantizers import Quantizer
+    from loftq_exp.loftq.quantizer import Quantizer
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+UnpackPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """f(packed, scales, values): whole blocks; scales float32 (blocks, numbers); values flat, of the kernel's type, written."""
 
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+ProductPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """f(packed, scales, rows, products): scales of any float type, rows (n, in) float32, products (n, out) float32, written."""
 
-WIDTHS = (2, 3, 4, 8)
-"""Bits a code that there are kernels for."""
-
-CHUNK_VALUES = 1024
-"""About as many values go through one loop after the other, in the nearest cache."""
+PACKED_WIDTHS = (2, 3, 4, 8)
+"""Bits a packed code that there are kernels for."""
 
 
 @functools.cache
-def fused(quantizer: Quantizer, dtype: torch.dtype) -> Kernel | None:
+def unpacking(quantizer: Quantizer, dtype: torch.dtype) -> UnpackPass | None:
     """The compiled pass for packed codes of `quantizer` on the CPU into `dtype`; None where there is none."""
-    types = (torch.float32, torch.bfloat16)
-    if not _has_kernel(quantizer) or dtype not in types or quantizer.scale_dtype not in types:
+    if not _has_kernel(quantizer) or dtype not in CPU_TYPES or quantizer.scale_dtype not in CPU_TYPES:
         return None
     bits, table = quantizer.bits, _table(quantizer)
     affine, stored_rounded = quantizer.kernel_family == "uniform", quantizer.scale_dtype == torch.bfloat16
-    run = _kernel(bits, quantizer.block_size, affine, stored_rounded, dtype == torch.bfloat16)
+    run = _unpack_kernel(bits, quantizer.block_size, affine, stored_rounded, dtype == torch.bfloat16)
 
     def call(packed: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> None:
         run(packed.numpy(), scales.numpy(), table, flat(values), len(scales))
@@ -57,7 +53,7 @@ def fused(quantizer: Quantizer, dtype: torch.dtype) -> Kernel | None:
 
 
 @functools.cache
-def fused_product(quantizer: Quantizer) -> Product | None:
+def multiplying(quantizer: Quantizer) -> ProductPass | None:
     """The compiled product of a few rows with a packed weight on the CPU; None where there is none. Rows must be whole blocks.
 
     Sums are in float32, of values that are not rounded to the type that they would be stored in.
@@ -81,12 +77,12 @@ def fused_product(quantizer: Quantizer) -> Product | None:
 
 
 def _has_kernel(quantizer: Quantizer) -> bool:
-    kind = quantizer.kernel_family is not None and quantizer.bits in WIDTHS
+    kind = quantizer.kernel_family is not None and quantizer.bits in PACKED_WIDTHS
     return numba is not None and kind and quantizer.block_size % 32 == 0
 
 
 def _in_registers(bits: int) -> bool:
-    return bits in registers.WIDTHS and registers.lanes() > 0
+    return bits in registers.REGISTER_WIDTHS and registers.lanes() > 0
 
 
 def _table(quantizer: Quantizer) -> np.ndarray:
@@ -102,7 +98,7 @@ def _table(quantizer: Quantizer) -> np.ndarray:
 
 
 @functools.cache
-def _kernel(bits: int, block: int, affine: bool, stored_rounded: bool, rounded: bool) -> Any:
+def _unpack_kernel(bits: int, block: int, affine: bool, stored_rounded: bool, rounded: bool) -> Any:
     """The pass over whole blocks; all but the arrays is constant to the compiler, which unrolls the loops.
 
     `stored_rounded`: values are stored in bfloat16; `rounded`: they are wanted in bfloat16.

@@ -1,10 +1,15 @@
-"""LoftQ on one weight: W in, (Q, A, B) out. Knows nothing of models or files."""
+"""LoftQ on one weight: W in, (Q, A, B) out. Knows nothing of models, files or settings.
+
+One module a family of quantizers, the alternation with its solver, and the allocation of bits. Imports kernels, schemes,
+device, errors.
+"""
 
 from loftq_exp.loftq.alternation import Decomposition, Factors
 from loftq_exp.loftq.decompose import decompose, first_rank, kaiming_uniform_A, loftq_init
 from loftq_exp.loftq.lowrank import SOLVER_VERSION, truncated_svd
 from loftq_exp.loftq.memory import Rooms
-from loftq_exp.loftq.quantizers import QUANTIZER_VERSION, Quantized, Quantizer, make_quantizer
+from loftq_exp.loftq.quantizer import QUANTIZER_VERSION, Quantized, Quantizer
+from loftq_exp.loftq.quantizers import make_quantizer
 
 __all__ = [
     "QUANTIZER_VERSION",

@@ -10,17 +10,17 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from loftq_exp.device import compute_dtype
 from loftq_exp.errors import UserError
-from loftq_exp.kernels.quantize import FUSED_TYPES
+from loftq_exp.kernels.compiled import CPU_TYPES
 from loftq_exp.loftq.lowrank import leading_factors
 from loftq_exp.loftq.memory import Rooms, room
 from loftq_exp.loftq.pieces import conducted, slices, spread
-from loftq_exp.loftq.quantizers import Quantized, Quantizer
+from loftq_exp.loftq.quantizer import Quantized, Quantizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,8 +101,26 @@ class Decomposition(Factors):
         return values
 
 
+class _Tile(NamedTuple):
+    """Some rows of a weight, and what belongs to them: a pass over a tile finds all of it in a CPU's cache."""
+
+    weight: torch.Tensor
+    """In a type that the quantizer's passes take."""
+    product: torch.Tensor | None
+    """B A; None where there are no factors."""
+    codes: torch.Tensor
+    scales: torch.Tensor
+    residual: torch.Tensor
+
+
 class Alternation:
-    """The alternation on one weight. `quantize` and `fit` are the two halves of a step; `result` is where it stands.
+    """The alternation on one weight: `start`, then `fit`, and for each further step `quantize` and `fit`.
+
+    The state is Q (`codes`, `scales`), the factors `lora_A` and `lora_B`, the number of `steps`, and the `errors` so far:
+    one of quantization alone and one a step. `result` is where it stands.
+
+    Measuring is apart from the two moves. The error of a step is that of its Q and its factors; it is due from `fit` until the
+    next `quantize`, which replaces Q. There it costs least, because each tile's product B A is at hand.
 
     The residual W - Q is held in units of a power of two near the weight's largest value, which keeps the squares of very
     large or small values in range and changes no digit.
@@ -122,21 +140,23 @@ class Alternation:
         """
         self.weight = weight.detach().contiguous()
         self.quantizer = quantizer
+        self.measure = measure
         self.unit = unit or _unit(self.weight)
         device, self.shape = weight.device, tuple(weight.shape)
         groups, numbers = quantizer.scales_shape(self.shape)
         self._rooms = rooms or Rooms()
+        self._tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), device)
         self.codes = self._rooms.take("codes", self.shape, torch.uint8, device)
         self.scales = torch.empty(groups, numbers, dtype=torch.float32, device=device)
         self.residual = self._rooms.take("residual", self.shape, compute_dtype(device, None), device)
         """W - Q in units, in the type of the solver's products."""
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
-        self.measure = measure
-        self._unmeasured = False
+        self.steps = 0
+        """Factors fitted so far."""
         self.errors: list[float] = []
         self.norm = 0.0
-        self._tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), device)
+        """Frobenius norm of W, from `start` or `resume` on."""
 
     @property
     def rank(self) -> int:
@@ -144,30 +164,43 @@ class Alternation:
         return 0 if self.lora_A is None else len(self.lora_A)
 
     @property
-    def steps(self) -> int:
-        """Factors fitted so far."""
-        return max(len(self.errors) - 1, 0) + self._unmeasured
+    def error_due(self) -> bool:
+        """Whether the error of the last step is still to be measured."""
+        return len(self.errors) == self.steps
+
+    # The moves
+
+    def start(self) -> None:
+        """Q = quantize(W) and the residual W - Q; measures the norm of W and the error of quantization alone."""
+
+        def pass_over(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            tile = self._tile(rows)
+            self._requantize(tile)
+            return self._left_norms(tile), _row_norms(tile.weight.to(torch.float32) * self.unit)
+
+        norms = spread(pass_over, self._tiles)
+        self.norm = _norm([norm for _, norm in norms]) / self.unit
+        self._note_error([left for left, _ in norms])
+
+    def resume(self, start: Factors) -> None:
+        """Takes up the factors where `start` left off; backbone and residual are the next `quantize`'s to find."""
+        # Copies, because a tensor that maps a file may lie at an address for which matrix products round differently.
+        self.lora_B, self.lora_A = (tensor.to(self.weight.device, copy=True) for tensor in (start.lora_B, start.lora_A))
+        self.steps, self.errors, self.norm = start.steps, list(start.errors), start.norm
 
     def quantize(self) -> None:
-        """Q = quantize(W - B A), and the residual W - Q. Tells the error of the factors before, which costs little here."""
-        first = not self.errors
-        norms = spread(self._quantize_tile, self._tiles)
-        if first:
-            self.norm = _norm([norm for _, norm in norms]) / self.unit
-        if first or self._unmeasured:
-            self._measured([left for left, _ in norms])
+        """Q = quantize(W - B A) and the residual W - Q; before that, measures the last step's error where it is due."""
+        due = self.error_due
 
-    def _quantize_tile(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Norms in units of the tile's rows: of what the error is told from, and in the first pass of W."""
-        weight, product = self._weight(tile), self._product(tile)
-        codes, scales = self._quantized(tile)
-        left = norm = self.scales[:0, 0]
-        if self._unmeasured:
-            left = self._left_norms(tile, weight, product)
-        self.quantizer.requantize(weight, product, self.unit, codes, scales, self.residual[tile])
-        if not self.errors:
-            left, norm = self._left_norms(tile, weight, product), _row_norms(weight.to(torch.float32) * self.unit)
-        return left, norm
+        def pass_over(rows: slice) -> torch.Tensor | None:
+            tile = self._tile(rows)
+            left = self._left_norms(tile) if due else None
+            self._requantize(tile)
+            return left
+
+        norms = spread(pass_over, self._tiles)
+        if due:
+            self._note_error([norm for norm in norms if norm is not None])
 
     def fit(self, rank: int, solver: str) -> None:
         """B A = svd_r(W - Q), started from the factors at hand."""
@@ -176,10 +209,35 @@ class Alternation:
         lora_B, lora_A = leading_factors(self.residual, squares, self._in_float32, rank, solver, start)
         share = math.sqrt(1 / self.unit)
         self.lora_B, self.lora_A = lora_B.mul_(share), lora_A.mul_(share)
-        if self.measure:
-            self._unmeasured = True
-        else:
+        self.steps += 1
+        if not self.measure:
             self.errors.append(math.nan)
+
+    def result(self, rank: int = 0) -> Decomposition:
+        """The decomposition as it stands, measured. `rank` is that of the zero factors where none were fitted."""
+        if self.error_due:
+            self._note_error(spread(lambda rows: self._left_norms(self._tile(rows)), self._tiles))
+        rows, columns = self.shape
+        lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
+        lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
+        quantized = Quantized(self.codes, self.scales)
+        return Decomposition(lora_A, lora_B, tuple(self.errors), self.norm, self.unit, quantized)
+
+    # Passes over a tile
+
+    def _requantize(self, tile: _Tile) -> None:
+        """Writes codes, scales and residual of quantize(W - B A)."""
+        self.quantizer.requantize(tile.weight, tile.product, self.unit, tile.codes, tile.scales, tile.residual)
+
+    def _left_norms(self, tile: _Tile) -> torch.Tensor:
+        """Norms of the rows of W - Q - B A, in units."""
+        left = self._scratch(tile.codes.shape, "left")
+        self.quantizer.leave(tile.weight, tile.product, self.unit, tile.codes, tile.scales, left)
+        return _row_norms(left)
+
+    def _note_error(self, norms: list[torch.Tensor]) -> None:
+        """Adds the error that follows from the norms of the rows, in units, of what is left of the weight."""
+        self.errors.append(_norm(norms) / self.unit / self.norm if self.norm else 0.0)
 
     def _in_float32(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The residual in float32, some rows at a time; the next rows take the place of those before."""
@@ -192,63 +250,38 @@ class Alternation:
             first, last = tiles[0].start, tiles[-1].stop
             wide = self.scales.new_empty(last - first, self.shape[1]) if not wide.numel() else wide[: last - first]
 
-            def fill(tile: slice, wide: torch.Tensor = wide, first: int = first) -> None:
-                out = wide[tile.start - first : tile.stop - first]
-                self.quantizer.leave(self._weight(tile), None, self.unit, *self._quantized(tile), out)
+            def fill(rows: slice, wide: torch.Tensor = wide, first: int = first) -> None:
+                out = wide[rows.start - first : rows.stop - first]
+                self.quantizer.leave(self._weight(rows), None, self.unit, *self._quantized(rows), out)
 
             spread(fill, tiles)
             yield slice(first, last), wide
 
-    def resume(self, start: Factors) -> None:
-        """Takes up the factors where `start` left off; backbone and residual are the next `quantize`'s to find."""
-        # Copies, because a tensor that maps a file may lie at an address for which matrix products round differently.
-        self.lora_B, self.lora_A = (tensor.to(self.weight.device, copy=True) for tensor in (start.lora_B, start.lora_A))
-        self.errors, self.norm, self._unmeasured = list(start.errors), start.norm, False
+    def _tile(self, rows: slice) -> _Tile:
+        return _Tile(self._weight(rows), self._product(rows), *self._quantized(rows), self.residual[rows])
 
-    def result(self, rank: int = 0) -> Decomposition:
-        """The decomposition as it stands. `rank` is that of the zero factors where none were fitted."""
-        if self._unmeasured:
-            self._measured(
-                spread(lambda tile: self._left_norms(tile, self._weight(tile), self._product(tile)), self._tiles)
-            )
-        rows, columns = self.shape
-        lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
-        lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
-        quantized = Quantized(self.codes, self.scales)
-        return Decomposition(lora_A, lora_B, tuple(self.errors), self.norm, self.unit, quantized)
+    def _weight(self, rows: slice) -> torch.Tensor:
+        """These rows of W, in a type that the quantizer's passes take."""
+        weight = self.weight[rows]
+        return weight if weight.dtype in CPU_TYPES else self._scratch(weight.shape, "weight").copy_(weight)
 
-    def _measured(self, norms: list[torch.Tensor]) -> None:
-        """Notes an error from the norms of the rows, in units, of what is left of the weight."""
-        self.errors.append(_norm(norms) / self.unit / self.norm if self.norm else 0.0)
-        self._unmeasured = False
-
-    def _product(self, tile: slice) -> torch.Tensor | None:
+    def _product(self, rows: slice) -> torch.Tensor | None:
         """These rows of B A; None where there are no factors."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        return torch.mm(self.lora_B[tile], self.lora_A, out=self._scratch(tile, "product"))
+        lora_B = self.lora_B[rows]
+        return torch.mm(lora_B, self.lora_A, out=self._scratch((len(lora_B), self.shape[1]), "product"))
 
-    def _weight(self, tile: slice) -> torch.Tensor:
-        """These rows of W, in a type that the quantizer's passes take."""
-        weight = self.weight[tile]
-        return weight if weight.dtype in FUSED_TYPES else self._scratch(tile, "weight").copy_(weight)
+    def _quantized(self, rows: slice) -> Quantized:
+        """Codes and scales of these rows, to be read or written."""
+        return Quantized(self.codes[rows], self.scales[self.quantizer.groups_of(self.shape, rows)])
 
-    def _scratch(self, tile: slice, purpose: str) -> torch.Tensor:
-        """Room for a tile's values in float32, on a processor the same for each tile of a thread."""
-        shape, device = (tile.stop - tile.start, self.shape[1]), self.weight.device
+    def _scratch(self, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
+        """Workspace for a tile's values in float32, on a CPU the same for each tile of a thread."""
+        device = self.weight.device
         if device.type != "cpu":
             return torch.empty(shape, device=device)
         return self._rooms.of_thread().take(purpose, shape, torch.float32, device)
-
-    def _quantized(self, tile: slice) -> Quantized:
-        """Codes and scales of these rows, to be read or written."""
-        return Quantized(self.codes[tile], self.scales[self.quantizer.groups_of(self.shape, tile)])
-
-    def _left_norms(self, tile: slice, weight: torch.Tensor, product: torch.Tensor | None) -> torch.Tensor:
-        """Norms of these rows of W - Q - B A, in units."""
-        left = self._scratch(tile, "left")
-        self.quantizer.leave(weight, product, self.unit, *self._quantized(tile), left)
-        return _row_norms(left)
 
 
 def _tiles(shape: tuple[int, ...], aligned: int, device: torch.device) -> list[slice]:

@@ -12,7 +12,8 @@ from loftq_exp.loftq.alternation import Alternation, Decomposition, Factors
 from loftq_exp.loftq.lowrank import check_svd_settings
 from loftq_exp.loftq.memory import Rooms
 from loftq_exp.loftq.pieces import conducted
-from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
+from loftq_exp.loftq.quantizer import Quantizer
+from loftq_exp.loftq.quantizers import make_quantizer
 
 SHARED_RANK = 64
 """Rank of the first step's factors for all smaller ranks, see `first_rank`."""
@@ -89,7 +90,7 @@ def _decompose(
     if start is not None and start.steps:
         alternation.resume(start)
     else:
-        alternation.quantize()
+        alternation.start()
         if num_iter:
             alternation.fit(first_rank(rank, weight.shape, solver), solver)
             if alternation.rank > rank:

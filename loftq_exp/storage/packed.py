@@ -4,29 +4,81 @@
     scales       (groups, numbers): of type scale_dtype or, quantized themselves, uint8
     scale_steps  float32 (groups / 256 rounded up, numbers): only where the scales are quantized themselves
 
-Groups and numbers are those of the quantizer, see `loftq_exp.loftq.quantizers`. Values come back exactly as
+Groups and numbers are those of the quantizer, see `loftq_exp.loftq.quantizer`. Values come back exactly as
 `Quantizer.decode_stored` gives them, rounded to the type that they would be stored in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from loftq_exp.config.quant import BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
-from loftq_exp.kernels.unpack import fused, fused_product
-from loftq_exp.loftq.quantizers import Quantized, Quantizer
+from loftq_exp.kernels.unpack import multiplying, unpacking
+from loftq_exp.loftq.quantizer import Quantized, Quantizer
 from loftq_exp.loftq.scales import SCALES_PER_STEP, QuantizedScales, dequantize_scales, quantize_scales
+from loftq_exp.schemes import BLOCKLESS_TYPES, Scheme
 from loftq_exp.storage.codes import CODES_PER_GROUP, pack_codes, packed_bytes, unpack_codes
+from loftq_exp.storage.format import Codes, StorageFormat, Tensors
+from loftq_exp.storage.packing import METHOD, Packing
+from loftq_exp.storage.specs import TensorSpec
 
 PARTS = ("qweight", "scales", "scale_steps")
 """Names of the tensors that stand for one weight."""
 
-CHUNK_VALUES = 2**20
+TORCH_CHUNK_VALUES = 2**20
 """Values that torch's form works on at a time: what it needs beside the result."""
+
+
+class Packed(StorageFormat):
+    """Codes at their own bits. `loftq_exp.integrations` has transformers load them into packed layers."""
+
+    name = "packed"
+    method = METHOD
+    first_part = PARTS[0]
+    takes_values = False
+    card_imports = ("import loftq_exp  # reads packed weights: pip install loftq_exp",)
+
+    def specs(
+        self, name: str, shape: tuple[int, int], quantizer: Quantizer | None, dtype: torch.dtype
+    ) -> dict[str, TensorSpec]:
+        assert quantizer is not None
+        return {packed_name(name, part): TensorSpec(*spec) for part, spec in part_specs(quantizer, shape).items()}
+
+    def encode(self, name: str, codes: Codes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        parts = parts_of(codes.packed, codes.scales, codes.quantizer)
+        return {packed_name(name, part): tensor for part, tensor in parts.items()}
+
+    def parts(self, name: str, names: Collection[str]) -> tuple[str, ...]:
+        return tuple(part_name for part in PARTS if (part_name := packed_name(name, part)) in names)
+
+    def values(
+        self, module: str, name: str, tensors: Tensors, shape: tuple[int, int], quantizer: Quantizer | None
+    ) -> torch.Tensor:
+        assert quantizer is not None
+        parts = {part.rpartition(".")[2]: tensor for part, tensor in tensors.items()}
+        check_parts(module, parts, quantizer, shape)
+        return dequantize(parts, quantizer, shape, torch.float32)
+
+    def quantization_config(
+        self, scheme: Scheme | None, bits: Mapping[str, int], other_linears: Sequence[str], dtype: torch.dtype
+    ) -> Any:
+        assert scheme is not None
+        scale_dtype = str(dtype).removeprefix("torch.")
+        return Packing(dict(bits), scheme.type, scheme.block_size, scheme.double, scale_dtype).settings
+
+    def modules(self, settings: Mapping[str, Any]) -> Collection[str]:
+        return Packing.of(settings).bits
+
+    def quantizer_of(self, module: str, settings: Mapping[str, Any]) -> Quantizer:
+        packing = Packing.of(settings)
+        return packing.quantizer(packing.bits[module])
+
+
+FORMAT = Packed()
 
 
 def packed_name(tensor: str, part: str) -> str:
@@ -68,7 +120,7 @@ def parts_of(packed: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer) -
 def _check_whole_blocks(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
     values = math.prod(shape)
     if quantizer.type not in BLOCKLESS_TYPES and values % quantizer.block_size:
-        raise UserError(f"quant.block_size={quantizer.block_size}: does not divide the {values} values of a weight of "
+        raise UserError(f"block size {quantizer.block_size}: does not divide the {values} values of a weight of "
                         f"{shape[0]} x {shape[1]}, and only whole blocks are packed; choose a smaller power of two")  # fmt: skip
 
 
@@ -94,7 +146,7 @@ def dequantize(
     """
     qweight, scales = parts["qweight"], float_scales(parts, quantizer)
     values = torch.empty(shape, dtype=dtype, device=qweight.device)
-    kernel = fused(quantizer, dtype) if qweight.device.type == "cpu" else None
+    kernel = unpacking(quantizer, dtype) if qweight.device.type == "cpu" else None
     if kernel:
         kernel(qweight, scales, values.view(-1))
         return values
@@ -127,7 +179,7 @@ def product(
     count = rows.numel() // shape[1]
     if rows.device.type != "cpu" or not 0 < count <= FEW_ROWS or shape[1] % quantizer.block_size:
         return None
-    kernel = fused_product(quantizer)
+    kernel = multiplying(quantizer)
     # The kernel leaves out the rounding of stored values, which only a type of no more digits than theirs may do.
     if kernel is None or torch.finfo(rows.dtype).eps < torch.finfo(quantizer.scale_dtype).eps:
         return None
@@ -141,7 +193,7 @@ def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
     """How many values to decode at a time: whole blocks or rows, and whole bytes."""
     unit = shape[1] if quantizer.type in BLOCKLESS_TYPES else quantizer.block_size
     unit = math.lcm(unit, CODES_PER_GROUP)
-    return max(CHUNK_VALUES // unit, 1) * unit
+    return max(TORCH_CHUNK_VALUES // unit, 1) * unit
 
 
 def check_specs(

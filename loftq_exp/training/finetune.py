@@ -26,6 +26,7 @@ from loftq_exp.training.finite import FiniteTrainer
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
+from loftq_exp.whole import whole_folder
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -156,12 +157,9 @@ def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
 
 
 def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
-    origin.write(partial)
-    shutil.rmtree(place, ignore_errors=True)
-    partial.rename(place)
+    with whole_folder(place) as partial:
+        model.save_pretrained(str(partial))
+        origin.write(partial)
 
 
 class _Report(TrainerCallback):

@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from loftq_exp.artifact.folder import ADAPTER, Initialised, bnb4_config
+from loftq_exp.artifact.folder import ADAPTER, Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.loads import check_report, collected_log, failed_conversion, without_bars
+from loftq_exp.schemes import FORMATS
 from loftq_exp.source.files import read_tokenizer
 from loftq_exp.source.head import PREFIX, draw_head
 from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton
 from loftq_exp.source.locate import Source
+from loftq_exp.storage.format import storage_format
 from loftq_exp.training.adapter import put_adapter, read_adapter
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,18 @@ def load_model(
         resized = num_labels != load_config(init.folder, config.model.trust_remote_code).num_labels
         # No problem_type: a checkpoint may name that of the task it was trained on before.
         options = {"num_labels": num_labels, "problem_type": None, "ignore_mismatched_sizes": resized}
-    # A packed checkpoint says so itself, and transformers loads it as the packed layers that it is.
-    load = _load_four_bit if backbone_form(init, config, device) == "bnb4" else _load_dense
+    form = storage_format(backbone_form(init, config, device))
+    if form is not storage_format(config.save_format):
+        # A checkpoint that is stored in a form says so itself, which even a None here would hide from transformers; a dense
+        # one is quantized to the very same values while it loads. (In a wider type than the stored one, 4-bit layers leave
+        # out its rounding.)
+        bits = {weight["name"]: weight["bits"] for weight in init.report["weights"]}
+        options["quantization_config"] = form.quantization_config(
+            config.quant.scheme, bits, init.report["other_linears"], dtype
+        )
     with without_bars():
-        backbone = load(init, config, device, dtype, options)
+        backbone = _load_backbone(init, config, device, dtype, options)
+    form.settle(backbone, [weight["name"] for weight in init.report["weights"]], dtype)
     backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
     for name in init.report.get("head", ()):
         # PEFT trains a copy of it. In bfloat16 small steps would be lost.
@@ -101,24 +110,32 @@ def load_tokenizer(init: Initialised | Source, config: RunConfig) -> transformer
 
 
 def backbone_form(init: Initialised, config: RunConfig, device: torch.device) -> str:
-    """How the run's backbone is held: `packed`, in bitsandbytes' layers (`bnb4`) or `dense`.
+    """The storage format in which the run's backbone is held: that of `train.backbone` or, where it is auto, the smallest
+    that the checkpoint loads as and that holds its values.
 
-    Raises UserError where it must be bnb4 and cannot: bitsandbytes 0.50 reads rows that are not whole blocks wrongly on a
-    processor with AVX-512, so that no processor is trusted with them.
+    Raises UserError where it must be held in a form whose layers do not compute right with rows of this checkpoint.
     """
-    if config.save_format == "packed":
-        return "packed"
-    broken = [weight for weight in init.report["weights"] if weight["shape"][1] % 64] if device.type == "cpu" else []
-    forced = config.train.backbone == "bnb4" or config.save_format == "bnb4"
-    if forced and broken:
-        name, shape = broken[0]["name"], broken[0]["shape"]
-        raise UserError(f"train.backbone=bnb4: {name} has rows of {shape[1]} values, and on a processor bitsandbytes reads only "
-                        "whole blocks of 64 right; use train.backbone=dense and save_format=dense")  # fmt: skip
-    fits = config.train.backbone == "auto" and config.fits_bnb4 and not broken
-    return "bnb4" if forced or fits else "dense"
+    stored, chosen = FORMATS[config.save_format], config.train.backbone
+    forms = stored.forms if chosen == "auto" else (chosen,)
+    faults = []
+    for form in filter(config.fits, forms):
+        fault = _misfit(init, form, device)
+        if fault is None:
+            return form
+        faults.append(f"train.backbone={form}: {fault}")
+    raise UserError(f"{faults[0]}; use train.backbone=dense and save_format=dense")
 
 
-def _load_dense(
+def _misfit(init: Initialised, form: str, device: torch.device) -> str | None:
+    """The first weight that layers of this form do not compute right with, and why; None where there is no such weight."""
+    for weight in init.report["weights"]:
+        columns = weight["shape"][1]
+        if why := storage_format(form).cannot_hold(columns, device):
+            return f"{weight['name']} has rows of {columns} values, and {why}"
+    return None
+
+
+def _load_backbone(
     init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
 ) -> Any:
     again = f"the checkpoint is damaged: delete {init.folder} and quantize again"
@@ -143,37 +160,3 @@ def _load_dense(
         if name.endswith((".q_bias", ".v_bias")):  # deberta v1: float32 to transformers, whatever type it is told
             value.data = value.data.to(dtype)
     return model
-
-
-def _load_four_bit(
-    init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
-) -> Any:
-    # A packed checkpoint brings its own, which even a None here would hide from transformers; a dense one is quantized to
-    # the very same values while it loads. (In a wider type than the stored one, 4-bit layers leave out its rounding.)
-    packed = config.save_format == "bnb4"
-    quantization = {} if packed else {"quantization_config": bnb4_config(init.report["other_linears"], dtype)}
-    model = _load_dense(init, config, device, dtype, options | quantization)
-    for weight in init.report["weights"]:
-        module = model.get_submodule(weight["name"])
-        if type(module) is nn.Linear:  # kept in float32 by its model class, which reads its type: t5's wo
-            continue
-        if not isinstance(module, Linear4bit):  # transformers leaves subclasses of nn.Linear dense (falcon's)
-            module = _packed(module, dtype)
-            model.set_submodule(weight["name"], module)
-        module.compute_dtype = dtype
-        if dtype != torch.bfloat16:
-            # On a processor with AVX512_BF16 the layer would compute in bfloat16 while scoring, whatever it was told.
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def _packed(linear: nn.Linear, dtype: torch.dtype) -> Linear4bit:
-    """A dense linear layer as a 4-bit one of the same values."""
-    has_bias = linear.bias is not None
-    layer = Linear4bit(
-        linear.in_features, linear.out_features, has_bias, dtype, compress_statistics=False, quant_type="nf4"
-    )
-    layer.weight = Params4bit(linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4")
-    if has_bias:
-        layer.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-    return layer.to(linear.weight.device)

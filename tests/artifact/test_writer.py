@@ -213,3 +213,14 @@ def test_what_cannot_be_brought_to_the_disk_meanwhile_is_an_error_and_nothing_is
 def test_sizes(shape: tuple[int, ...], count: int) -> None:
     assert TensorSpec(torch.bfloat16, shape).nbytes == 2 * count
     assert len(tensor_bytes(torch.zeros(shape, dtype=torch.bfloat16))) == 2 * math.prod(shape)
+
+
+def test_a_system_without_linuxs_calls_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("posix_fallocate", "fdatasync"):  # macOS has neither
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(module, "SYNC_BYTES", 100)
+    tensors = {name: torch.full((20,), float(number)) for number, name in enumerate("abcde")}
+    written(tmp_path, tensors)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -203,7 +203,7 @@ def test_methods_and_what_does_not_go_with_them(settings: dict[str, Any], fault:
 ])  # fmt: skip
 def test_packed_storage_only_where_it_holds_the_values(option: str, quant: dict[str, Any], fits: bool) -> None:
     settings = {f"quant.{name}": value for name, value in quant.items()}
-    assert config(settings).fits_bnb4 == fits
+    assert config(settings).fits("bnb4") == fits
     if fits:
         config(settings | {option: "bnb4"})
     else:

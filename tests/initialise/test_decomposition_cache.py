@@ -93,7 +93,7 @@ def test_every_quantizer_has_its_own_key() -> None:
 @pytest.mark.parametrize("constant", ["FORMAT", "SOLVER_VERSION", "QUANTIZER_VERSION"])
 def test_a_new_version_of_what_shapes_a_result_shapes_the_key(monkeypatch: pytest.MonkeyPatch, constant: str) -> None:
     before = RECIPE.key("0" * 40)
-    place = "loftq_exp.loftq.quantizers" if constant == "QUANTIZER_VERSION" else module.__name__
+    place = "loftq_exp.loftq.quantizer" if constant == "QUANTIZER_VERSION" else module.__name__
     monkeypatch.setattr(f"{place}.{constant}", "another")
     assert RECIPE.key("0" * 40) != before
 

@@ -22,11 +22,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from loftq_exp.artifact.folder import Initialised, bnb4_config
+from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.source.locate import locate
+from loftq_exp.storage.bnb4 import bnb4_config
 from loftq_exp.training.load import load_model
 
 RANK = 8

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from loftq_exp.artifact.card import model_card
-from loftq_exp.artifact.folder import Initialised, bnb4_config
+from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.errors import UserError
@@ -30,6 +30,7 @@ from loftq_exp.loftq import decompose, make_quantizer
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.source.layout import AUTO_CLASSES, Layout, Target
 from loftq_exp.source.locate import locate
+from loftq_exp.storage.bnb4 import bnb4_config
 
 PROJECTIONS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 128)}
 

@@ -22,7 +22,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("lanes", FORMS)
-@pytest.mark.parametrize("bits", registers.WIDTHS)
+@pytest.mark.parametrize("bits", registers.REGISTER_WIDTHS)
 @settings(deadline=None, max_examples=20)
 @given(sixteens=st.integers(0, 40), seed=st.integers(0, 2**32 - 1))
 def test_each_code_brings_its_level_and_nothing_else_is_touched(
@@ -42,7 +42,7 @@ def test_each_code_brings_its_level_and_nothing_else_is_touched(
 
 
 @pytest.mark.parametrize("lanes", FORMS)
-@pytest.mark.parametrize("bits", registers.WIDTHS)
+@pytest.mark.parametrize("bits", registers.REGISTER_WIDTHS)
 def test_every_code_in_every_lane(bits: int, lanes: int) -> None:
     codes = np.stack([(np.arange(16) + shift) % 2**bits for shift in range(2**bits)]).reshape(-1).astype(np.uint8)
     levels = np.linspace(-1, 1, 2**bits, dtype=np.float32)
@@ -54,7 +54,7 @@ def test_every_code_in_every_lane(bits: int, lanes: int) -> None:
 
 
 @pytest.mark.parametrize("lanes", FORMS)
-@pytest.mark.parametrize("bits", registers.WIDTHS)
+@pytest.mark.parametrize("bits", registers.REGISTER_WIDTHS)
 def test_a_value_gets_the_code_that_counting_thresholds_gives_and_back_its_level(bits: int, lanes: int) -> None:
     nearest, levels_of = registers.nearest(bits, lanes), registers.levels_of(bits, lanes)
 
@@ -84,7 +84,13 @@ CASES = [
 
 
 def forget_kernels() -> None:
-    for made in (kernels.fused, kernels.fused_product, kernels._kernel, kernels._product_kernel, kernels._looking_up):
+    for made in (
+        kernels.unpacking,
+        kernels.multiplying,
+        kernels._unpack_kernel,
+        kernels._product_kernel,
+        kernels._looking_up,
+    ):
         made.cache_clear()
 
 

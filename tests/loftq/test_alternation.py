@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loftq_exp.kernels import quantize as kernels
 from loftq_exp.loftq import Rooms, alternation, decompose, make_quantizer, quantizers
+from loftq_exp.loftq import quantizer as quantizer_base
 from loftq_exp.loftq.lowrank import leading_factors, truncated_svd
 
 KINDS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-symmetric", 2), ("uniform", 2), ("uniform", 4), ("uniform", 8)]
@@ -33,7 +34,7 @@ def spectrum(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizers, "fused", lambda quantizer: None)
+    monkeypatch.setattr(quantizer_base, "quantizing", lambda quantizer: None)
 
 
 def passed(quantizer: quantizers.Quantizer, weight: torch.Tensor, product: torch.Tensor | None) -> list[torch.Tensor]:
@@ -71,10 +72,10 @@ def test_a_compiled_pass_gives_torchs_bytes(
     weight[rows // 2 :: 3] = 0
     product = weight.flip(0) * 0.1 if fitted else None
     weight = weight.bfloat16() if narrow else weight
-    assert kernels.fused(quantizer) is not None
+    assert kernels.quantizing(quantizer) is not None
     found = passed(quantizer, weight, product)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizers, "fused", lambda quantizer: None)
+        patch.setattr(quantizer_base, "quantizing", lambda quantizer: None)
         expected = passed(quantizer, weight, product)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
 
@@ -86,12 +87,12 @@ def test_without_numba_a_decomposition_has_the_same_bytes_and_one_warning_is_giv
     weight, quantizer = normal(300, 200), make_quantizer(*kind)
     expected = decompose(weight, quantizer, 16, 3)
     monkeypatch.setattr(kernels, "numba", None)
-    for cached in (kernels.fused, kernels._say_once):
+    for cached in (kernels.quantizing, kernels._say_once):
         cached.cache_clear()
     with caplog.at_level(logging.WARNING):
         decompose(weight, quantizer, 16, 3)
         found = decompose(weight, quantizer, 16, 3)
-    kernels.fused.cache_clear()
+    kernels.quantizing.cache_clear()
     assert found.errors == expected.errors
     pairs = [
         (found.lora_A, expected.lora_A),
@@ -110,7 +111,7 @@ def test_without_numba_a_decomposition_has_the_same_bytes_and_one_warning_is_giv
 ])  # fmt: skip
 def test_what_has_no_kernel_goes_through_torch(kind: tuple[str, int], block: int, dtype: torch.dtype) -> None:
     quantizer = make_quantizer(*kind, block, dtype)
-    assert kernels.fused(quantizer) is None
+    assert kernels.quantizing(quantizer) is None
     weight = normal(30, 70)
     codes, scales, residual, left = passed(quantizer, weight, weight.flip(0) * 0.1)
     quantized = quantizer.encode(weight - weight.flip(0) * 0.1)

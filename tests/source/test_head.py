@@ -15,13 +15,14 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from loftq_exp.artifact.folder import Initialised, bnb4_config
+from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.head import draw_head
 from loftq_exp.source.layout import find_layout, skeleton
 from loftq_exp.source.locate import locate
+from loftq_exp.storage.bnb4 import bnb4_config
 
 ENCODER: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -12,7 +12,7 @@ from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BITS_OF_TYPE, BLOCKLESS_TYPES
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import bits_per_weight
-from loftq_exp.kernels.unpack import fused
+from loftq_exp.kernels.unpack import unpacking
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
 from loftq_exp.storage import packed as storage
 from loftq_exp.storage.packed import check_parts, dequantize, pack, part_specs, unpack
@@ -78,10 +78,10 @@ def test_any_chunk_and_the_compiled_kernel_give_the_same_bytes(chunk: int, monke
             quantizer = make_quantizer(kind, bits, 64, stored, double)
             parts = pack(quantizer.encode(weight(shape, bits)), quantizer)
             found = {dtype: dequantize(parts, quantizer, shape, dtype) for dtype in DTYPES}
-            compiled += fused(quantizer, torch.bfloat16) is not None
+            compiled += unpacking(quantizer, torch.bfloat16) is not None
             with monkeypatch.context() as patch:
-                patch.setattr(storage, "fused", lambda *_: None)
-                patch.setattr(storage, "CHUNK_VALUES", chunk)
+                patch.setattr(storage, "unpacking", lambda *_: None)
+                patch.setattr(storage, "TORCH_CHUNK_VALUES", chunk)
                 for dtype, values in found.items():
                     assert same_values(dequantize(parts, quantizer, shape, dtype), values), (named(quantizer), dtype)
     assert compiled == 2 * 2 * (3 + 1 + 4), "nf, nf-symmetric, and uniform with 2, 3, 4 and 8 bits"
@@ -93,10 +93,10 @@ def test_kernels_take_blocks_of_any_size(block: int, monkeypatch: pytest.MonkeyP
     for kind, bits in (("nf", 3), ("uniform", 4)):
         quantizer = make_quantizer(kind, bits, block, torch.bfloat16)
         parts = pack(quantizer.encode(weight(shape)), quantizer)
-        assert fused(quantizer, torch.bfloat16)
+        assert unpacking(quantizer, torch.bfloat16)
         found = dequantize(parts, quantizer, shape, torch.bfloat16)
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "fused", lambda *_: None)
+            patch.setattr(storage, "unpacking", lambda *_: None)
             assert same_values(dequantize(parts, quantizer, shape, torch.bfloat16), found)
 
 
@@ -135,7 +135,7 @@ def told(**quant: Any) -> float:
 
 def test_a_weight_that_is_not_whole_blocks_is_refused() -> None:
     quantizer = make_quantizer("nf", 2, 64)
-    with pytest.raises(UserError, match=r"quant\.block_size=64: does not divide the 96 values of a weight of 2 x 48"):
+    with pytest.raises(UserError, match=r"block size 64: does not divide the 96 values of a weight of 2 x 48"):
         pack(quantizer.encode(weight((2, 48))), quantizer)
 
 

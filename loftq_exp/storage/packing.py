@@ -1,0 +1,64 @@
+"""What config.json says of a packed backbone: the version of the format, and the quantizer of each packed module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loftq_exp.errors import UserError
+from loftq_exp.loftq import Quantizer, make_quantizer
+
+METHOD = "loftq"
+VERSION = 1
+"""Version of the packed format. A reader refuses any other."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`quantization_config` of a packed backbone. Raises UserError for what this version cannot read."""
+
+    bits: dict[str, int]
+    """Of each packed module, by its name: its bits a value. All other modules are dense."""
+    type: str = "nf"
+    """The quantizer, see `loftq_exp.loftq.quantizers`."""
+    block_size: int = 64
+    """Consecutive values that share scales."""
+    double: bool = False
+    """Whether the scales are quantized themselves."""
+    scale_dtype: str = "bfloat16"
+    """Type of the scales, and of the values that the codes stand for."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, dict):
+            raise UserError(
+                "quantization_config.bits: not the bits of each packed module by its name; get config.json again"
+            )
+        if not isinstance(getattr(torch, str(self.scale_dtype), None), torch.dtype):
+            raise UserError(f"quantization_config.scale_dtype={self.scale_dtype}: not a type; get config.json again")
+        for width in set(self.bits.values()):
+            self.quantizer(width)  # refuses what does not exist
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Packing:
+        """The same from a `quantization_config`."""
+        known = ("bits", "type", "block_size", "double", "scale_dtype")
+        version = settings.get("version", VERSION)
+        unknown = [name for name in settings if name not in (*known, "version", "quant_method")]
+        if version != VERSION or unknown:
+            names = f" and {', '.join(unknown)}" if unknown else ""
+            raise UserError(f"quantization_config: packed by another loftq_exp (format {version}{names}; this one reads "
+                            f"{VERSION}); update loftq_exp, or quantize again")  # fmt: skip
+        return cls(settings.get("bits"), **{name: settings[name] for name in known[1:] if name in settings})  # type: ignore[arg-type]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As `quantization_config` has it."""
+        return {"quant_method": METHOD, "bits": self.bits, "type": self.type, "block_size": self.block_size,
+                "double": self.double, "scale_dtype": self.scale_dtype, "version": VERSION}  # fmt: skip
+
+    def quantizer(self, bits: int) -> Quantizer:
+        """The quantizer of the modules with so many bits."""
+        return make_quantizer(self.type, bits, self.block_size, getattr(torch, self.scale_dtype), self.double)
