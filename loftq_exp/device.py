@@ -6,13 +6,17 @@ import sys
 
 import torch
 
+from loftq_exp import ranks
 from loftq_exp.errors import UserError
 
 
 def compute_device(name: str) -> torch.device:
-    """The torch device of the setting `device`; raises UserError where it is not there."""
+    """The torch device of the setting `device`; raises UserError where it is not there.
+
+    Of several ranks each has a CUDA device of its own, the one with its number on the machine.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return compute_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -21,7 +25,18 @@ def compute_device(name: str) -> torch.device:
         raise UserError(f"device={name}: not supported; choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}: torch sees no CUDA device here; use device=cpu or device=auto")
+    if device.type == "cuda" and ranks.count() > 1:
+        return _own_device(name, device)
     return device
+
+
+def _own_device(name: str, device: torch.device) -> torch.device:
+    if device.index is not None:
+        raise UserError(f"device={name}: each of {ranks.count()} processes needs a device of its own; use device=cuda")
+    if ranks.local_rank() >= torch.cuda.device_count():
+        raise UserError(f"device={name}: there are fewer CUDA devices ({torch.cuda.device_count()}) than processes; "
+                        "start at most as many, or use device=cpu")  # fmt: skip
+    return torch.device("cuda", ranks.local_rank())
 
 
 def compute_dtype(device: torch.device, bf16: bool | None) -> torch.dtype:
@@ -39,7 +54,8 @@ def _cpu_has_bf16() -> bool:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far, in bytes: resident (file-backed pages included), and on CUDA allocated."""
+    """Peak memory of this process (of several, rank 0) so far, in bytes: resident (file-backed pages included), and on CUDA
+    allocated."""
     peak = {"resident_bytes": _peak_resident_bytes()}
     if torch.cuda.is_available():
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised, read_artifact
 from loftq_exp.artifact.push import check_push, push
 from loftq_exp.config import RunConfig, digest_of
@@ -51,7 +51,10 @@ class RunResult:
 
 
 def run(config: RunConfig) -> RunResult:
-    """Runs `config.stages`: quantize, finetune, evaluate. Raises UserError for anything that the user can mend."""
+    """Runs `config.stages`: quantize, finetune, evaluate. Raises UserError for anything that the user can mend.
+
+    Of several ranks (torchrun) each calls it and gets the same result back. Rank 0 alone writes.
+    """
     try:
         return _run(config)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -64,21 +67,23 @@ def run(config: RunConfig) -> RunResult:
 
 def _run(config: RunConfig) -> RunResult:
     # What can be refused is refused before the long work and before a folder is made.
+    ranks.check_launch()
     folder = config.run_dir
     _check_machine(config)
     check_push(config)
     check_published(config)
-    data = _read_data(config)
+    data = ranks.main_first(lambda: _read_data(config))  # rank 0 fetches what the hub has
     _check_scores(config, data.task)
-    place = _locate(config) if "quantize" in config.stages else _kept(config)
-    records = Records(folder, _key_of(place, config))
+    place = ranks.from_main(lambda: _locate(config) if "quantize" in config.stages else _kept(config))
+    records = Records(folder, ranks.from_main(lambda: _key_of(place, config)))
     adapter = _adapter_to_score(config, records)
     prepared = _prepare(place, config, data, records, adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config.to_dict())
+    if ranks.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config.to_dict())
     recorder = Recorder(folder / "tensorboard")
     try:
-        init = place if isinstance(place, Initialised) else _quantize(place, config, recorder)
+        init = ranks.from_main(lambda: place if isinstance(place, Initialised) else _quantize(place, config, recorder))
         if _key_of(init, config) != records.init_key:
             raise UserError(
                 f"model.path={config.model.path}: its files changed while they were quantized; run it again"
@@ -87,12 +92,16 @@ def _run(config: RunConfig) -> RunResult:
         evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder)
     finally:
         recorder.close()
-    metrics = assemble(config, init, finetuned, evaluated, data.task.table)
-    if _is_main_process():
+
+    def report() -> dict[str, Any]:
+        metrics = assemble(config, init, finetuned, evaluated, data.task.table)
         write_json(folder / "metrics.json", metrics)
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)])
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
+        return metrics
+
+    metrics = ranks.from_main(report)
     return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
 
 
@@ -141,6 +150,11 @@ def _locate(config: RunConfig) -> Source:
     return locate_published(config) if off_the_shelf else locate(config.model, config.cache_path)
 
 
+def initialisation_key(config: RunConfig) -> str:
+    """The key of the initialisation that the quantize stage would make: of the model as it is now."""
+    return _key_of(_locate(config), config)
+
+
 def _key_of(source: Source | Initialised, config: RunConfig) -> str:
     """The key of an initialisation, or the one that the quantize stage will give to that of a source."""
     if isinstance(source, Initialised):
@@ -173,10 +187,10 @@ def _prepare(
 
 def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initialised:
     init = (take if config.quant.method == "off-the-shelf" else initialise)(source, config)
-    if _is_main_process() and recorder.empty:
+    if recorder.empty:
         recorder.config(config)
         recorder.errors(init)
-    if config.hub.push and _is_main_process():
+    if config.hub.push:
         push(init, config)
     return init
 
@@ -235,7 +249,8 @@ def _evaluate(
         assert prepared
         digest = adapter_digest(adapter) if adapter else None
         result = score(init, adapter, data.eval, prepared, data.task, config, records.samples)
-        recorder.scores(config, init, result["scores"])
+        if ranks.is_main():
+            recorder.scores(config, init, result["scores"])
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 
@@ -245,7 +260,10 @@ def _evaluate(
 def _finetune_key(config: RunConfig, data: _Data, records: Records) -> str:
     """Of all that shapes the adapter. The rows count as they are used: the first `task.max_train_samples`."""
     settings = config.to_dict()
-    return digest_of([records.init_key, settings["task"], settings["train"], config.seed, rows_digest(data.train)])
+    several = [ranks.count()] if ranks.count() > 1 else []  # each trains on a batch of its own
+    return digest_of(
+        [records.init_key, settings["task"], settings["train"], config.seed, rows_digest(data.train), *several]
+    )
 
 
 def _evaluate_key(config: RunConfig, data: _Data, records: Records, adapter: Path | None) -> str:
@@ -256,13 +274,16 @@ def _evaluate_key(config: RunConfig, data: _Data, records: Records, adapter: Pat
 
 def _once(stage: str, records: Records, key: str, found: Record | None, work: Callable[[], Record]) -> Record:
     """The stage's record that was `found`; where there is none, does the work and keeps its record."""
-    if found:
+    if found := ranks.from_main(lambda: found):
         log.info("%s: done before, in %s", stage, records.folder)
         return found
     result = work() | {"key": key, "initialisation": records.init_key}
-    if _is_main_process():
+
+    def keep() -> Record:
         write_json(records.folder / f"{stage}.json", result)
-    return result
+        return result
+
+    return ranks.from_main(keep)
 
 
 def _unwritable(error: Exception) -> str | None:
@@ -272,8 +293,3 @@ def _unwritable(error: Exception) -> str | None:
     # As safetensors and torch word it.
     told = re.search(r"I/O error: (.+) \(os error|PytorchStreamWriter|unexpected pos \d+", str(error))
     return (told[1] or "no space left, or a limit on file sizes") if told else None
-
-
-def _is_main_process() -> bool:
-    """False on ranks above 0 of a run under accelerate or torchrun, which write and print nothing."""
-    return os.environ.get("RANK", "0") == "0"

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from loftq_exp.ranks import is_main
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -21,9 +23,14 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(title: str) -> Iterator[Advance]:
-    """A display for one piece of long work, as a context manager that gives the function to call as it advances."""
+    """A display for one piece of long work, as a context manager that gives the function to call as it advances.
+
+    Ranks above 0 show nothing.
+    """
     console = Console()
-    if console.is_terminal:
+    if not is_main():
+        yield _nothing
+    elif console.is_terminal:
         with _bar(title, console) as advance:
             yield advance
     else:
@@ -41,6 +48,10 @@ def _bar(title: str, console: Console) -> Iterator[Advance]:
             display.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+def _nothing(done: int, total: int, note: str = "") -> None:
+    """The display of a rank above 0."""
 
 
 class _Lines:

@@ -32,7 +32,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from loftq_exp.commands.terminal import exit_code, quiet_libraries
+from loftq_exp import ranks
+from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig, local_path
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     quiet_libraries()
+    only_rank_0_speaks()
     threading.excepthook = _tell_of_thread
     os.environ.pop(SWEEP_FOLDER, None)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here and are reported in one line
@@ -118,6 +120,9 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     options = parser.parse_intermixed_args(arguments)
     if options.experimental_rerun is not None:
         raise UserError("--experimental-rerun: not supported; use python -m loftq_exp.rerun RUN_DIR")
+    if ranks.count() > 1 and (options.multirun or "hydra.mode=MULTIRUN" in options.overrides):
+        raise UserError("-m: not with several processes, each of which would run the whole sweep; "
+                        "launch single runs, or leave the launcher out")  # fmt: skip
     options.overrides = [_plain(override) for override in options.overrides]
     return parser, options
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from loftq_exp import ranks
 from loftq_exp.errors import UserError
 
 
@@ -30,13 +31,18 @@ def exit_code(work: Callable[[], int], interrupted: str) -> int:
     try:
         return work()
     except UserError as error:
+        ranks.let_main_fail_first()
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"error: interrupted: {interrupted}\n")
+        if ranks.is_main():
+            sys.stderr.write(f"error: interrupted: {interrupted}\n")
         return 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        ranks.let_main_fail_first()
+        raise
 
 
 def quiet_libraries() -> None:
@@ -46,4 +52,12 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each optional package that is not there
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it found no unused parameter
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # an unreachable hub is one line of ours, not one a retry
+
+
+def only_rank_0_speaks() -> None:
+    """Silences logs and warnings of the other ranks of a launch. Their errors are printed where rank 0 has none."""
+    if not ranks.is_main():
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")

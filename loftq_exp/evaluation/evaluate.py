@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
+from loftq_exp import ranks
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Generated, Generation, Likelihood, Nll, Outputs, Request, Task
 from loftq_exp.tasks.data import Row
@@ -53,6 +55,9 @@ def evaluate(
     `requests` are the task's for these rows and this tokenizer; None: they are made here. The model comes back in the mode
     it was in, and pads with the token that `settle_padding` finds. Raises ValueError if there are no rows, and UserError
     where the tokenizer or the settings do not go with the task, or an output of the model is NaN or infinite.
+
+    Of several ranks, which all call this, each answers a share of the batches: those that one process would make, so that
+    the answers are the same. Every rank gets the whole result.
     """
     if not rows:
         raise ValueError("there are no rows to score")
@@ -70,9 +75,28 @@ def evaluate(
 def _answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, batch_size: int, report: Progress
 ) -> list[Any]:
-    """The model's answer for each of the request's features, in their order."""
-    found: dict[int, Any] = {}
-    for indices in _batches([len(feature["input_ids"]) for feature in request.features], batch_size):
+    """The model's answer for each of the request's features, in their order, by all ranks together."""
+    batches = list(_batches([len(feature["input_ids"]) for feature in request.features], batch_size))
+    share = list(islice(batches, ranks.rank(), None, ranks.count()))
+    answers, refusal = {}, None
+    try:
+        answers = _share_of_answers(model, tokenizer, request, share, report)
+    except UserError as error:  # to be raised by all ranks: the others would wait for this one's answers
+        refusal = error
+    shares = ranks.gather((answers, refusal))
+    for _, refusal in shares:
+        if refusal is not None:
+            raise refusal
+    found = {index: answer for answers, _ in shares for index, answer in answers.items()}
+    return [found[index] for index in range(len(request.features))]
+
+
+def _share_of_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, batches: Sequence[list[int]], report: Progress
+) -> dict[int, Any]:
+    """The model's answers for some batches of the request's features, by their indices."""
+    total, found = sum(map(len, batches)), dict[int, Any]()
+    for indices in batches:
         features = [request.features[index] for index in indices]
         try:
             found.update(zip(indices, _batch_answers(model, tokenizer, request, features), strict=True))
@@ -81,8 +105,8 @@ def _answers(
             row = getattr(request.notes[index], "row", index) if request.notes else index  # a window knows its row
             raise UserError(f"evaluate: the model's output for row {row + 1} is NaN or infinite ({request.what}); no score is "
                             "kept: check the weights at model.path and the adapter, or use train.bf16=false") from None  # fmt: skip
-        report(len(found), len(request.features), request.what)
-    return [found[index] for index in range(len(request.features))]
+        report(len(found), total, request.what)
+    return found
 
 
 def _batch_answers(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype, peak_memory
@@ -37,6 +38,8 @@ def score(
 
     Writes one line of JSON a row to `samples`: what the task keeps of each, predictions beside gold. Raises UserError, and
     writes nothing, where an output of the model or a score is not finite.
+
+    Of several ranks each answers a share of the batches, and all return the same; seconds and memory are the rank's own.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
@@ -46,15 +49,21 @@ def score(
     with progress("evaluate") as advance:
         result = evaluate(model, prepared.tokenizer, task, rows, batch_size, advance, prepared.requests)
     _check_finite(result.scores)
-    write_whole(samples, "".join(_line(number, sample) for number, sample in enumerate(result.samples, start=1)))
+    lines = [_line(number, sample) for number, sample in enumerate(result.samples, start=1)]
     return {
         "scores": result.scores,
         "rows": len(rows),
-        "samples": file_digest(samples),
+        "samples": ranks.from_main(lambda: _keep(lines, samples)),
         "tokens_generated": result.tokens_generated,
         "seconds": time.perf_counter() - began,
         "peak_memory": peak_memory(),
     }
+
+
+def _keep(lines: Sequence[str], samples: Path) -> str:
+    """Writes the samples and returns the file's digest."""
+    write_whole(samples, "".join(lines))
+    return file_digest(samples)
 
 
 def _line(number: int, sample: dict[str, Any]) -> str:

@@ -41,7 +41,9 @@ def assemble(
         "peak_memory": {name: record["peak_memory"] for name, record in stages.items() if record},
         "backbone_bytes": init.backbone_bytes,
         "adapter_bytes": init.adapter_bytes,
-        "finetune": {name: finetuned[name] for name in ("steps", "rows", "backbone", "dtype")} if finetuned else None,
+        "finetune": {name: finetuned.get(name) for name in ("steps", "rows", "ranks", "backbone", "dtype")}
+        if finetuned
+        else None,
         "losses": finetuned["losses"] if finetuned else [],
         "data": {**(finetuned["data"] if finetuned else {}), **(evaluated["data"] if evaluated else {})},
         "model": init.report["model"],

@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
 
+from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype, peak_memory
@@ -51,6 +52,8 @@ def finetune(
     Returns what is worth keeping: losses, steps, seconds, the adapter's digest. Trainer checkpoints under
     `folder`/checkpoints are resumed from where they are of this `origin`, and removed at the end. Raises UserError, which
     names the step, where a loss, gradient or parameter is NaN or infinite; the last checkpoint before it stays.
+
+    Of several ranks each trains on batches of its own; rank 0 saves, and seconds and memory are its own.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
@@ -75,26 +78,26 @@ def finetune(
             # take the mean of each batch, which the trainer must then divide by the number of batches.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        if trainer.is_world_process_zero():
-            _start_over_from_another(checkpoints, origin)
-        trainer.accelerator.wait_for_everyone()
-        resumed = last_whole_checkpoint(checkpoints)
+        resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin))
         if resumed:
             log.info("finetune: goes on from %s", resumed.name)
         # In bfloat16 the trainer computes under autocast, which brings an adapter's input back from the float32 to which PEFT
         # widens it: without the detour the same values come out, in three quarters of the time.
         with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    if trainer.is_world_process_zero():
+
+    def save() -> None:
         _save_adapter(model, folder / "adapter", origin)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+
+    ranks.from_main(save)
     history = trainer.state.log_history
     return {
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "steps": trainer.state.global_step,
         "adapter": adapter_digest(folder / "adapter"),
         "backbone": backbone_form(init, config, device),
+        "ranks": ranks.count(),
         "dtype": str(dtype).removeprefix("torch."),
         "resumed_from": resumed.name if resumed else None,
         "seconds": time.perf_counter() - began,
@@ -124,6 +127,7 @@ def training_arguments(config: RunConfig, folder: Path, device: torch.device, dt
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
             remove_unused_columns=False,
+            ddp_find_unused_parameters=not train.gradient_checkpointing,  # several ranks: recomputing rules out the search
             dataloader_pin_memory=device.type == "cuda",
         )
     except ValueError as error:
@@ -145,12 +149,20 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _resume_from(checkpoints: Path, origin: Origin) -> Path | None:
+    """The checkpoint of this `origin` to go on from; checkpoints of another are removed."""
+    _start_over_from_another(checkpoints, origin)
+    return last_whole_checkpoint(checkpoints)
+
+
 def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
     """Removes checkpoints that were not made from `origin`, and leaves its keys beside those to come."""
     if checkpoints.is_dir() and read_origin(checkpoints) != origin:
-        log.info(
-            "finetune: starts over: the checkpoints in %s were made from other rows, weights or settings", checkpoints
-        )
+        if any(checkpoints.glob("checkpoint-*")):  # the trainer has made the folder already
+            log.info(
+                "finetune: starts over: the checkpoints in %s were made from other rows, weights or settings",
+                checkpoints,
+            )
         shutil.rmtree(checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
     origin.write(checkpoints)

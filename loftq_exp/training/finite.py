@@ -30,7 +30,8 @@ class FiniteTrainer(Trainer):
         self._losses.append(loss.detach())
         if self.accelerator.sync_gradients:  # all batches that are accumulated for the step are done
             assert self.model is not None
-            losses, self._losses = float(torch.stack(self._losses).sum()), []
+            # The ranks' mean, so that all stop at the same step: gradients are the same on all of them already.
+            losses, self._losses = float(self.accelerator.reduce(torch.stack(self._losses).sum(), "mean")), []
             norm = float(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
             if not (math.isfinite(losses) and math.isfinite(norm)):
                 raise _diverged(self.args, self.state.global_step + 1, f"loss {losses:g}, gradient norm {norm:g}")
