@@ -8,7 +8,7 @@ LIMIT ?=
 LIMITED = $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench experiments \
+.PHONY: help setup demo test test-all lint format bench docs tables experiments \
 	reproduce-gsm8k reproduce-glue reproduce-summarization reproduce-wikitext clean
 
 help: ## this list
@@ -44,6 +44,13 @@ bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/perf
 	$(BIN)/python benchmarks/initialisation.py
 	$(BIN)/python benchmarks/packed.py time
 	$(BIN)/python benchmarks/packed.py memory
+
+docs: $(STAMP) tables ## write what documents have from the code: the picture of the packages, the API page, the result tables
+	$(BIN)/python scripts/draw_architecture.py
+	$(BIN)/python scripts/api_page.py
+
+tables: $(STAMP) ## write the result tables into README.md and docs/, from docs/results/*.json
+	$(BIN)/python scripts/result_tables.py
 
 experiments: $(STAMP) ## write conf/experiment/ from the published tables in benchmarks/published.py
 	$(BIN)/python benchmarks/published.py

@@ -278,7 +278,17 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
         "![Seconds against parameters, ours and PEFT's](scaling.png)\n\n"
         "![Error against seconds for exact, torch.svd_lowrank and ours](error-time.png)\n\n"
         f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}: {made}.\n"
-        f"No figure here is from a GPU: the CUDA path was not run.\n\n{mark}{rest}"
+        f"No figure here is from a GPU: the CUDA path was not run.\n{about_dirty(kept)}\n{mark}{rest}"
+    )
+
+
+def about_dirty(kept: dict[str, dict[str, Any]]) -> str:
+    """What is known of parts that were measured in a checkout with changed files; nothing where there are none."""
+    if not any(part["commit"].endswith("-dirty") for part in kept.values()):
+        return ""
+    return (
+        "\n`-dirty`: tracked files differed from that commit while it was measured. `docs/performance.json`, which the benchmark "
+        "writes after each part, was one of them; whether it was the only one was not recorded.\n"
     )
 
 
@@ -291,6 +301,7 @@ def main() -> None:
     if not chosen:
         sys.exit(f"--only: no part has that in its name; choose of: {', '.join(parts())}")
     kept = json.loads(KEPT.read_text()) if args.only and KEPT.exists() else {}
+    commit = provenance()["commit"]  # once, before this run's own results make the checkout differ from it
     for name, part in chosen.items():
         facts = provenance()
         machine, versions = facts["hardware"], facts["versions"]
@@ -299,7 +310,7 @@ def main() -> None:
             "found": part(),
             "machine": f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_capability']}, torch "
             f"{versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}",
-            "commit": facts["commit"],
+            "commit": commit,
             "created": facts["created"],
         }
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")

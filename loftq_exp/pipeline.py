@@ -41,7 +41,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's results are, and its metrics as in metrics.json."""
+    """Where a run's results are, and its metrics as in metrics.json.
+
+    Attributes:
+        run_dir: the run's folder: records, samples, metrics.json, TensorBoard's log.
+        init_dir: the initialised checkpoint.
+        adapter_dir: the fine-tuned adapter; none where no stage made or scored one.
+        scores: the task's scores by name, in the task's own units; empty where nothing was scored.
+        metrics: the content of metrics.json.
+    """
 
     run_dir: Path
     init_dir: Path
@@ -51,9 +59,18 @@ class RunResult:
 
 
 def run(config: RunConfig) -> RunResult:
-    """Runs `config.stages`: quantize, finetune, evaluate. Raises UserError for anything that the user can mend.
+    """Run `config.stages`, in the order quantize, finetune, evaluate. A stage whose result exists is not run again.
 
     Of several ranks (torchrun) each calls it and gets the same result back. Rank 0 alone writes.
+
+    Args:
+        config: what to run, from `compose` or `RunConfig.from_mapping`.
+
+    Returns:
+        Where the results are, and the scores.
+
+    Raises:
+        UserError: for anything that the user can mend, in one line.
     """
     try:
         return _run(config)

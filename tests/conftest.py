@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from hub import fake_hub  # noqa: F401  # a fixture
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from zoo import llama, with_tokenizer
 
 from loftq_exp.commands.run import SWEEP_FOLDER, main
 from loftq_exp.tasks.arithmetic import generate
@@ -64,26 +66,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with a random two-layer Llama in float32 and `tiny_tokenizer`: 64 wide, 4 heads, 2 key-value heads."""
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,  # wide enough for what it writes to depend on all that it reads
-        bos_token_id=tiny_tokenizer.bos_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    model = partial(
+        llama, vocab_size=len(tiny_tokenizer), num_key_value_heads=2, max_position_embeddings=512, dtype="float32",
+        bos_token_id=tiny_tokenizer.bos_token_id, eos_token_id=tiny_tokenizer.eos_token_id,
+    )  # fmt: skip
+    return with_tokenizer(model, tiny_tokenizer, tmp_path_factory.mktemp("tiny-llama"))
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,14 @@ def translated(script: Script, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def translate(name: str, *arguments: str) -> RunConfig:
         monkeypatch.setattr("loftq_exp.commands.run.main", lambda overrides: 0)
         sys.modules.pop("peft_flags", None)
-        outcome = script(name, *arguments)
+        try:
+            outcome = script(name, *arguments)
+        finally:
+            sys.modules.pop("peft_flags", None)
         assert outcome.code == 0, outcome
         (printed,) = outcome.out.splitlines()
         program, overrides = shlex.split(printed)[:3], shlex.split(printed)[3:]
         assert program == ["python", "-m", "loftq_exp"]
-        sys.modules.pop("peft_flags", None)
         return compose(overrides)
 
     return translate
@@ -144,10 +146,13 @@ def test_quantize_then_train_on_a_tiny_llama(script: Script, tiny_llama_dir: Pat
         --max_source_length 64 --max_target_length 8 --num_train_epochs 1 --per_device_train_batch_size 4 --with_tracking"""
     trained = script("train_gsm8k_llama", *flags.split(), "device=cpu")
     assert trained.code == 0, trained
-    (metrics,) = (json.loads(path.read_text()) for path in Path("out/runs").glob("*/metrics.json"))
+    (record,) = Path("out/runs").glob("*/metrics.json")
+    metrics = json.loads(record.read_text())
     assert metrics["finetune"]["steps"] == 2
     assert metrics["model"]["requested"] == str(checkpoint)
-    assert metrics["scores"]["nll"] > 0
+    nlls = [json.loads(line)["nll"] for line in (record.parent / "samples.jsonl").read_text().splitlines()]
+    assert len(nlls) == 8
+    assert metrics["scores"]["nll"] == pytest.approx(sum(nlls) / 8), "each target is cut to the same 8 tokens"
     written = [path for place in ("zoo", "out", "outputs") for path in Path(place).rglob("*") if path.is_file()]
     assert not any(b"hf_secret" in path.read_bytes() for path in written)
     assert "hf_secret" not in outcome.out + outcome.err + trained.out + trained.err

@@ -58,9 +58,9 @@ def test_the_files_are_those_of_the_published_tables() -> None:
     assert [name for name, text in files.items() if (conf_dir() / "experiment" / name).read_text() != text] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_command_of_a_file_is_that_of_its_name(path: Path) -> None:
-    assert path.read_text().splitlines()[1] == f"{COMMAND}experiment={path.stem}"
+def test_the_command_of_a_file_is_that_of_its_name() -> None:
+    commands = {path.stem: path.read_text().splitlines()[1] for path in FILES}
+    assert commands == {name: f"{COMMAND}experiment={name}" for name in commands}
 
 
 # What they compose to -------------------------------------------------------------------------------------------------
@@ -72,32 +72,43 @@ def test_every_experiment_is_a_run_of_its_own(runs: dict[str, RunConfig]) -> Non
     assert not shared
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_is_what_its_name_says(runs: dict[str, RunConfig], name: str) -> None:
-    run = runs[name]
+def test_a_row_is_what_its_name_says(runs: dict[str, RunConfig]) -> None:
+    assert {name: told_by(runs[name]) for name in ROWS} == {name: told_by_name(name) for name in ROWS}
+    assert {runs[name].quant.dropout for name in ROWS} == {0.1}
+    assert [name for name in ROWS if load_task(runs[name].task).model_kind != runs[name].model.kind] == []
+
+
+def told_by(run: RunConfig) -> tuple[Any, ...]:
+    """What the name of a row's file says, from its settings."""
+    quant = run.quant
+    return run.model.basename, quant.rank, quant.bits, quant.rule, quant.type, quant.method, run.task.label
+
+
+def told_by_name(name: str) -> tuple[Any, ...]:
+    """The same from the name."""
     found = re.fullmatch(r"(?P<model>.+)_(lora16|(?P<qlora>qlora-)?(?P<type>nf|uniform|mixed)(?P<bits>[\d.]+))_r(?P<rank>\d+)_(?P<task>.+)", name)  # fmt: skip
     assert found is not None
-    assert run.model.basename == MODELS[found["model"]]
-    assert run.quant.rank == int(found["rank"])
-    assert run.quant.bits == float(found["bits"] or 16)
-    assert run.quant.rule == ("paper" if found["type"] == "mixed" else "same")
-    assert run.quant.type == {"nf": "nf", "mixed": "nf", "uniform": "uniform-clipped", None: "none"}[found["type"]]
-    assert run.quant.method == ("lora" if not found["bits"] else "qlora" if found["qlora"] else "loftq")
-    assert run.quant.dropout == 0.1
-    assert run.task.label == found["task"]
-    assert load_task(run.task).model_kind == run.model.kind
+    return (
+        MODELS[found["model"]],
+        int(found["rank"]),
+        float(found["bits"] or 16),
+        "paper" if found["type"] == "mixed" else "same",
+        {"nf": "nf", "mixed": "nf", "uniform": "uniform-clipped", None: "none"}[found["type"]],
+        "lora" if not found["bits"] else "qlora" if found["qlora"] else "loftq",
+        found["task"],
+    )
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_what_was_published_is_a_score_of_the_task(runs: dict[str, RunConfig], name: str) -> None:
+def test_what_was_published_is_a_score_of_the_task(runs: dict[str, RunConfig]) -> None:
     """In one column of its table, whole, and a plausible number in that column's unit; or said to be none."""
-    published = runs[name].published
-    if published is None:
-        assert (conf_dir() / "experiment" / f"{name}.yaml").read_text().endswith("null # NA: it did not converge\n")
-        return
-    columns = [column.scores for column in load_task(runs[name].task).table]
-    assert tuple(published) in columns
-    assert all(1 < value < 100 for value in published.values())
+    for name in ROWS:
+        published = runs[name].published
+        if published is None:
+            text = (conf_dir() / "experiment" / f"{name}.yaml").read_text()
+            assert text.endswith("null # NA: it did not converge\n"), name
+            continue
+        assert tuple(published) in [column.scores for column in load_task(runs[name].task).table], name
+        assert all(1 < value < 100 for value in published.values()), name
 
 
 @pytest.mark.parametrize(("name", "expected"), [

@@ -198,7 +198,14 @@ def _config(composed: DictConfig) -> RunConfig:
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The run that the command would make of these overrides, for use in Python: `run(compose(["quant.bits=2"]))`.
 
-    Raises UserError for what the command would refuse.
+    Args:
+        overrides: as on the command line, one a string.
+
+    Returns:
+        The settings, checked and frozen. Nothing is read or written yet.
+
+    Raises:
+        UserError: for what the command would refuse, in one line.
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -151,20 +151,30 @@ def loftq_init(
 ):
     """The backbone and LoRA factors to start fine-tuning from; PEFT's function of this name, on any device.
 
-    Q + s B A is close to W, where s = alpha / reduced_rank is the factor a LoRA layer puts before B A. It is absorbed,
-    half into each factor, so that any alpha starts at the same function. (PEFT ignores s.)
+    The paper's objective is
+
+        min over Q, A, B of ||W - Q - s B A||_F
+
+    and its Algorithm 1 alternates, with q the quantizer and B_0 A_0 = 0, for t = 1 ... num_iter:
+
+        Q_t = q(W - s B_{t-1} A_{t-1})
+        s B_t A_t = the best approximation of rank r of W - Q_t, by its singular value decomposition
+
+    Here s = alpha / reduced_rank is the factor that a LoRA layer puts before B A. It is absorbed, half into each factor, so
+    that any alpha starts at the same function. (PEFT ignores s.) The paper writes A B^T for what LoRA calls s B A.
 
     Args:
         weight: W, (out, in), finite, any floating type and device.
-        num_bits: bits a weight. 8 with quant_type `nf` is int8 a row, as in PEFT.
+        num_bits: bits a value, 2 to 8; which of them exist depends on quant_type. 8 with quant_type `nf` is int8 a row, as in PEFT.
         reduced_rank: rank r of the factors, from 1 to min(out, in).
         num_iter: alternating steps. 0 is QLoRA: B is zero and A drawn as LoRA draws it, Kaiming uniform from `seed`.
-        quant_type: see `make_quantizer`.
+        quant_type: `nf`, `nf-symmetric`, `uniform`, `uniform-clipped`, `uniform-sigma` or `int`, see `make_quantizer`.
         block_size: consecutive values (row-major) that share scales; the last block is short where it does not divide.
         alpha: LoRA's alpha; none: the rank, that is s = 1.
-        solver: `randomized` or `exact`, see `truncated_svd`.
+        solver: `randomized` or `exact` (a full SVD), see `truncated_svd`.
         seed: seed of A where num_iter is 0; without effect otherwise.
-        return_errors: whether the errors follow as a fourth result, as `Decomposition.errors` has them.
+        return_errors: whether the relative errors ||W - Q - s B A|| / ||W|| follow as a fourth result: of quantization
+            alone, then after each step.
 
     Returns:
         (dequantized_weight, lora_A, lora_B): Q (out, in) in the weight's type and on its device, A (r, in) and

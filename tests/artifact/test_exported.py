@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+import zoo
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from zoo import ENCODER, sized
 
 from loftq_exp.artifact import exported as work
 from loftq_exp.artifact.folder import Initialised
@@ -33,18 +35,7 @@ from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.source.locate import locate
 from loftq_exp.training.load import load_model
 
-ENCODER: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "initializer_range": 0.1,
-}  # fmt: skip
-BART: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 64, "max_position_embeddings": 64, "init_std": 0.1,
-    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
-    "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
-}  # fmt: skip
-T5: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0,
-}  # fmt: skip
+BART, T5 = sized(zoo.BART, 1), sized(zoo.T5, 1)
 MODELS: dict[str, tuple[str, Callable[[], hf.PreTrainedModel]]] = {
     "bart": ("seq2seq", lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART))),
     "t5": ("seq2seq", lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5))),

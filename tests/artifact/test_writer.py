@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from zoo import llama
 
 from loftq_exp.artifact import writer as module
 from loftq_exp.artifact.writer import SafetensorsWriter, tensor_bytes
@@ -100,11 +101,8 @@ def test_shards_hold_each_tensor_once_and_keep_to_their_size(specs: list[TensorS
 
 
 def test_transformers_loads_shards_by_the_index(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config)
-    config.save_pretrained(tmp_path)
+    model = llama(hidden_size=32)
+    model.config.save_pretrained(tmp_path)
     written(tmp_path, dict(model.state_dict()), max_shard_bytes=20_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     loaded, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)

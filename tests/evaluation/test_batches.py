@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import DECODER, FAMILIES, seeded
+from zoo import DECODER, FAMILIES, seeded
 
 from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import Evaluation, evaluate

@@ -94,7 +94,6 @@ def test_results_do_not_depend_on_the_batch_size(
     assert [sample["prompt"] for sample in second.samples] == [TASK.prompt(row) for row in ROWS]
     assert texts(first) == texts(second)
     assert first.tokens_generated == second.tokens_generated > 0
-    assert first.seconds > 0
 
 
 def test_slip_sampling_defaults_of_a_checkpoint_do_not_leak_in(

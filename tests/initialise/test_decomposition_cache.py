@@ -137,23 +137,23 @@ def test_a_digest_depends_on_values_type_and_shape_alone() -> None:
 # Entries
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=name)
-def test_a_result_comes_back_byte_for_byte(tmp_path: Path, quantizer: Quantizer, steps: int) -> None:
-    recipe = Recipe(quantizer, 3, steps, "randomized")
+def test_a_result_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    """Of every quantizer, in both types of scales, after 0, 1 and 2 steps."""
     weight = a_weight(9, 35)  # an odd number of values, and a last block that is short
-    result = computed(weight, recipe)
-    cache = DecompositionCache(tmp_path)
-    assert cache.find(recipe, weight_digest(weight), weight.shape) is None
-    kept = recipe.after(steps, weight.shape)
-    cache.put(kept, weight_digest(weight), computed(weight, kept))
-    found = cache.find(recipe, weight_digest(weight), weight.shape)
-    assert found is not None
-    assert identical(found, result)
-    assert torch.equal(quantizer.decode(found.quantized), quantizer.decode(result.quantized))
-    (path,) = cache.entries()
-    taken = safetensors.safe_open(path, "pt").get_tensor("codes").nbytes
-    assert taken == -(-weight.numel() // 8) * quantizer.bits, "codes take no more than their bits"
+    digest = weight_digest(weight)
+    for quantizer, steps in itertools.product(QUANTIZERS, (0, 1, 2)):
+        case = f"{name(quantizer)}, {steps} steps"
+        cache = DecompositionCache(tmp_path / case)
+        recipe = Recipe(quantizer, 3, steps, "randomized")
+        assert cache.find(recipe, digest, weight.shape) is None, case
+        kept = recipe.after(steps, weight.shape)
+        cache.put(kept, digest, computed(weight, kept))
+        found = cache.find(recipe, digest, weight.shape)
+        assert found is not None, case
+        assert identical(found, computed(weight, recipe)), case
+        (path,) = cache.entries()
+        taken = safetensors.safe_open(path, "pt").get_tensor("codes").nbytes
+        assert taken == -(-weight.numel() // 8) * quantizer.bits, f"{case}: codes take no more than their bits"
 
 
 def test_the_same_weight_under_another_name_hits(tmp_path: Path) -> None:
@@ -255,8 +255,9 @@ def test_taking_an_entry_renews_its_time_and_reading_it_does_not(tmp_path: Path)
     read_entry(path)
     describe_entry(path)
     assert path.stat().st_mtime == 1e9
+    before = time.time() - 1  # a file's clock may be coarser
     cache.find(RECIPE, weight_digest(weight), weight.shape)
-    assert time.time() - path.stat().st_mtime < 60
+    assert path.stat().st_mtime >= before
 
 
 # Damage

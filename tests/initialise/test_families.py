@@ -17,10 +17,10 @@ import pytest
 import torch
 import transformers as hf
 from bitsandbytes.nn import Linear4bit
-from families import FAMILIES, Family, seeded
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from zoo import FAMILIES, Family, seeded
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from zoo import BART, DECODER, sized
 
 from loftq_exp.commands.run import compose
 from loftq_exp.config import RunConfig
@@ -64,10 +65,13 @@ def contents(folder: Path) -> Files:
 def mistral_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny mistral with 4 bits and rank 64, at the alpha of 16 that was published; the output layer is not quantized."""
     folder = tmp_path_factory.mktemp("published") / "mirror"
-    config = MistralConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, bos_token_id=0, eos_token_id=1, dtype="float32",
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": len(tiny_tokenizer),
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "dtype": "float32",
+    }
+    config = MistralConfig(**sized(DECODER, 1) | sizes, bos_token_id=0, eos_token_id=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MistralForCausalLM(config).half()
@@ -119,7 +123,9 @@ def test_every_stage_runs_on_a_published_checkpoint(cli: Any, fake_hub: Any, mis
     assert metrics["model"] == {"requested": MISTRAL, "commit": commit, "kind": "causal"}
     assert metrics["init"]["mean_error"] is None
     assert metrics["finetune"]["backbone"] == "bnb4"
-    assert metrics["scores"]["nll"] > 0
+    nlls = [json.loads(line)["nll"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(nlls) == 4
+    assert metrics["scores"]["nll"] == pytest.approx(sum(nlls) / 4), "each target is cut to the same 8 tokens"
     adapter = json.loads((run / "Mistral-7B-v0.1-4bit-64rank" / "loftq_init" / "adapter_config.json").read_text())
     assert adapter["init_lora_weights"] is True
     assert adapter["lora_alpha"] == 16
@@ -182,10 +188,7 @@ def test_an_older_layout_is_taken_too(
     fake_hub: Any, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An older name, a .bin of tied embeddings, the adapter beside it, and modules without factors, which stay dense."""
-    config = BartConfig(
-        vocab_size=512, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
-        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
+    config = BartConfig(**sized(BART, 1) | {"vocab_size": 512})
     folder = tmp_path / "bart"
     published(folder, BartForConditionalGeneration(config), 16, 16, ["q_proj", "k_proj", "v_proj", "fc1", "fc2"], "")
     for stem in ("model", "adapter_model"):

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
+from zoo import FAMILIES, seeded
 
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import Initialised
@@ -276,24 +276,12 @@ def test_a_plan_of_bits_and_ranks_is_the_same_model_packed_and_dense(tiny_llama_
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
 
 
-def t5() -> hf.PreTrainedModel:
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=3, num_heads=4,
-                    decoder_start_token_id=0))  # fmt: skip
-
-
-def bart() -> hf.PreTrainedModel:
-    return hf.BartForConditionalGeneration(
-        hf.BartConfig(vocab_size=96, d_model=64, max_position_embeddings=64, encoder_layers=2, decoder_layers=3,
-                      encoder_ffn_dim=128, decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4))  # fmt: skip
-
-
 @pytest.mark.parametrize(("model", "first"), [
-    (t5, ("encoder.block.0.", "encoder.block.1.", "decoder.block.0.")),
-    (bart, ("model.encoder.layers.0.", "model.encoder.layers.1.", "model.decoder.layers.0.")),
+    ("t5", ("encoder.block.0.", "encoder.block.1.", "decoder.block.0.")),
+    ("bart", ("model.encoder.layers.0.", "model.encoder.layers.1.", "model.decoder.layers.0.")),
 ])  # fmt: skip
-def test_an_encoders_layers_come_before_a_decoders(model: Any, first: tuple[str, ...], tmp_path: Path) -> None:
-    model().save_pretrained(tmp_path / "source")
+def test_an_encoders_layers_come_before_a_decoders(model: str, first: tuple[str, ...], tmp_path: Path) -> None:
+    seeded(FAMILIES[model].make).save_pretrained(tmp_path / "source")
     init = made(tmp_path / "source", tmp_path, "seq2seq", bits=3.2, iter=1, allocation="paper")  # 3 of 5 layers
     for weight in init.report["weights"]:
         assert weight["bits"] == (4 if weight["name"].startswith(first) else 2)

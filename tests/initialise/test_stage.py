@@ -21,9 +21,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
+import zoo
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
+from zoo import sized
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.writer import SafetensorsWriter, tensor_bytes
@@ -403,8 +405,8 @@ def test_the_report_tells_what_was_done(shelf: Shelf, tmp_path: Path) -> None:
     assert (totals["weights"], totals["computed"], totals["cache_hits"]) == (14, 14, 0)
     assert totals["values"] == sum(w.numel() for name, w in shelf.weights.items() if name.endswith("_proj.weight"))
     assert totals["bits_per_weight"] == 4 + 16 / 64
-    assert totals["seconds"] > 0
-    assert totals["peak_memory"]["resident_bytes"] > 0
+    assert totals["seconds"] >= max(weight["seconds"] for weight in report["weights"])
+    assert totals["values"] < totals["peak_memory"]["resident_bytes"]
     assert report["provenance"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     for weight in report["weights"]:
         assert weight["shape"] == list(shelf.weights[f"{weight['name']}.weight"].shape)
@@ -518,16 +520,7 @@ def test_the_same_seed_gives_the_same_bytes(shelf: Shelf, tmp_path: Path, change
 # Tied weights and heads
 
 
-LLAMA: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-}  # fmt: skip
-T5: dict[str, Any] = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
-BART: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 64, "max_position_embeddings": 64,
-    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
-    "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
-}  # fmt: skip
-ENCODER: dict[str, Any] = {**LLAMA, "max_position_embeddings": 64}
+LLAMA, ENCODER, T5, BART = (sized(config, 1) for config in (zoo.DECODER, zoo.ENCODER, zoo.T5, zoo.BART))
 
 
 def write_bin(model: hf.PreTrainedModel, folder: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import quantize_config
+import zoo
 from safetensors.torch import load_file
+from zoo import DECODER as SIZES
+from zoo import ENCODER, FALCON, RELATIVE, quantize_config, sized
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -63,19 +65,7 @@ def test_a_decoder(cli: Any, precision: str, bf16: bool) -> None:
 
 # In process -----------------------------------------------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "initializer_range": 0.1,
-}  # fmt: skip
-ENCODER: dict[str, Any] = {**SIZES, "max_position_embeddings": 64}
-RELATIVE: dict[str, Any] = {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
-FALCON = {name: value for name, value in SIZES.items() if name != "intermediate_size"}
-T5: dict[str, Any] = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
-                      "decoder_start_token_id": 0}  # fmt: skip
-BART: dict[str, Any] = {
-    "vocab_size": 96, "d_model": 64, "max_position_embeddings": 64, "encoder_layers": 2, "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 128, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128, "init_std": 0.1,
-}  # fmt: skip
+T5, BART = sized(zoo.T5, 2), sized(zoo.BART, 2)
 
 MODELS: dict[str, tuple[str, Callable[[], hf.PreTrainedModel]]] = {
     "llama, tied": ("causal", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True))),

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import quantize_config
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from zoo import quantize_config
 
 from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.errors import UserError

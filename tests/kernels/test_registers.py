@@ -1,5 +1,7 @@
 """Codes looked up in vector registers, against numpy's own indexing."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -83,24 +85,32 @@ CASES = [
 ]
 
 
-def forget_kernels() -> None:
-    for made in (
-        kernels.unpacking,
-        kernels.multiplying,
-        kernels._unpack_kernel,
-        kernels._product_kernel,
-        kernels._looking_up,
-    ):
-        made.cache_clear()
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """Kernels are compiled anew in the test, and after it for this processor."""
+
+    def forget() -> None:
+        for made in (
+            kernels.unpacking,
+            kernels.multiplying,
+            kernels._unpack_kernel,
+            kernels._product_kernel,
+            kernels._looking_up,
+        ):
+            made.cache_clear()
+
+    forget()
+    yield
+    forget()
 
 
+@pytest.mark.usefixtures("fresh_kernels")
 @pytest.mark.parametrize("lanes", [0, *FORMS])
 @pytest.mark.parametrize(("kind", "bits", "block", "stored"), CASES)
 def test_rows_are_multiplied_and_values_unpacked_alike_with_and_without_registers(
     kind: str, bits: int, block: int, stored: torch.dtype, lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registers, "lanes", lambda: lanes)
-    forget_kernels()
     shape = (24, 512)
     generator = torch.Generator().manual_seed(bits)
     quantizer = make_quantizer(kind, bits, block, stored)
@@ -113,7 +123,6 @@ def test_rows_are_multiplied_and_values_unpacked_alike_with_and_without_register
         assert found is not None
         exact = rows.double() @ quantizer.decode(quantized).double().T
         torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(stored).eps, atol=1e-4)
-    forget_kernels()  # what others find in the caches must be of their own processor
 
 
 def test_not_where_numba_compiles_for_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,10 @@ def test_exact_is_optimal_balanced_and_signed(rows, columns, data):
 
 
 @pytest.mark.parametrize("shape", [(128, 300), (300, 128), (200, 200), (576, 192)])
-@pytest.mark.parametrize("rank", [1, 8, 32, 64])
-def test_randomized_is_within_a_percent_on_a_flat_spectrum(shape, rank):
+def test_randomized_is_within_a_percent_on_a_flat_spectrum(shape):
     matrix = normal(*shape)
-    assert error_of(matrix, truncated_svd(matrix, rank)) <= 1.01 * optimal_error(matrix, rank)
+    for rank in (1, 8, 32, 64):
+        assert error_of(matrix, truncated_svd(matrix, rank)) <= 1.01 * optimal_error(matrix, rank), rank
 
 
 @FAST
@@ -92,10 +92,10 @@ def test_same_bytes_and_global_random_state_untouched(solver, shape):
     matrix = normal(*shape)
     before = torch.get_rng_state()
     first = truncated_svd(matrix, 12, solver)
-    torch.manual_seed(1)
-    torch.set_rng_state(before)
-    second = truncated_svd(matrix.clone(), 12, solver)
     assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # the global generator has no part in it
+        second = truncated_svd(matrix.clone(), 12, solver)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import DECODER, ENCODER, quantize_config, seeded
 from safetensors.torch import load_file, save_file
+from zoo import DECODER, ENCODER, quantize_config, seeded
 
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import Initialised

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import sentencepiece
 import transformers as hf
-from families import DECODER, ENCODER, FAMILIES, quantize_config, seeded
 from sentencepiece import sentencepiece_model_pb2
+from zoo import DECODER, ENCODER, FAMILIES, quantize_config, seeded
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.errors import UserError

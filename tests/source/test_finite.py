@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import quantize_config
 from safetensors.torch import load_file, save_file
+from zoo import quantize_config
 
 from loftq_exp.errors import UserError
 from loftq_exp.initialise import decomposer

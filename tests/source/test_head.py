@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+import zoo
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
+from zoo import sized
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -24,22 +26,9 @@ from loftq_exp.source.layout import find_layout, skeleton
 from loftq_exp.source.locate import locate
 from loftq_exp.storage.bnb4 import bnb4_config
 
-ENCODER: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "initializer_range": 0.05,
-}  # fmt: skip
-RELATIVE: dict[str, Any] = {
-    **ENCODER,
-    "relative_attention": True,
-    "pos_att_type": ["c2p", "p2c"],
-    "share_att_key": True,
-}
-BART: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 64, "max_position_embeddings": 64, "init_std": 0.05,
-    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
-    "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
-}  # fmt: skip
-T5: dict[str, Any] = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+SPREAD = 0.05
+ENCODER, BART, T5 = (sized(config, 1, SPREAD) for config in (zoo.ENCODER, zoo.BART, zoo.T5))
+RELATIVE = sized(zoo.RELATIVE, 1, SPREAD) | {"share_att_key": True}
 PREFIX = "base_model.model."
 
 Make = Callable[[], hf.PreTrainedModel]

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers as hf
+import zoo
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from zoo import T5, sized
 
 from loftq_exp.errors import UserError
 from loftq_exp.source.layout import AUTO_CLASSES, TASK_TYPES, Layout, find_layout, load_config
 
-DECODER: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-}  # fmt: skip
-ENCODER: dict[str, Any] = {**DECODER, "type_vocab_size": 2, "max_position_embeddings": 64}
-RELATIVE: dict[str, Any] = {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
-T5: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
-}  # fmt: skip
-BART: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 32, "max_position_embeddings": 64,
-    "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
-    "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 40,
-}  # fmt: skip
+DECODER = sized(zoo.DECODER, 3)
+ENCODER = sized(zoo.ENCODER, 3) | {"type_vocab_size": 2}
+RELATIVE = sized(zoo.RELATIVE, 3) | {"type_vocab_size": 2}
+BART = zoo.BART | {"decoder_ffn_dim": 80}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +258,7 @@ def test_tensors_of_another_head_are_known_as_foreign(
         tensors |= {f"{inside}.embeddings.LayerNorm.gamma": tensors.pop(f"{inside}.embeddings.LayerNorm.weight")}
         tensors |= {f"{inside}.embeddings.position_ids": (1, 64)}
     if name == "llama":
-        tensors["lm_head.weight"] = (64, 32)
+        tensors["lm_head.weight"] = (96, 64)
     foreign = layout_of(FAMILIES[name], tmp_path, tensors).foreign
     assert set(foreign) == {tensor for tensor in tensors if tensor.split(".")[0] in heads}
     assert {tensor.split(".")[0] for tensor in foreign} == heads
@@ -306,7 +298,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, config: str
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     small = dataclasses.replace(FAMILIES["llama"], config=hf.LlamaConfig(**DECODER))
     wide = dataclasses.replace(small, config=hf.LlamaConfig(**{**DECODER, "intermediate_size": 96}))
-    with pytest.raises(UserError, match=r"has shape \(96, 32\), config\.json means \(48, 32\)"):
+    with pytest.raises(UserError, match=r"has shape \(96, 64\), config\.json means \(128, 64\)"):
         layout_of(small, tmp_path, shapes(skeleton(wide)))
     deep = dataclasses.replace(small, config=hf.LlamaConfig(**{**DECODER, "num_hidden_layers": 4}))
     with pytest.raises(UserError, match=r"no weight named model\.layers\.3"):

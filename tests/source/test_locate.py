@@ -15,7 +15,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import llama
 
 from loftq_exp.config import ModelConfig
 from loftq_exp.errors import UserError
@@ -28,10 +28,7 @@ SECRET = "hf_donottellanyone"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(num_hidden_layers=1).save_pretrained(folder)
     return folder
 
 

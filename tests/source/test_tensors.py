@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from zoo import llama
 
 from loftq_exp.errors import UserError
 from loftq_exp.source.tensors import find_weights, open_tensors
@@ -20,10 +21,7 @@ from loftq_exp.source.tensors import find_weights, open_tensors
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    return LlamaForCausalLM(config).bfloat16()
+    return llama(hidden_size=32).bfloat16()
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor], count: int = 3) -> list[str]:

@@ -17,6 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from zoo import ENCODER, FALCON
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -187,9 +188,6 @@ def a_model(model: hf.PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-FALCON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize(
     "options",
@@ -237,12 +235,6 @@ def test_t5_keeps_its_wo_and_computes_the_same(tmp_path: Path, feed_forward: str
         with torch.no_grad():
             found[backbone] = model(input_ids=ids, labels=ids).logits
     torch.testing.assert_close(found["bnb4"], found["dense"], rtol=1e-4, atol=1e-5)
-
-
-ENCODER: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

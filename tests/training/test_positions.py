@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from zoo import FAMILIES
 
 from loftq_exp.training.positions import Positions, positions_of
-from tests.families import FAMILIES
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 29,

@@ -1,4 +1,4 @@
-"""Every model family from its real config class, in small: what tests make checkpoints of, and what must come of each."""
+"""Small models of every family, from its real config class: what tests make checkpoints of, and what must come of each."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ T5: dict[str, Any] = {
     "decoder_start_token_id": 0,
 }  # fmt: skip
 GATED: dict[str, Any] = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+def sized(config: dict[str, Any], layers: int | None = None, spread: float | None = None) -> dict[str, Any]:
+    """The same config with another number of layers in each stack, and another spread of its drawn values."""
+    changes: dict[str, Any] = {}
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        if layers is not None and name in config:
+            changes[name] = layers
+    for name in ("initializer_range", "init_std"):
+        if spread is not None and name in config:
+            changes[name] = spread
+    return config | changes
+
+
+def llama(**changes: Any) -> hf.LlamaForCausalLM:
+    """A Llama of `DECODER`'s sizes, which `changes` may change."""
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER | changes))
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,17 @@ def seeded(make: Callable[[], hf.PreTrainedModel]) -> hf.PreTrainedModel:
             if value.ndim == 1:
                 value.data.add_(torch.randn_like(value), alpha=0.1)
     return model
+
+
+def with_tokenizer(
+    model: Callable[[], hf.PreTrainedModel], tokenizer: hf.PreTrainedTokenizerBase, folder: Path
+) -> Path:
+    """`folder` with the model, drawn from seed 0, and the tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def quantize_config(folder: Path, root: Path, kind: str, save_format: str, **changes: Any) -> RunConfig:
