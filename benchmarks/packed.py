@@ -55,7 +55,8 @@ FORMS = (
 
 
 def overrides(form: Form, folder: Path) -> list[str]:
-    return [*SETTINGS, *form.overrides, f"output_dir={folder}"]
+    saved = folder / "saved" / form.label.replace(", ", "-").replace(" ", "-")
+    return [*SETTINGS, *form.overrides, f"output_dir={folder}", f"save_dir={saved}"]
 
 
 def initialised(form: Form, folder: Path) -> Path:
@@ -117,9 +118,9 @@ def measure_memory(folder: Path) -> None:
     for form in FORMS:
         command = [*overrides(form, folder), "stages=[finetune]", "train=demo", "train.max_steps=2",
                    "train.backbone=auto", "train.per_device_train_batch_size=1", "task.max_train_samples=8"]  # fmt: skip
-        # From the same start, named by save_dir, in a folder where nothing was trained before.
-        init = initialised(form, folder).parent
-        process = subprocess.Popen([sys.executable, "-m", "loftq_exp", *command, f"save_dir={init}", f"output_dir={folder}/memory"],
+        # From the same start, in a folder where nothing was trained before.
+        initialised(form, folder)
+        process = subprocess.Popen([sys.executable, "-m", "loftq_exp", *command, f"output_dir={folder}/memory"],
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
         anonymous = mapped = 0
         while process.poll() is None:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
+import glob
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from loftq_exp import ranks
-from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.push import check_push, push
-from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.off_the_shelf import take, taken_key
-from loftq_exp.initialise.published import check_published, locate_published
-from loftq_exp.initialise.stage import init_key, initialise
-from loftq_exp.records import Record, Records
+from loftq_exp.initialise.kept import find_kept
+from loftq_exp.initialise.off_the_shelf import take
+from loftq_exp.initialise.published import check_published, source_of
+from loftq_exp.initialise.stage import initialise
+from loftq_exp.keys import adapter_key, identify, scores_key
+from loftq_exp.records import Record, Records, is_of_version_0_1, write_config
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import cells, columns, print_table
 from loftq_exp.report.tensorboard import Recorder
-from loftq_exp.source.locate import Source, locate
+from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.origin import Origin, adapter_digest, rows_digest
+from loftq_exp.training.origin import Origin, adapter_digest
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -85,41 +88,64 @@ def run(config: RunConfig) -> RunResult:
 def _run(config: RunConfig) -> RunResult:
     # What can be refused is refused before the long work and before a folder is made.
     ranks.check_launch()
-    folder = config.run_dir
     _check_machine(config)
     check_push(config)
     check_published(config)
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 fetches what the hub has
     _check_scores(config, data.task)
-    place = ranks.from_main(lambda: _locate(config) if "quantize" in config.stages else _kept(config))
-    records = Records(folder, ranks.from_main(lambda: _key_of(place, config)))
+    place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
+    identity = ranks.from_main(lambda: identify(config, place))
+    folder, records = identity.run_dir, Records(identity.run_dir, identity.init_key)
     adapter = _adapter_to_score(config, records)
     prepared = _prepare(place, config, data, records, adapter)
-    if ranks.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config.to_dict())
-    recorder = Recorder(folder / "tensorboard")
-    try:
-        init = ranks.from_main(lambda: place if isinstance(place, Initialised) else _quantize(place, config, recorder))
-        if _key_of(init, config) != records.init_key:
-            raise UserError(
-                f"model.path={config.model.path}: its files changed while they were quantized; run it again"
-            )
-        finetuned = _finetune(config, init, data, prepared, records, recorder)
-        evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder)
-    finally:
-        recorder.close()
+    ranks.from_main(lambda: _make_folder(config, folder))
+    with _alone(folder):
+        ranks.from_main(lambda: write_config(folder, config, identity))
+        recorder = Recorder(folder / "tensorboard")
+        try:
+            init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key))
+            finetuned = _finetune(config, init, data, prepared, records, recorder)
+            evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder)
+        finally:
+            recorder.close()
 
-    def report() -> dict[str, Any]:
-        metrics = assemble(config, init, finetuned, evaluated, data.task.table)
-        write_json(folder / "metrics.json", metrics)
+        def report() -> dict[str, Any]:
+            metrics = assemble(config, init, finetuned, evaluated, data.task.table)
+            write_json(folder / "metrics.json", metrics)
+            return metrics
+
+        metrics = ranks.from_main(report)
+    if ranks.is_main():
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)])
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
-        return metrics
-
-    metrics = ranks.from_main(report)
     return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
+
+
+def _make_folder(config: RunConfig, folder: Path) -> None:
+    _tell_of_version_0_1(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one run at a time work in `folder`: others that differ only in how they score wait, and find the adapter done."""
+    if not ranks.is_main():
+        yield
+        return
+    with FileLock(folder / ".run.lock"):
+        yield
+
+
+def _tell_of_version_0_1(config: RunConfig, folder: Path) -> None:
+    """Logs which folder version 0.1 left for such a run. It does not say what it was made from, and is left alone."""
+    if folder.exists():
+        return
+    old = [
+        place for place in sorted(config.runs_path.glob(f"{glob.escape(config.label)}-*")) if is_of_version_0_1(place)
+    ]
+    if old:
+        log.info("%s: made by version 0.1, left alone; this run's results go to %s", old[0], folder)
 
 
 def _check_machine(config: RunConfig) -> None:
@@ -161,24 +187,6 @@ def _check_scores(config: RunConfig, task: Task) -> None:
             log.warning("published.%s: not shown, this run's scores are %s", name, ", ".join(shown))
 
 
-def _locate(config: RunConfig) -> Source:
-    """The local files of the pre-trained model or, off the shelf, of the published checkpoint."""
-    off_the_shelf = config.quant.method == "off-the-shelf"
-    return locate_published(config) if off_the_shelf else locate(config.model, config.cache_path)
-
-
-def initialisation_key(config: RunConfig) -> str:
-    """The key of the initialisation that the quantize stage would make: of the model as it is now."""
-    return _key_of(_locate(config), config)
-
-
-def _key_of(source: Source | Initialised, config: RunConfig) -> str:
-    """The key of an initialisation, or the one that the quantize stage will give to that of a source."""
-    if isinstance(source, Initialised):
-        return str(source.report.get("key") or digest_of(source.report))  # an exported one has none
-    return (taken_key if config.quant.method == "off-the-shelf" else init_key)(source, config)
-
-
 def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:
     """The adapter that the evaluate stage will score; None: the initial factors."""
     if "evaluate" not in config.stages:
@@ -191,15 +199,27 @@ def _prepare(
 ) -> Prepared | None:
     """The rows of the stages that are still to do, encoded and checked against the model; None where there are none."""
     train, scored = data.train, data.eval
-    if "finetune" in config.stages and records.finetuned(_finetune_key(config, data, records)):
+    if "finetune" in config.stages and records.finetuned(adapter_key(records.init_key, data.train, config)):
         train = []
-    if "evaluate" in config.stages and not train and records.evaluated(_evaluate_key(config, data, records, adapter)):
+    if (
+        "evaluate" in config.stages
+        and not train
+        and records.evaluated(scores_key(records.init_key, adapter, data.eval, config))
+    ):
         scored = []
     if not train and not scored:
         return None
     from loftq_exp.training.preflight import prepare
 
     return prepare(place, data.task, train, scored, config)
+
+
+def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str) -> Initialised:
+    """The initialised checkpoint of the `key` that was found for the source before; UserError where its files changed."""
+    init = place if isinstance(place, Initialised) else _quantize(place, config, recorder)
+    if identify(config, init).init_key != key:
+        raise UserError(f"model.path={config.model.path}: its files changed meanwhile; run it again")
+    return init
 
 
 def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initialised:
@@ -212,29 +232,12 @@ def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initiali
     return init
 
 
-def _kept(config: RunConfig) -> Initialised:
-    """The initialised checkpoint of an earlier run; UserError where there is none, or one of other settings."""
-    found = read_artifact(config.init_dir)
-    if found is None:
-        raise UserError(f"stages=[{','.join(config.stages)}]: there is no initialised checkpoint at {config.init_dir}; "
-                        "add quantize to stages")  # fmt: skip
-    settings = {f"quant.{name}": value for name, value in dataclasses.asdict(config.quant).items()}
-    settings |= {"save_dtype": config.save_dtype, "save_format": config.save_format}
-    made_with = found.report["quant"]
-    for name, value in settings.items():
-        other = made_with.get(name.removeprefix("quant."))
-        if json.dumps(other) != json.dumps(value):  # as the report holds it: lists for tuples, patterns in their order
-            raise UserError(f"{name}={value}: the checkpoint at {config.init_dir} was made with {other}; "
-                            "add quantize to stages, or set another save_dir")  # fmt: skip
-    return found
-
-
 def _finetune(
     config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Recorder
 ) -> Record | None:
     if "finetune" not in config.stages:
         return records.finetuned()
-    key = _finetune_key(config, data, records)
+    key = adapter_key(records.init_key, data.train, config)
 
     def work() -> Record:
         from loftq_exp.training.finetune import finetune
@@ -258,35 +261,22 @@ def _evaluate(
 ) -> Record | None:
     if "evaluate" not in config.stages:
         return records.evaluated()
-    key = _evaluate_key(config, data, records, adapter)
+    key = scores_key(records.init_key, adapter, data.eval, config)
 
     def work() -> Record:
         from loftq_exp.evaluation.score import score
 
         assert prepared
         digest = adapter_digest(adapter) if adapter else None
-        result = score(init, adapter, data.eval, prepared, data.task, config, records.samples)
+        result = score(init, adapter, data.eval, prepared, data.task, config, records.samples(key))
         if ranks.is_main():
             recorder.scores(config, init, result["scores"])
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 
-    return _once("evaluate", records, key, records.evaluated(key), work)
-
-
-def _finetune_key(config: RunConfig, data: _Data, records: Records) -> str:
-    """Of all that shapes the adapter. The rows count as they are used: the first `task.max_train_samples`."""
-    settings = config.to_dict()
-    several = [ranks.count()] if ranks.count() > 1 else []  # each trains on a batch of its own
-    return digest_of(
-        [records.init_key, settings["task"], settings["train"], config.seed, rows_digest(data.train), *several]
-    )
-
-
-def _evaluate_key(config: RunConfig, data: _Data, records: Records, adapter: Path | None) -> str:
-    """Of all that shapes the scores: the adapter's bytes among it, whoever wrote them."""
-    digest = adapter_digest(adapter) if adapter else None
-    return digest_of([records.init_key, digest, config.to_dict()["task"], rows_digest(data.eval)])
+    record = _once("evaluate", records, key, records.evaluated(key), work)
+    ranks.from_main(lambda: records.show(key))
+    return record
 
 
 def _once(stage: str, records: Records, key: str, found: Record | None, work: Callable[[], Record]) -> Record:
@@ -294,13 +284,8 @@ def _once(stage: str, records: Records, key: str, found: Record | None, work: Ca
     if found := ranks.from_main(lambda: found):
         log.info("%s: done before, in %s", stage, records.folder)
         return found
-    result = work() | {"key": key, "initialisation": records.init_key}
-
-    def keep() -> Record:
-        write_json(records.folder / f"{stage}.json", result)
-        return result
-
-    return ranks.from_main(keep)
+    result = work()
+    return ranks.from_main(lambda: records.keep(stage, key, result))
 
 
 def _unwritable(error: Exception) -> str | None:

@@ -201,7 +201,7 @@ def test_a_task_that_does_not_fit_the_model(cli: Any) -> None:
 @pytest.mark.parametrize("stages", ["finetune", "evaluate"])
 def test_later_stages_without_a_checkpoint(cli: Any, stages: str) -> None:
     message = cli.refused(*cli.tiny, f"stages=[{stages}]")
-    assert message.startswith(f"stages=[{stages}]: there is no initialised checkpoint at outputs/runs/")
+    assert message.startswith(f"stages=[{stages}]: there is no initialised checkpoint at outputs/inits/")
     assert message.endswith("; add quantize to stages")
     assert not Path("outputs").exists()
 

@@ -67,7 +67,7 @@ def test_the_example_of_pefts_page_quantizes_what_it_names(translated: Callable[
     assert run == compose(
         ["model=llama-2", "quant.iter=5", "quant.rank=16", "save_dir=model_zoo/loftq/", "stages=[quantize]"]
     )
-    assert str(run.init_dir) == "model_zoo/loftq/Llama-2-7b-hf-4bit-16rank"
+    assert str(run.inits_path / run.init_name) == "model_zoo/loftq/Llama-2-7b-hf-4bit-16rank"
     assert os.environ["HF_TOKEN"] == "hf_secret"
 
 

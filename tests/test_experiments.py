@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from loftq_exp.commands.run import compose, conf_dir
-from loftq_exp.config import RunConfig
+from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.config.schema import RESULTS, shaping
 from loftq_exp.tasks import load_task
 from loftq_exp.tasks.arithmetic import generate
 
@@ -68,7 +69,11 @@ def test_the_command_of_a_file_is_that_of_its_name() -> None:
 
 def test_every_experiment_is_a_run_of_its_own(runs: dict[str, RunConfig]) -> None:
     """What was published does not shape a run, so that two which differ in nothing else would share a folder too."""
-    shared = [place for place, count in Counter(run.run_dir for run in runs.values()).items() if count > 1]
+    shaped = [
+        digest_of([run.model.path, shaping(run, *RESULTS), shaping(run, *RESULTS, mark="locates")])
+        for run in runs.values()
+    ]
+    shared = [place for place, count in Counter(shaped).items() if count > 1]
     assert not shared
 
 

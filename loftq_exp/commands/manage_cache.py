@@ -1,4 +1,4 @@
-"""The cache on the command line: `python -m loftq_exp.cache [--cache-dir FOLDER] list|size|verify|prune`.
+"""The cache on the command line: `python -m loftq_exp.cache [--cache-dir FOLDER] list|size|verify|prune`, and `inits`.
 
 All of it is safe beside running jobs: an entry that goes while a job wants it is computed again. Entries are pruned by
 their last use, because a job that takes an entry renews its time of modification. Converted models are counted but never
@@ -16,14 +16,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from loftq_exp.commands.terminal import OneLineParser, exit_code
+from loftq_exp.commands import manage_inits
+from loftq_exp.commands.terminal import OneLineParser, count, exit_code, megabytes, say
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
 from loftq_exp.progress import progress
 from loftq_exp.report.table import print_table
+from loftq_exp.source.digests import FileDigests
 
 DEFAULT_FOLDER = "outputs/cache"
 COLUMNS = ("entry", "shape", "quantizer", "rank", "steps", "solver", "error", "MB", "last used")
@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         options = _parser().parse_args(argv)
-        folder = local_path(getattr(options, "cache_dir", DEFAULT_FOLDER))
+        name, default = ("output_dir", manage_inits.DEFAULT_FOLDER) if options.inits else ("cache_dir", DEFAULT_FOLDER)
+        folder = local_path(getattr(options, name, default))
         if not folder.is_dir():
-            raise UserError(f"--cache-dir={folder}: there is no such folder; give the cache_dir of a run")
+            raise UserError(f"--{name.replace('_', '-')}={folder}: there is no such folder; give the {name} of a run")
         code: int = options.command(folder, options)
         return code
 
@@ -60,12 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--cache-dir", default=argparse.SUPPRESS, help=f"cache_dir of the runs ({DEFAULT_FOLDER})")
     about = "Shows and tends the cache of decompositions. Safe beside running jobs."
     parser = OneLineParser(prog="python -m loftq_exp.cache", description=about, parents=[common])
-    commands = parser.add_subparsers(required=True, metavar="list|size|verify|prune")
+    commands = parser.add_subparsers(required=True, metavar="list|size|verify|prune|inits")
     listing = commands.add_parser("list", parents=[common], help="every entry with what it holds, last used first")
     listing.set_defaults(command=_list)
     size = commands.add_parser("size", parents=[common], help="how many entries and bytes there are, by kind")
     size.set_defaults(command=_size)
-    verify = commands.add_parser("verify", parents=[common], help="read every entry; exits with 1 where one is damaged")
+    verify = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="read every entry, and every file whose digest is remembered; exits with 1 where one is wrong",
+    )
     verify.add_argument("--drop", action="store_true", help="remove the damaged ones; they are computed again on use")
     verify.set_defaults(command=_verify)
     about = "Removes decompositions and what killed processes left half-written. Converted models stay."
@@ -77,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--older-than", type=_amount, metavar="DAYS", help="those that no run used for so many days")
     prune.set_defaults(command=_prune)
+    parser.set_defaults(inits=False)
+    manage_inits.add_parser(commands, OneLineParser)
     return parser
 
 
@@ -96,9 +103,9 @@ def _list(folder: Path, options: argparse.Namespace) -> int:
     files = sorted(_entries(folder), key=lambda file: (-file.used, file.path))
     rows = [row for file in files if (row := _row(file)) is not None]
     if rows:
-        print_table(f"{folder}: {_count(rows, 'decomposition')}", COLUMNS, rows)
+        print_table(f"{folder}: {count(rows, 'decomposition')}", COLUMNS, rows)
     else:
-        _say(f"{folder}: no decompositions")
+        say(f"{folder}: no decompositions")
     return 0
 
 
@@ -132,17 +139,18 @@ def _size(folder: Path, options: argparse.Namespace) -> int:
     entries, leftovers = _entries(folder), _leftovers(folder)
     models = [path for path in sorted((folder / "models").glob("[!.]*")) if path.is_dir()]
     stored = [file for model in models for file in _looked_at(path for path in model.rglob("*") if path.is_file())]
-    _say(f"{_count(entries, 'decomposition')}, {_megabytes(entries)}")
-    _say(f"{_count(models, 'converted model')}, {_megabytes(stored)}")
+    say(f"{count(entries, 'decomposition')}, {megabytes(entries)}")
+    say(f"{count(models, 'converted model')}, {megabytes(stored)}")
     if leftovers:
-        left = _count(leftovers, "half-written file")
-        _say(f"{left} of killed processes, {_megabytes(leftovers)}; prune removes them")
+        left = count(leftovers, "half-written file")
+        say(f"{left} of killed processes, {megabytes(leftovers)}; prune removes them")
     return 0
 
 
 def _verify(folder: Path, options: argparse.Namespace) -> int:
-    """Reads every entry, prints a line for each damaged one, and returns 1 where there is one, dropped or not."""
-    files = _entries(folder)
+    """Reads every entry and every file whose digest is remembered. Prints a line for each that is wrong, and returns 1 where
+    there is one, dropped or not."""
+    files, digests = _entries(folder), FileDigests(folder)
     damaged: list[_File] = []
     with progress("verify") as advance:
         for done, file in enumerate(files, 1):
@@ -154,13 +162,21 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
                 raise UserError(f"{file.path}: cannot be read ({error.strerror}); ask its owner") from None
             except DamagedEntry as damage:
                 damaged.append(file)
-                _say(f"damaged: {file.path} ({damage})")
+                say(f"damaged: {file.path} ({damage})")
             advance(done, len(files), f"{len(damaged)} damaged")
+    remembered = list(digests.entries())
+    wrong = []
+    for entry in remembered:
+        if fault := digests.verify(entry):
+            wrong.append(entry)
+            say(f"wrong digest: {fault}")
     if options.drop:
-        _remove(damaged)
+        _remove([*damaged, *_looked_at(wrong)])
     fate = "dropped" if options.drop else "verify --drop removes them"
-    _say(f"{_count(files, 'decomposition')}, {len(damaged)} damaged{f' ({fate})' if damaged else ''}")
-    return 1 if damaged else 0
+    say(f"{count(files, 'decomposition')}, {len(damaged)} damaged{f' ({fate})' if damaged else ''}")
+    if remembered:
+        say(f"{count(remembered, 'remembered digest')}, {len(wrong)} wrong{f' ({fate})' if wrong else ''}")
+    return 1 if damaged or wrong else 0
 
 
 def _prune(folder: Path, options: argparse.Namespace) -> int:
@@ -181,9 +197,9 @@ def _prune(folder: Path, options: argparse.Namespace) -> int:
     _remove(going)
     _remove(leftovers)
     staying = entries[len(going) :]
-    half = f" and {_count(leftovers, 'half-written file')}" if leftovers else ""
-    _say(f"removed {_count(going, 'decomposition')}{half}, {_megabytes([*going, *leftovers])}; "
-         f"{len(staying)} stay, {_megabytes(staying)}")  # fmt: skip
+    half = f" and {count(leftovers, 'half-written file')}" if leftovers else ""
+    say(f"removed {count(going, 'decomposition')}{half}, {megabytes([*going, *leftovers])}; "
+         f"{len(staying)} stay, {megabytes(staying)}")  # fmt: skip
     return 0
 
 
@@ -216,18 +232,3 @@ def _remove(files: Sequence[_File]) -> None:
             file.path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{file.path}: cannot be removed ({error.strerror}); ask its owner") from None
-
-
-def _count(things: Sequence[Any], noun: str) -> str:
-    """The number of things with their name, in the plural where it is not one."""
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
-
-
-def _megabytes(files: Sequence[_File]) -> str:
-    """What files take, in MB of 1e6 bytes."""
-    return f"{sum(file.bytes for file in files) / 1e6:.1f} MB"
-
-
-def _say(text: str) -> None:
-    """Prints a line as it is."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -184,11 +184,11 @@ def _changed_data(old: Recorded, config: RunConfig) -> Iterator[str]:
 
 
 def _changed_model(old: Recorded, config: RunConfig) -> Iterator[str]:
-    from loftq_exp.pipeline import initialisation_key
+    from loftq_exp.keys import identify
 
     if old.initialisation is None:
         return
-    key = initialisation_key(dataclasses.replace(config, stages=("quantize",)))
+    key = identify(config).init_key
     if key != old.initialisation:
         yield (f"model.path={config.model.path}: the model, or what this version makes of it, changed since {old.folder.name} "
                f"(key {_short(old.initialisation)}, now {_short(key)})")  # fmt: skip

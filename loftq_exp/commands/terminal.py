@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, Protocol
 
 from loftq_exp import ranks
 from loftq_exp.errors import UserError
@@ -61,3 +61,27 @@ def only_rank_0_speaks() -> None:
     if not ranks.is_main():
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
+
+
+class Sized(Protocol):
+    """Something that takes bytes on a disk."""
+
+    @property
+    def bytes(self) -> int: ...
+
+
+def count(things: Sequence[Any], noun: str) -> str:
+    """The number of things with their name, in the plural where it is not one."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def megabytes(things: Iterable[Sized]) -> str:
+    """What things take, in MB of 1e6 bytes."""
+    return f"{sum(thing.bytes for thing in things) / 1e6:.1f} MB"
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    from rich.console import Console
+
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

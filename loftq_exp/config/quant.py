@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
@@ -215,16 +213,6 @@ class QuantConfig:
     def bits_label(self) -> str:
         """The bits in names of folders: 4, 2.5, or mixed by a pattern."""
         return "mixed" if self.rule == "pattern" else str(self.bits)
-
-    @property
-    def shaping(self) -> dict[str, Any]:
-        """The settings as a digest takes them. Those that came later are left out at their defaults, so that what was
-        made before is found; the order of patterns counts."""
-        settings = dataclasses.asdict(self)
-        if self.bits_per_layer is not None:
-            settings["bits_per_layer"] = list(self.bits_per_layer.items())
-        later = ("allocation", "bits_per_layer", "rank_choices", "double")
-        return {name: value for name, value in settings.items() if name not in later or value not in (None, False)}
 
     @property
     def lora_alpha(self) -> float:

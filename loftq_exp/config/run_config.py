@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_exp.config.digest import digest_of
 from loftq_exp.config.hub import HubConfig
 from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.paths import local_path
@@ -37,7 +36,9 @@ class RunConfig:
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     stages: tuple[str, ...] = setting("what to run, in this order", STAGES, choices=STAGES, shapes=())
     output_dir: str = setting("where runs, sweeps and the defaults below go", "outputs", shapes=())
-    save_dir: str | None = setting("where initialised checkpoints go; none: into the run's own folder", None, shapes=())
+    save_dir: str | None = setting(
+        "where initialised checkpoints go; none: OUTPUT_DIR/inits, which all runs share", None, shapes=()
+    )
     cache_dir: str | None = setting(
         "where decompositions and converted wheels are kept; none: OUTPUT_DIR/cache", None, shapes=()
     )
@@ -111,15 +112,16 @@ class RunConfig:
         return f"{self.model.basename}-{kind}{bits}-{quant.rank}rank-{quant.method}{steps}-{self.task.label}"
 
     @property
-    def run_dir(self) -> Path:
-        """The run's folder. It follows from the settings, so that the same command comes back to its own results."""
-        shaping = self.to_dict() | {"quant": self.quant.shaping}
-        for name in ("hub", "stages", "output_dir", "save_dir", "cache_dir", "published"):
-            del shaping[name]
-        return local_path(self.output_dir) / "runs" / f"{self.label}-{digest_of(shaping)[:8]}"
+    def runs_path(self) -> Path:
+        """The folder with a folder for each run."""
+        return local_path(self.output_dir) / "runs"
 
     @property
-    def init_dir(self) -> Path:
-        """The initialised checkpoint's folder: {save_dir}/{basename}-{bits}bit-{rank}rank."""
-        parent = local_path(self.save_dir) if self.save_dir else self.run_dir
-        return parent / f"{self.model.basename}-{self.quant.bits_label}bit-{self.quant.rank}rank"
+    def inits_path(self) -> Path:
+        """The folder with the initialised checkpoints: `save_dir`, or the store that all runs share."""
+        return local_path(self.save_dir) if self.save_dir else local_path(self.output_dir) / "inits"
+
+    @property
+    def init_name(self) -> str:
+        """The initialised checkpoint's name: {basename}-{bits}bit-{rank}rank. In the store its key follows."""
+        return f"{self.model.basename}-{self.quant.bits_label}bit-{self.quant.rank}rank"

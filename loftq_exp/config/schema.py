@@ -37,13 +37,15 @@ def setting(
     ge: float | None = None,
     gt: float | None = None,
     lt: float | None = None,
+    locates: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field with its meaning and what it allows: `choices`, or bounds (`ge` and `gt` below, `lt` above).
 
     `shapes` names the RESULTS that change with its value. It is empty for a setting that changes none of them, and for one
-    that says where content lies: the content itself is part of the key.
+    that says where content lies: the content itself is part of the key. Where that content is rows of data, `locates` names
+    the RESULTS that are made from them.
     """
-    metadata = {"doc": doc, "shapes": shapes, "choices": choices, "ge": ge, "gt": gt, "lt": lt}
+    metadata = {"doc": doc, "shapes": shapes, "choices": choices, "ge": ge, "gt": gt, "lt": lt, "locates": locates}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -125,6 +127,31 @@ def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
             yield from dotted_names(hints[field.name], f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
+
+
+def shaping(config: Any, *results: str, mark: str = "shapes", prefix: str = "") -> dict[str, Any]:
+    """The settings in the dataclass `config` that shape one of `results`, by dotted name, in plain containers.
+
+    With `mark="locates"`: the settings that say where the rows for these results lie. A setting whose default is None or
+    False is left out at its default, so that a version which adds one makes nothing again. The order of patterns counts.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= shaping(value, *results, mark=mark, prefix=f"{prefix}{field.name}.")
+        elif not set(results).isdisjoint(field.metadata[mark]):
+            off = field.default is None or field.default is False
+            if not (off and value is field.default):
+                found[prefix + field.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON holds it: patterns as pairs, in their order."""
+    if isinstance(value, Mapping):
+        return [[key, item] for key, item in value.items()]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -26,19 +26,36 @@ class TaskConfig:
     name: str | None = setting(
         "which data set of the task, where it is a family (glue, summarization)", None, shapes=(ADAPTER, SCORES)
     )
-    dataset: str | None = setting("data set on the hub; none: the task's own, or local files", None, shapes=())
-    dataset_config: str | None = setting("configuration of the hub data set", None, shapes=())
-    dataset_revision: str | None = setting(
-        "branch, tag or commit of the hub data set; none: the default branch", None, shapes=()
+    dataset: str | None = setting(
+        "data set on the hub; none: the task's own, or local files", None, shapes=(), locates=(ADAPTER, SCORES)
     )
-    train_split: str = setting("split of the hub data set to train on; + joins several", "train", shapes=())
+    dataset_config: str | None = setting(
+        "configuration of the hub data set", None, shapes=(), locates=(ADAPTER, SCORES)
+    )
+    dataset_revision: str | None = setting(
+        "branch, tag or commit of the hub data set; none: the default branch",
+        None,
+        shapes=(),
+        locates=(ADAPTER, SCORES),
+    )
+    train_split: str = setting(
+        "split of the hub data set to train on; + joins several", "train", shapes=(), locates=(ADAPTER,)
+    )
     eval_split: str = setting(
-        "split of the hub data set to score on; + joins several, each also scored alone", "test", shapes=()
+        "split of the hub data set to score on; + joins several, each also scored alone",
+        "test",
+        shapes=(),
+        locates=(SCORES,),
     )
     train_file: str | None = setting(
-        "local .json, .jsonl or .csv file to train on instead of the hub; + joins several", None, shapes=()
+        "local .json, .jsonl or .csv file to train on instead of the hub; + joins several",
+        None,
+        shapes=(),
+        locates=(ADAPTER,),
     )
-    eval_file: str | None = setting("local file to score on instead of the hub; + joins several", None, shapes=())
+    eval_file: str | None = setting(
+        "local file to score on instead of the hub; + joins several", None, shapes=(), locates=(SCORES,)
+    )
     max_train_samples: int | None = setting(
         "train on the first so many rows of each split or file (wikitext: blocks in all); none: all",
         None,

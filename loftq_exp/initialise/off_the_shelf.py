@@ -27,7 +27,6 @@ from loftq_exp.artifact.folder import (
     REPORT,
     Initialised,
     exclusive,
-    read_artifact,
     write_surroundings,
     written_whole,
 )
@@ -36,12 +35,12 @@ from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
+from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
-from loftq_exp.initialise.published import ADAPTER_FOLDERS, find_adapter
-from loftq_exp.initialise.verify import VERSION, check_written
+from loftq_exp.initialise.published import find_adapter
+from loftq_exp.initialise.verify import check_written
 from loftq_exp.provenance import provenance
-from loftq_exp.source.files import FORMAT as FILES_FORMAT
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
@@ -72,29 +71,29 @@ class _Adapter:
 
 
 def take(source: Source, config: RunConfig) -> Initialised:
-    """The initialised checkpoint under config.init_dir, made of the published one in `source` where it is not there yet.
+    """The initialised checkpoint of the published one in `source`, in the place that `init_dir` gives it, made where it is not
+    there yet.
 
-    Raises UserError for a checkpoint that does not fit the settings, and for a place that cannot be written.
+    Raises UserError for a checkpoint that does not fit the settings, for a place that holds another initialisation, and for
+    one that cannot be written.
     """
-    final = config.init_dir
     began = time.perf_counter()
+    wanted = made_from(source, config)
+    final = init_dir(config, digest_of(wanted))
     with exclusive(final), _about_quant_path():
-        key = taken_key(source, config)
-        found = read_artifact(final)
-        if found and found.report.get("key") == key:
-            log.info("quantize: %s is there: taken off the shelf before", final)
+        if found := done_before(final, wanted, config):
+            log.info("quantize: done before, %s is there: taken off the shelf before", final)
             return found
         with open_tensors(source.folder) as tensors:
             layout = _find_layout(tensors, source, config)
             adapter = _read_adapter(source, layout, config)
             names = written_names(tensors, layout)
             check_finite(tensors, names)
-            if found:
-                log.info("quantize: %s holds another initialisation, which this one replaces", final)
             with written_whole(final) as folder:
-                report = _report(key, source, config, tensors, layout, adapter)
+                report = _report(wanted, source, config, tensors, layout, adapter)
                 _write(folder, final, source, config, tensors, names, layout, adapter)
                 check_written(folder, tensors, layout, {}, config)
+                check_unchanged(source, config, wanted)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     _tell(final, report)
@@ -108,15 +107,6 @@ def _about_quant_path() -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(re.sub(r"^model\.path", "quant.path", str(error))) from error
-
-
-def taken_key(source: Source, config: RunConfig) -> str:
-    """Digest of all that shapes the result: the published files and the settings."""
-    places = [source.folder, *(source.folder / name for name in ADAPTER_FOLDERS if name)]
-    files = sorted(path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
-    stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return digest_of(["off the shelf", 1, VERSION, stats, config.model.kind, config.quant.shaping, config.model.trust_remote_code,
-                      FILES_FORMAT])  # fmt: skip
 
 
 def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) -> Layout:
@@ -233,7 +223,7 @@ def _values_in_a_block(tensors: CheckpointTensors, adapter: _Adapter, block_size
 
 
 def _report(
-    key: str, source: Source, config: RunConfig, tensors: CheckpointTensors, layout: Layout, adapter: _Adapter
+    wanted: MadeFrom, source: Source, config: RunConfig, tensors: CheckpointTensors, layout: Layout, adapter: _Adapter
 ) -> dict[str, Any]:
     """init_report.json: as of a quantized checkpoint, with what is not known left open, and where it was taken from."""
     quant, dtype = config.quant, _dtype(tensors, adapter)
@@ -244,8 +234,9 @@ def _report(
     weights = [{"name": target.module, "shape": list(target.shape), "bits": quant.bits, "rank": quant.rank, "errors": []}
                for target in adapter.targets]  # fmt: skip
     return {
-        "format": 1,
-        "key": key,
+        "format": REPORT_FORMAT,
+        "key": digest_of(wanted),
+        "made_from": wanted,
         "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind},
         "quant": dataclasses.asdict(quant) | {"scaling": adapter.scaling, "save_dtype": config.save_dtype,
                                               "save_format": config.save_format},

@@ -8,7 +8,7 @@ from loftq_exp.artifact.folder import ADAPTER
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source.hub import is_absent
-from loftq_exp.source.locate import Source, checkpoint_folder
+from loftq_exp.source.locate import NotHere, Source, checkpoint_folder, locate
 
 PUBLISHED: dict[str, tuple[tuple[int, int], ...]] = {
     "Llama-2-7b-hf": ((4, 64),),
@@ -51,10 +51,21 @@ def _pairs(pairs: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{bits}/{rank}" for bits, rank in pairs)
 
 
-def locate_published(config: RunConfig) -> Source:
+def source_of(config: RunConfig, local_only: bool = False) -> Source:
+    """The local files of the pre-trained model or, off the shelf, of the published checkpoint.
+
+    With `local_only` nothing is downloaded. Raises UserError where nothing usable is found, as NotHere where it is absent.
+    """
+    if config.quant.method == "off-the-shelf":
+        return locate_published(config, local_only)
+    return locate(config.model, config.cache_path, local_only)
+
+
+def locate_published(config: RunConfig, local_only: bool = False) -> Source:
     """The local files of the published checkpoint: `quant.path`, a folder or a hub id, or the one that is listed.
 
-    Raises UserError where the combination is not published and where nothing usable is found.
+    With `local_only` nothing is downloaded. Raises UserError where the combination is not published and where nothing usable
+    is found.
     """
     wanted = [
         f"{folder}/{name}".lstrip("/") for folder in ADAPTER_FOLDERS for name in ("adapter_config.json", *ADAPTER_FILES)
@@ -63,9 +74,9 @@ def locate_published(config: RunConfig) -> Source:
     absent: list[UserError] = []
     for place in places:
         try:
-            folder, commit = checkpoint_folder("quant", place, config.quant.revision, wanted)
+            folder, commit = checkpoint_folder("quant", place, config.quant.revision, wanted, local_only)
         except UserError as error:
-            if not is_absent(error):
+            if not (is_absent(error) or isinstance(error, NotHere)):
                 raise
             absent.append(error)
         else:

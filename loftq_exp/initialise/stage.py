@@ -23,7 +23,6 @@ from loftq_exp.artifact.folder import (
     REPORT,
     Initialised,
     exclusive,
-    read_artifact,
     write_surroundings,
     written_whole,
 )
@@ -33,23 +32,20 @@ from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.decomposer import Decomposer
-from loftq_exp.initialise.decomposition_cache import FORMAT, Kept, weight_digest
-from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
+from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
+from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
 from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, make_plan, tell_plan
 from loftq_exp.initialise.prequantized import check_files, check_types
 from loftq_exp.initialise.proof import check_surroundings
-from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
-from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION, kaiming_uniform_A
+from loftq_exp.loftq import kaiming_uniform_A
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
-from loftq_exp.source.files import FORMAT as FILES_FORMAT
 from loftq_exp.source.finite import check_finite, is_finite
-from loftq_exp.source.head import FORMAT as HEAD_FORMAT
 from loftq_exp.source.head import PREFIX, head_tensors
-from loftq_exp.source.layout import HEAD_KINDS, Layout, Target, find_layout
+from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.format import Codes, storage_format
@@ -76,17 +72,17 @@ class WeightReport:
 
 
 def initialise(source: Source, config: RunConfig) -> Initialised:
-    """The initialised checkpoint of `source` under config.init_dir, made where it is not there yet.
+    """The initialised checkpoint of `source`, in the place that `init_dir` gives it, made where it is not there yet.
 
-    Raises UserError for a checkpoint that does not fit the settings, and for a place that cannot be written.
+    Raises UserError for a checkpoint that does not fit the settings, for a place that holds another initialisation, and for
+    one that cannot be written.
     """
-    final = config.init_dir
     check_files(source.folder)
-    key = init_key(source, config)
+    wanted = made_from(source, config)
+    final = init_dir(config, digest_of(wanted))
     with exclusive(final):
-        found = read_artifact(final)
-        if found and found.report.get("key") == key:
-            log.info("quantize: %s is there: %d weights, 0 computed", final, len(found.report["weights"]))
+        if found := done_before(final, wanted, config):
+            log.info("quantize: done before, %s is there: %d weights, 0 computed", final, len(found.report["weights"]))
             return found
         with open_tensors(source.folder) as tensors:
             check_types(tensors, source.folder)
@@ -94,8 +90,6 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             check_fit(layout, config)
             names = written_names(tensors, layout)
             check_finite(tensors, names)
-            if found:
-                log.info("quantize: %s holds another initialisation, which this one replaces", final)
             began = time.perf_counter()
             worker = _Worker(config)
             plan = worker.plan(tensors, layout)
@@ -107,7 +101,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 forms = {target.tensor: (target.shape, list(worker.stored_specs(target, plan[target.module].bits)))
                          for target in layout.targets}  # fmt: skip
                 check_written(folder, tensors, layout, forms, config)
-                report = _report(key, source, config, tensors, layout, plan, weights)
+                check_unchanged(source, config, wanted)
+                report = _report(wanted, source, config, tensors, layout, plan, weights)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
@@ -117,17 +112,6 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
              final, len(weights), totals["computed"], totals["cache_hits"], totals["mean_error"],
              totals["mean_error_quantized"])  # fmt: skip
     return Initialised(final, report)
-
-
-def init_key(source: Source, config: RunConfig) -> str:
-    """Digest of all that shapes an initialised checkpoint: the source's files, the settings and our own versions."""
-    files = sorted(path for path in source.folder.iterdir() if path.is_file())
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return digest_of([str(source.folder.resolve()), stats, config.model.kind, config.quant.shaping, config.save_dtype,
-                      config.save_format, config.seed, config.model.trust_remote_code, FILES_FORMAT, FORMAT,
-                      QUANTIZER_VERSION, SOLVER_VERSION, CHECK_VERSION,
-                      *([HEAD_FORMAT] if config.model.kind in HEAD_KINDS else []),
-                      *([PLAN_VERSION] if is_measured(config.quant) else [])])  # fmt: skip
 
 
 def check_fit(layout: Layout, config: RunConfig) -> None:
@@ -285,7 +269,7 @@ def _tell(advance: Advance, reports: list[WeightReport], total: int) -> None:
 
 
 def _report(
-    key: str,
+    wanted: MadeFrom,
     source: Source,
     config: RunConfig,
     tensors: CheckpointTensors,
@@ -297,8 +281,9 @@ def _report(
     totals, not_quantized = coverage(tensors, layout, bits_per_weight(config, code_bits(layout, plan)), quant.type)
     values = sum(math.prod(weight.shape) for weight in weights)
     return {
-        "format": 1,
-        "key": key,
+        "format": REPORT_FORMAT,
+        "key": digest_of(wanted),
+        "made_from": wanted,
         "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind},
         "quant": dataclasses.asdict(quant) | {"scaling": quant.scaling, "save_dtype": config.save_dtype,
                                               "save_format": config.save_format},

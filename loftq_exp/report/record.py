@@ -14,6 +14,9 @@ from loftq_exp.provenance import provenance
 from loftq_exp.tasks.base import Column
 from loftq_exp.whole import write_whole
 
+FORMAT = 2
+"""Of the records in a run's folder: config.json, finetune.json, evaluate.json, metrics.json. Those of version 0.1 have none."""
+
 
 def assemble(
     config: RunConfig,
@@ -29,6 +32,7 @@ def assemble(
     totals = init.report["totals"]
     stages = {"quantize": totals, "finetune": finetuned, "evaluate": evaluated}
     return {
+        "format": FORMAT,
         "label": config.label,
         "config": config.to_dict(),
         "scores": evaluated["scores"] if evaluated else {},

@@ -36,15 +36,20 @@ def carry_files(source: Path, folder: Path, trust_remote_code: bool = False) -> 
 
     Where its own code is trusted, that goes along with the files that it names, and is what the copies point at.
     """
-    for path in sorted(_carried(source, trust_remote_code)):
-        if _lies_in(source, path):
-            shutil.copyfile(path, folder / path.name)
-        else:
-            log.warning("%s: left out, because it is a link out of its folder; put the file itself there", path)
+    going = carried_files(source, trust_remote_code)
+    for path in going:
+        shutil.copyfile(path, folder / path.name)
+    for path in sorted(_carried(source, trust_remote_code).difference(going)):
+        log.warning("%s: left out, because it is a link out of its folder; put the file itself there", path)
     for name in ("config.json", "tokenizer_config.json"):
         _point_at_local_code(folder, name)
     if llama_pieces(source) is not None:
         _convert_llama(source, folder)
+
+
+def carried_files(source: Path, trust_remote_code: bool = False) -> list[Path]:
+    """The files that `carry_files` copies from the checkpoint in `source`, sorted."""
+    return sorted(path for path in _carried(source, trust_remote_code) if _lies_in(source, path))
 
 
 def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:

@@ -17,8 +17,8 @@ import transformers
 
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
-from loftq_exp.source.layout import Layout, skeleton, stored_name
-from loftq_exp.source.tensors import CheckpointTensors
+from loftq_exp.source.layout import HEAD_KINDS, Layout, find_layout, skeleton, stored_name
+from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,23 @@ def head_tensors(
     if drawn:
         log.info("quantize: new head, drawn from seed %d: %s", config.seed, ", ".join(drawn))
     return {PREFIX + name: value for name, value in values.items()}
+
+
+def draws_head(folder: Path, config: RunConfig) -> bool:
+    """Whether `head_tensors` would draw a parameter for the checkpoint in `folder`.
+
+    True for one that cannot be read, which is refused where its tensors are asked for.
+    """
+    kind, trusted = config.model.kind, config.model.trust_remote_code
+    if kind not in HEAD_KINDS:
+        return False
+    try:
+        with open_tensors(folder) as tensors:
+            head, model = find_layout(folder, kind, tensors.shapes(), trusted).head, skeleton(folder, kind, trusted)
+            names = [f"{name}.{part}" for name in head for part, _ in model.get_submodule(name).named_parameters()]
+            return any(stored_name(name, model.base_model_prefix, tensors.names) is None for name in names)
+    except UserError:
+        return True
 
 
 def draw_head(model: transformers.PreTrainedModel, modules: Iterable[str], seed: int) -> dict[str, torch.Tensor]:

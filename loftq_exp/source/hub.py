@@ -43,20 +43,23 @@ def token() -> str | Literal[False]:
     return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or False
 
 
-def fetch_checkpoint(group: str, path: str, revision: str | None, extra: Sequence[str] = ()) -> Path:
+def fetch_checkpoint(
+    group: str, path: str, revision: str | None, extra: Sequence[str] = (), local_only: bool = False
+) -> Path:
     """The snapshot of the checkpoint `path` in the hub's local cache: config, tokenizer, weights and files like `extra`.
 
     Weights are safetensors where the repository has them, else .bin. The snapshot's folder is named by its commit.
-    Raises UserError, which names the settings GROUP.path and GROUP.revision.
+    With `local_only` the hub is not asked. Raises UserError, which names the settings GROUP.path and GROUP.revision.
     """
     small = [*_SMALL, *extra]
 
     def fetch(revision: str | None, weights: list[str]) -> Path:
-        return Path(snapshot_download(path, revision=revision, token=token(), allow_patterns=small + weights))
+        return Path(snapshot_download(path, revision=revision, token=token(), local_files_only=local_only,
+                                      allow_patterns=small + weights))  # fmt: skip
 
     try:
         folder = fetch(revision, _SAFETENSORS)
-        if not any((folder / name).exists() for name in SAFETENSORS_FILES):
+        if not any((folder / name).exists() for name in SAFETENSORS_FILES) and not local_only:
             fetch(folder.name, _TORCH)  # by commit: the branch may have moved since
     except (OSError, HFValidationError, HTTPError) as error:
         raise _error(group, path, revision, error) from error

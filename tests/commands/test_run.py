@@ -264,7 +264,7 @@ def test_a_run_leaves_its_results_and_a_quiet_terminal(cli: Any) -> None:
     assert outcome.err == ""
     assert "tensorboard --logdir outputs/runs" in outcome.out
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
-    assert sorted(path.name for path in Path("outputs").iterdir()) == ["cache", "runs"]
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["cache", "inits", "runs"]
     (run,) = Path("outputs/runs").iterdir()
     assert (run / "metrics.json").is_file()
     again = cli(*cli.tiny, "stages=[evaluate]")

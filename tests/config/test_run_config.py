@@ -12,10 +12,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BITS_OF_TYPE
-from loftq_exp.config.schema import dotted_names, has_variants
+from loftq_exp.config.schema import INITIALISATION, dotted_names, has_variants, shaping
 from loftq_exp.errors import UserError
+from loftq_exp.keys import identify
 
 BASE: dict[str, Any] = {
     "model": {"path": "owner/Tiny-1B", "kind": "causal"},
@@ -36,6 +38,12 @@ def mapping(settings: dict[str, Any]) -> dict[str, Any]:
 
 def config(settings: dict[str, Any] | None = None, **plain: Any) -> RunConfig:
     return RunConfig.from_mapping(mapping((settings or {}) | plain))
+
+
+def run_dir(settings: dict[str, Any] | None = None, **plain: Any) -> Path:
+    """The folder of a run that starts from a source of some content."""
+    start = Initialised(Path("init"), {"key": "0", "made_from": {"source": {"weights": "1"}}})
+    return identify(config(settings, **plain), start).run_dir
 
 
 def refused(settings: dict[str, Any]) -> str:
@@ -148,23 +156,22 @@ def test_bits_that_cannot_be_given_are_refused(settings: dict[str, Any], message
 
 def test_whole_bits_are_one_run_however_they_are_written() -> None:
     runs = [config({"quant.bits": bits}) for bits in (4, 4.0, "4")]
-    assert len({run.run_dir for run in runs}) == 1
+    assert len({run_dir({"quant.bits": bits}) for bits in (4, 4.0, "4")}) == 1
     assert repr(runs[1].quant.bits) == "4"
-    assert runs[0].init_dir.name == "Tiny-1B-4bit-64rank"
-    assert config({"quant.bits": 2.5}).init_dir.name == "Tiny-1B-2.5bit-64rank"
-    assert config({"quant.bits_per_layer": {"*": 2}}).init_dir.name == "Tiny-1B-mixedbit-64rank"
+    assert runs[0].init_name == "Tiny-1B-4bit-64rank"
+    assert config({"quant.bits": 2.5}).init_name == "Tiny-1B-2.5bit-64rank"
+    assert config({"quant.bits_per_layer": {"*": 2}}).init_name == "Tiny-1B-mixedbit-64rank"
 
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
-    later = {"double": False, "allocation": None, "bits_per_layer": None, "rank_choices": None}
-    quant = config().quant
-    assert quant.shaping == {name: value for name, value in dataclasses.asdict(quant).items() if name not in later}
+    later = {"double", "allocation", "bits_per_layer", "rank_choices"}
+    assert not later & {name.rpartition(".")[2] for name in shaping(config(), INITIALISATION)}
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
         {"allocation": "error+rank", "rank_choices": [8, 64]}, {"bits_per_layer": {"*.q_proj": 4, "*": 2}},
         {"bits_per_layer": {"*": 2, "*.q_proj": 4}}, {"double": True},
     ]  # fmt: skip
-    folders = {config({f"quant.{name}": value for name, value in change.items()}).run_dir for change in changes}
+    folders = {run_dir({f"quant.{name}": value for name, value in change.items()}) for change in changes}
     assert len(folders) == len(changes)
 
 
@@ -243,7 +250,7 @@ def test_alpha_none_is_the_rank() -> None:
 ])  # fmt: skip
 def test_the_initialised_checkpoints_place(path: str, name: str | None, basename: str) -> None:
     settings = {"model.path": path, "model.name": name, "quant.bits": 3, "quant.rank": 32, "save_dir": "kept"}
-    assert config(settings).init_dir == Path("kept") / f"{basename}-3bit-32rank"
+    assert config(settings).inits_path / config(settings).init_name == Path("kept") / f"{basename}-3bit-32rank"
 
 
 def test_a_path_without_a_name_takes_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +260,10 @@ def test_a_path_without_a_name_takes_the_folders(tmp_path: Path, monkeypatch: py
     assert config({"model.path": ".."}).model.basename == "tiny"
 
 
-def test_without_save_dir_the_checkpoint_lies_in_the_run() -> None:
+def test_without_save_dir_the_checkpoint_lies_in_a_store() -> None:
     run = config()
-    assert run.init_dir == run.run_dir / "Tiny-1B-4bit-64rank"
-    assert run.run_dir.parent == Path("outputs/runs")
+    assert (run.inits_path, run.init_name) == (Path("outputs/inits"), "Tiny-1B-4bit-64rank")
+    assert run_dir().parent == Path("outputs/runs")
     assert run.cache_path == Path("outputs/cache")
     assert config(output_dir="elsewhere", cache_dir="c").cache_path == Path("c")
 
@@ -269,41 +276,47 @@ def test_without_save_dir_the_checkpoint_lies_in_the_run() -> None:
      "Tiny-1B-16bit-64rank-lora-gsm8k"),
 ])  # fmt: skip
 def test_labels(settings: dict[str, Any], label: str) -> None:
-    run = config(settings)
-    assert run.label == label
-    assert run.run_dir.name.startswith(f"{label}-")
+    assert config(settings).label == label
+    assert run_dir(settings).name.startswith(f"{label}-")
 
 
 def test_the_run_follows_from_what_shapes_it_and_nothing_else() -> None:
-    name = config().run_dir.name
+    name = run_dir().name
     free = {
         "stages": ["quantize"],
         "output_dir": "o",
         "save_dir": "s",
         "cache_dir": "c",
         "published": {"accuracy": 35.0},
+        "model.path": "elsewhere/Tiny-1B/",
+        "model.revision": "main",
+        "task.max_eval_samples": 8,
+        "train.per_device_eval_batch_size": 2,
+        "train.logging_steps": 1,
+        "device": "cpu",
+        "task.num_beams": 4,
     }
-    assert config(free).run_dir.name == name
+    assert run_dir(free).name == name
     shaping = {"seed": 12, "quant.alpha": 16, "quant.dropout": 0, "quant.solver": "exact", "train.learning_rate": 1e-4,
-               "task.max_train_samples": 8, "model.revision": "main", "save_dtype": "float32", "save_format": "bnb4",
+               "task.max_train_samples": 8, "task.train_file": "rows.jsonl", "save_dtype": "float32", "save_format": "bnb4",
                "train.bf16": True, "quant.block_size": 32}  # fmt: skip
-    names = {config({setting: value}).run_dir.name for setting, value in shaping.items()}
+    names = {run_dir({setting: value}).name for setting, value in shaping.items()}
     assert len(names | {name}) == len(shaping) + 1
 
 
 def test_the_same_settings_name_the_same_run_however_they_are_written() -> None:
-    assert config({"quant.alpha": 16}).run_dir == config({"quant.alpha": 16.0}).run_dir
-    assert config({"quant.rank": 64, "seed": 11}).run_dir == config().run_dir
+    assert run_dir({"quant.alpha": 16}) == run_dir({"quant.alpha": 16.0})
+    assert run_dir({"quant.rank": 64, "seed": 11}) == run_dir()
 
 
 def test_home_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     home = config(output_dir="~/o", save_dir="~/s", cache_dir="~/c")
-    assert home.run_dir.is_relative_to("/home/someone/o/runs")
-    assert home.init_dir.parent == Path("/home/someone/s")
+    assert home.runs_path == Path("/home/someone/o/runs")
+    assert home.inits_path == Path("/home/someone/s")
     assert home.cache_path == Path("/home/someone/c")
     with pytest.raises(UserError, match="no such user's home folder"):
-        _ = config(output_dir="~nobody-of-this-name/o").run_dir
+        _ = config(output_dir="~nobody-of-this-name/o").runs_path
 
 
 # Junk ---------------------------------------------------------------------------------------------------------------

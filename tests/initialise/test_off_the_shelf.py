@@ -126,16 +126,17 @@ def test_every_stage_runs_on_a_published_checkpoint(cli: Any, fake_hub: Any, mis
     nlls = [json.loads(line)["nll"] for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(nlls) == 4
     assert metrics["scores"]["nll"] == pytest.approx(sum(nlls) / 4), "each target is cut to the same 8 tokens"
-    adapter = json.loads((run / "Mistral-7B-v0.1-4bit-64rank" / "loftq_init" / "adapter_config.json").read_text())
+    (init,) = Path("outputs/inits").glob("Mistral-7B-v0.1-4bit-64rank-*")
+    adapter = json.loads((init / "loftq_init" / "adapter_config.json").read_text())
     assert adapter["init_lora_weights"] is True
     assert adapter["lora_alpha"] == 16
-    assert adapter["base_model_name_or_path"] == str((run / "Mistral-7B-v0.1-4bit-64rank").resolve())
+    assert adapter["base_model_name_or_path"] == str(init.resolve())
 
     fetched = len(fake_hub.asked("/resolve/|/large/"))
     again = cli("quant=off-the-shelf", "model=mistral", *quick, "task.max_source_length=48")
     assert "is there: taken off the shelf before" in again.out
     assert len(fake_hub.asked("/resolve/|/large/")) == fetched
-    assert not (run / "Mistral-7B-v0.1-4bit-64rank" / "README.md").exists()
+    assert not (init / "README.md").exists()
 
     asked = len(fake_hub.requests)
     alone = cli("quant=off-the-shelf", "model=mistral", *quick, "task.max_source_length=48", "stages=[evaluate]")

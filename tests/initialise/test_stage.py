@@ -749,7 +749,8 @@ def test_after_a_kill_the_next_run_starts_from_the_weights_already_done(
 
 
 def test_what_a_killed_process_left_is_cleared(shelf: Shelf, tmp_path: Path) -> None:
-    final = settings(shelf.model, tmp_path).init_dir
+    config = settings(shelf.model, tmp_path)
+    final = config.inits_path / config.init_name
     partial = final.parent / f".{final.name}.partial"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
@@ -758,31 +759,36 @@ def test_what_a_killed_process_left_is_cleared(shelf: Shelf, tmp_path: Path) -> 
     assert (init.folder / "model.safetensors").read_bytes() == (shelf.get().folder / "model.safetensors").read_bytes()
 
 
-def test_another_initialisation_in_the_same_place_replaces_it_whole_or_not_at_all(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = made(shelf.model, tmp_path)
-    before = contents(first.folder)
-    failing_after(7, KeyboardInterrupt(), monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        made(shelf.model, tmp_path, {"quant.solver": "exact"})
-    assert contents(first.folder) == before
-    assert visible(tmp_path / "saved") == {first.folder.name}
-    monkeypatch.undo()
-    second = made(shelf.model, tmp_path, {"quant.solver": "exact"})
-    assert second.folder == first.folder
-    assert visible(tmp_path / "saved") == {first.folder.name}
-    after = contents(second.folder)
-    assert after.keys() == before.keys()
-    assert json.loads(after["init_report.json"])["quant"]["solver"] == "exact"
+@pytest.mark.parametrize(("change", "other"), [
+    ({"quant.solver": "exact"}, "made with randomized"), ({"quant.iter": 1}, "made with 2"), ({"quant.alpha": 8.0}, "made with None"),
+    ({"save_format": "bnb4"}, "made with dense"), ({"save_dtype": "float32"}, "made with bfloat16"),
+    ({"quant.method": "qlora", "quant.iter": 0}, "made with loftq"), ({"quant.dropout": 0.0}, "made with 0.1"),
+])  # fmt: skip
+def test_another_initialisation_in_the_same_place_is_refused(shelf: Shelf, change: dict[str, Any], other: str) -> None:
+    first = contents(shelf.get().folder)
+    name, value = next(iter(change.items()))
+    with pytest.raises(UserError) as refusal:
+        made(shelf.model, shelf.root, {"save_dir": str(shelf.get().folder.parent), **change})
+    assert str(refusal.value).startswith(
+        f"{name}={value}: the checkpoint at {shelf.get().folder} was {other}; it stays: "
+    )
+    assert contents(shelf.get().folder) == first
 
 
-def test_a_changed_source_is_noticed(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_changed_source_is_noticed_with_size_and_dates_kept(shelf: Shelf, tmp_path: Path) -> None:
     model = copied(shelf.model, tmp_path / "model")
-    first = contents(made(model, tmp_path).folder)
-    weights = {name: weight * 2 for name, weight in shelf.weights.items()}
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert contents(made(model, tmp_path).folder)["model.safetensors"] != first["model.safetensors"]
+    first = made(model, tmp_path)
+    file = model / "model.safetensors"
+    before = file.stat()
+    save_file({name: weight * 2 for name, weight in shelf.weights.items()}, file, {"format": "pt"})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(
+        UserError, match=rf"^model.path={model}: its weights differ from what the checkpoint at {first.folder} "
+    ):
+        made(model, tmp_path)
+    other = made(model, tmp_path, {"save_dir": str(tmp_path / "other")})
+    assert contents(other.folder)["model.safetensors"] != contents(first.folder)["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def spoilt(
     config = quantize_config(model, root, "causal", save_format)
     with pytest.raises(UserError) as caught:
         initialise(locate(config.model, config.cache_path), config)
-    assert not config.init_dir.exists(), "nothing takes its place"
+    assert not (config.inits_path / config.init_name).exists(), "nothing takes its place"
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

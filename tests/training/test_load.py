@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import ENCODER, FALCON
+from zoo import ENCODER, FALCON, sized
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -195,7 +195,7 @@ def a_model(model: hf.PreTrainedModel, folder: Path) -> Path:
     ids=["old", "new, with biases"],
 )
 def test_falcons_layers_become_four_bit_by_our_loader(tmp_path: Path, bits: int, options: dict[str, Any]) -> None:
-    model = hf.FalconForCausalLM(hf.FalconConfig(**FALCON, initializer_range=0.2, **options))
+    model = hf.FalconForCausalLM(hf.FalconConfig(**sized(FALCON, spread=0.2), **options))
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(weight)
@@ -526,7 +526,7 @@ def test_a_model_whose_targets_peft_changes(tmp_path: Path, monkeypatch: pytest.
         UserError, match=r"^model\.path=\S+: PEFT (loses the factors of model\.layers\.0\.mlp|cannot put)"
     ):
         made(config)
-    assert not config.init_dir.exists()
+    assert not (config.inits_path / config.init_name).exists()
     monkeypatch.setattr("loftq_exp.initialise.stage.check_surroundings", lambda *_: None)
     message = refused(made(config), config)
     assert "mlp.down_proj.lora_A.weight has no place in the model and would be lost" in message or dropout

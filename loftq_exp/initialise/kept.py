@@ -1,0 +1,71 @@
+"""The initialised checkpoint of an earlier run, for a run that leaves the quantize stage out."""
+
+from __future__ import annotations
+
+from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.key import check_same, init_dir, made_from, of_settings
+from loftq_exp.initialise.published import source_of
+from loftq_exp.source.locate import NotHere
+
+
+def find_kept(config: RunConfig) -> Initialised:
+    """The checkpoint that the quantize stage would leave, or find. Nothing is downloaded for the comparison.
+
+    Raises UserError where there is none, and where the one in `save_dir` was made from anything else.
+    """
+    try:
+        source = source_of(config, local_only=True)
+    except NotHere:
+        return _without_source(config)
+    wanted = made_from(source, config)
+    place = init_dir(config, digest_of(wanted))
+    found = read_artifact(place)
+    if found is None:
+        raise _absent(config, str(place))
+    check_same(found, wanted, config)
+    return found
+
+
+def _without_source(config: RunConfig) -> Initialised:
+    """The one checkpoint of these settings whose source was given by the same name; its content cannot be compared."""
+    places = [config.inits_path / config.init_name] if config.save_dir else sorted(config.inits_path.glob("[!.]*"))
+    found = [init for place in places if place.is_dir() and (init := read_artifact(place))]
+    given = f"model.path={config.model.path}: is not on this machine"
+    if config.save_dir and found:
+        wanted = of_settings(found[0].report, config)
+        check_same(found[0], wanted or {}, config)
+        if not _same_name(found[0], config):
+            made = found[0].report["model"]["requested"]
+            raise UserError(f"{given}, and the checkpoint at {found[0].folder} was made from {made}; "
+                            f"give that as model.path, or set another save_dir")  # fmt: skip
+        return found[0]
+    fitting = [init for init in found if _same_name(init, config) and _fits(init, config)]
+    if len(fitting) > 1:
+        raise UserError(f"{given}, and {len(fitting)} initialisations were made from what was there at different times; "
+                        "put the model's files back")  # fmt: skip
+    if not fitting:
+        raise _absent(config, f"{config.inits_path}/{config.init_name}-*")
+    return fitting[0]
+
+
+def _fits(init: Initialised, config: RunConfig) -> bool:
+    wanted = of_settings(init.report, config)
+    try:
+        if wanted is not None:
+            check_same(init, wanted, config)
+    except UserError:
+        return False
+    return wanted is not None
+
+
+def _same_name(init: Initialised, config: RunConfig) -> bool:
+    off_the_shelf = config.quant.method == "off-the-shelf"
+    given = config.quant.path or init.report["model"]["requested"] if off_the_shelf else config.model.path
+    return str(init.report["model"]["requested"]).rstrip("/") == given.rstrip("/")
+
+
+def _absent(config: RunConfig, place: str) -> UserError:
+    return UserError(f"stages=[{','.join(config.stages)}]: there is no initialised checkpoint at {place}; "
+                     "add quantize to stages")  # fmt: skip
