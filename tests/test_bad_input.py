@@ -338,6 +338,23 @@ def test_a_summary_longer_than_the_decoders_positions(cli: Any, tmp_path: Path, 
     assert "row 1" in told
 
 
+def test_an_encoder_decoder_classifies_at_end_tokens(cli: Any, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """With none in a row, or more than in the row beside it, bart and t5 raise in the middle of training."""
+    settings = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+                "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 512, "max_position_embeddings": 64,
+                "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 1}  # fmt: skip
+    model = written(tmp_path / "bart", BartConfig(**settings), tiny_tokenizer)
+    file = tmp_path / "rows.jsonl"
+    for texts, row, times in ((("one", "two"), 1, 0), (("one</s>", "two</s></s>"), 2, 2)):
+        file.write_text(
+            "".join(json.dumps({"sentence1": text, "sentence2": text[:3], "label": 1.0}) + "\n" for text in texts)
+        )
+        told = cli.refused(*cli.tiny, "model=bart", "model.kind=classification", f"model.path={model}", "task=glue",
+                           "task.name=stsb", f"task.eval_file={file}", "stages=[quantize,evaluate]")  # fmt: skip
+        assert told.startswith(f"task.eval_file={file}: row {row} holds the end token '</s>' {times} times")
+    assert not Path("outputs").exists()
+
+
 def test_rotary_models_compute_beyond_their_positions(cli: Any, model: Path, tmp_path: Path) -> None:
     rewrite_config(model, max_position_embeddings=32)
     outcome = cli(*cli.tiny, f"model.path={model}", *rows_of(tmp_path, LONG), "stages=[quantize,evaluate]")

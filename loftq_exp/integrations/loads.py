@@ -64,13 +64,15 @@ def check_report(
     """
     inside = tuple(f"{module}." for module in head)
     mismatched = {name: shapes for name, *shapes in report["mismatched_keys"]}
-    faults = {name: "is missing from the weights" for name in report["missing_keys"] if not name.startswith(inside)}
+    faults = {
+        name: "is missing from the weights" for name in sorted(report["missing_keys"]) if not name.startswith(inside)
+    }
     faults |= {name: f"has shape {tuple(stored)}, config.json means {tuple(expected)}"
                for name, (stored, expected) in mismatched.items() if not (resized and name.startswith(inside))}  # fmt: skip
     faults |= dict.fromkeys(report["unexpected_keys"], "has no place in the model")
     faults |= dict.fromkeys(report["error_msgs"], "is what transformers reports")
     if faults:
-        name = min(faults)
+        name = next(iter(faults))  # missing ones come first: of a renamed tensor, that is the name to look for
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"{place}: {name} {faults[name]}{more}; {advice}")
 

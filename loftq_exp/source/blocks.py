@@ -49,7 +49,8 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
     """The matrices in blocks that are neither a linear layer's nor an embedding's, such as a router's or a convolution's.
 
     `tensors` has the checkpoint's name of each parameter. Raises UserError for models of which a part that matters would
-    be left out or would not train: experts and Conv1D layers, state-space layers, and any other beyond `MOST_LEFT_OUT`.
+    be left out or would not train: experts and Conv1D layers, state-space and RWKV layers, and any other beyond
+    `MOST_LEFT_OUT`.
     """
     stacks = list(stacks)
     found: list[LeftOut] = []
@@ -57,9 +58,9 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
     for owner, module in model.named_modules():
         if block_of(owner, stacks) is None:
             continue
-        if hasattr(module, "A_log") and hasattr(module, "D"):
-            raise UserError(f"model.path={folder}: {type(model).__name__} has state-space layers ({owner}), whose kernels read "
-                            "weights past an adapter; choose a model of attention and linear layers alone")  # fmt: skip
+        if recurrent := _recurrent(module):
+            raise UserError(f"model.path={folder}: {type(model).__name__} has {recurrent} layers ({owner}), whose code reads or "
+                            "rescales weights past an adapter; choose a model of attention and linear layers alone")  # fmt: skip
         for part, parameter in module.named_parameters(recurse=False):
             if sum(size > 1 for size in parameter.shape) < 2 or _is_table(module):
                 continue
@@ -70,6 +71,13 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
                 found.append(LeftOut(name, tensors.get(name, name), tuple(parameter.shape)))
     _refuse_parts(model, found, linear, folder)
     return tuple(found)
+
+
+def _recurrent(module: nn.Module) -> str | None:
+    """What kind of recurrent layer it is, by the parameters that such layers have alone; None for any other module."""
+    if hasattr(module, "A_log") and hasattr(module, "D"):
+        return "state-space"
+    return "RWKV" if hasattr(module, "time_decay") else None
 
 
 def _is_table(module: nn.Module) -> bool:

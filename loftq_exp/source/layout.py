@@ -7,6 +7,7 @@ Embeddings, heads and poolers lie outside the blocks and pass through unchanged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loftq_exp.errors import UserError
 from loftq_exp.source.blocks import LeftOut, block_lists, block_of, left_out
-from loftq_exp.source.loading import LoadReport, load_report
+from loftq_exp.source.loading import LoadReport, load_report, name_in_files
 from loftq_exp.source.tensors import some
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -123,6 +124,10 @@ def find_layout(
     targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
     report = load_report(model, shapes)
     check_complete(model, head, report, folder)
+    if kind in HEAD_KINDS:
+        _check_new_head(model, head, report, folder)
+    else:
+        _check_own_head(model, report, folder)
     return Layout(
         targets=targets,
         target_modules=_shortest_endings(inside, modules),
@@ -216,12 +221,36 @@ def check_complete(model: transformers.PreTrainedModel, head: Iterable[str], rep
     own = tuple(f"{module}." for module in head)
     missing = [name for name in report.missing if not name.startswith(own)]
     if missing:
-        raise UserError(f"model.path={folder}: {some(missing)} is missing from the weights, so that {type(model).__name__} would "
+        names = [name_in_files(model, missing[0]), *missing[1:]]
+        raise UserError(f"model.path={folder}: {some(names)} is missing from the weights, so that {type(model).__name__} would "
                         "draw it at random at each load; give a checkpoint that has all weights of its model")  # fmt: skip
     for name, found, expected in report.mismatched:
         if not name.startswith(own):
             raise UserError(f"model.path={folder}: {name} has shape {found}, config.json means {expected}; "
                             "correct config.json, or give the weights that belong to it")  # fmt: skip
+
+
+def _check_own_head(model: transformers.PreTrainedModel, report: LoadReport, folder: Path) -> None:
+    """UserError for a language model whose head config.json keeps apart from the embeddings, and which the weights lack.
+
+    transformers reports no such head of t5's families: it ties their embeddings whatever config.json says.
+    """
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+    output = model.get_output_embeddings()
+    name = next((f"{name}.weight" for name, module in model.named_modules() if module is output), None)
+    if stated is False and output is not None and name not in report.tensors:
+        raise UserError(f"model.path={folder}: {name} is missing from the weights, and config.json has tie_word_embeddings=false: "
+                        "transformers would take the embeddings for it; give a checkpoint that has all weights of its model")  # fmt: skip
+
+
+def _check_new_head(model: transformers.PreTrainedModel, head: Iterable[str], report: LoadReport, folder: Path) -> None:
+    """UserError where the weights hold a part of a module of the `head` only: a new one is new as a whole."""
+    for module in head:
+        own = [f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()]
+        lost = [name for name in own if name in report.missing]
+        if 0 < len(lost) < len(own):
+            raise UserError(f"model.path={folder}: {some(lost)} is missing from the weights, which have the rest of {module}; "
+                            "give a checkpoint that has the whole head, or none")  # fmt: skip
 
 
 _LEFTOVERS = ("_weight", "weights", "_float_tensor", "inv_freq", "position_ids", "version")

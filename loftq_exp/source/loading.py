@@ -16,7 +16,12 @@ from typing import Any
 import torch
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 Shape = tuple[int, ...]
 
@@ -30,7 +35,7 @@ class LoadReport:
     unexpected: tuple[str, ...]
     """Tensors, by their names in the checkpoint, that would be ignored."""
     mismatched: tuple[tuple[str, Shape, Shape], ...]
-    """Parameters whose shape in the checkpoint (second) is not the model's (third)."""
+    """Parameters whose shape in the checkpoint (second) is not the model's (third), in the model's order."""
     parameters: Mapping[str, str]
     """The model's name for each tensor of the checkpoint."""
 
@@ -69,9 +74,21 @@ def load_report(model: transformers.PreTrainedModel, shapes: Mapping[str, Shape]
     return LoadReport(
         missing=tuple(sorted(info["missing_keys"], key=lambda name: order.get(name, len(order)))),
         unexpected=tuple(name for name in shapes if parameters[name] in info["unexpected_keys"]),
-        mismatched=tuple(sorted((name, tuple(found), tuple(own)) for name, found, own in info["mismatched_keys"])),
+        mismatched=tuple(
+            (name, tuple(found), tuple(own))
+            for name, found, own in sorted(info["mismatched_keys"], key=lambda entry: order.get(entry[0], len(order)))
+        ),
         parameters=parameters,
     )
+
+
+def name_in_files(model: transformers.PreTrainedModel, parameter: str) -> str:
+    """What a parameter is called in the files of its family, and in the model where that is another name.
+
+    For a parameter that transformers merges of several tensors, the first of these.
+    """
+    stored = next(iter(revert_weight_conversion(model, {parameter: model.state_dict()[parameter]})))
+    return parameter if stored == parameter else f"{stored} (in the model: {parameter})"
 
 
 def _parameters(model: transformers.PreTrainedModel, names: Mapping[str, Shape]) -> dict[str, str]:

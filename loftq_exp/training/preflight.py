@@ -124,6 +124,9 @@ class _Checks:
         self.token_types = next((module.num_embeddings for name, module in model.named_modules()
                                  if name.endswith("token_type_embeddings") and isinstance(module, nn.Embedding)), None)  # fmt: skip
         self.encodes = bool(model.config.is_encoder_decoder)
+        # Where an encoder-decoder classifies: at the last of its end tokens, of which every row of a batch has as many.
+        self.end = model.config.eos_token_id if self.encodes and task.model_kind == "classification" else None
+        self.ends: int | None = None
         self.longest = 0
 
     def check(
@@ -143,6 +146,7 @@ class _Checks:
                 raise UserError(f"{label} has no tokens: the tokenizer of {self.tokenizer.name_or_path} makes none of its text; "
                                 "mend the row, or use a model with another tokenizer")  # fmt: skip
             self._check_ids(label, feature)
+            self._check_ends(label, feature)
             for what, length, positions in self._lengths(feature, pads, request):
                 if positions is not None and length > positions:
                     raise UserError(f"{self._settings()}: {what} takes {length} positions ({label}), and the model has "
@@ -164,6 +168,17 @@ class _Checks:
                 )
                 raise UserError(f"{label} holds the {what} with id {highest}, and the model has embeddings for {known} (0 to "
                                 f"{known - 1}); use the tokenizer that the model was trained with")  # fmt: skip
+
+    def _check_ends(self, label: str, feature: Features) -> None:
+        if self.end is None:
+            return
+        found = feature["input_ids"].count(self.end)
+        self.ends = found if self.ends is None else self.ends
+        if not found or found != self.ends:
+            token = self.tokenizer.convert_ids_to_tokens(self.end)
+            raise UserError(f"{label} holds the end token {token!r} {found} times, and the model classifies at the last one of as many "
+                            f"in every row ({self.ends or 'at least 1'}); take it out of the row's text, or use a tokenizer that "
+                            "ends a text with it")  # fmt: skip
 
     def _lengths(
         self, feature: Features, pads: Mapping[str, int], request: Request | None

@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[hf.PretrainedConfig, str]] = {
         hf.Mamba2Config(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, n_groups=1), "state-space"
     ),
     "jamba": (hf.JambaConfig(**{**DECODER, "num_hidden_layers": 4}), "state-space"),
+    "rwkv": (hf.RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, intermediate_size=128), "RWKV"),
     "xlnet": (hf.XLNetConfig(vocab_size=96, d_model=64, n_layer=2, n_head=4, d_inner=128), "weights in"),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import transformers as hf
 import zoo
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from zoo import sized
 
 from loftq_exp.artifact.folder import Initialised
@@ -148,6 +148,17 @@ def test_a_head_of_another_size_than_the_config_says_is_refused(tmp_path: Path) 
     with pytest.raises(UserError, match=told):
         made(folder, tmp_path)
     assert not list((tmp_path / "seed-11").glob("[!.]*"))
+
+
+@pytest.mark.parametrize("lost", ["classifier.bias", "classifier.weight"])
+def test_a_head_that_is_half_there_is_refused(lost: str, tmp_path: Path) -> None:
+    """A new half beside a trained one is a weight that was invented."""
+    folder = saved(hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)), tmp_path / "source")
+    weights = load_file(folder / "model.safetensors")
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{lost} is missing from the weights, which have the rest of classifier"):
+        made(folder, tmp_path)
 
 
 def test_another_classs_head_of_the_same_name_is_left_out(tmp_path: Path) -> None:

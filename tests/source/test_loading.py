@@ -73,6 +73,32 @@ def test_a_weight_that_the_source_lacks_is_named(tmp_path: Path, name: str, lost
     assert not (tmp_path / "dense").exists() or not any((tmp_path / "dense").glob("source*"))
 
 
+def test_a_missing_weight_has_the_name_that_it_has_in_the_file(tmp_path: Path) -> None:
+    folder = source(
+        tmp_path, lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**DECODER)), lambda w: w.pop("embed_out.weight")
+    )
+    with pytest.raises(
+        UserError, match=r"embed_out\.weight \(in the model: lm_head\.weight\) is missing from the weights"
+    ):
+        made(folder, tmp_path, "causal")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_t5_s_own_head_is_kept_or_missed(tmp_path: Path, there: bool) -> None:
+    """transformers 5 ties the embeddings of every t5, unless the weights hold a head beside them."""
+    head = {"lm_head.weight": torch.randn(96, 64)} if there else {}
+    folder = source(tmp_path, FAMILIES["t5 v1.1"].make, lambda weights: weights.update(head))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    if there:
+        loaded, _ = plain_load(made(folder, tmp_path, "seq2seq"), "seq2seq")
+        assert torch.equal(loaded.lm_head.weight, head["lm_head.weight"])
+        assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
+    else:
+        with pytest.raises(UserError, match=r"lm_head\.weight is missing.+tie_word_embeddings=false"):
+            made(folder, tmp_path, "seq2seq")
+
+
 def test_shapes_that_the_config_does_not_mean_are_refused(tmp_path: Path) -> None:
     folder = source(tmp_path, llama, lambda weights: weights.update({"model.embed_tokens.weight": torch.ones(90, 64)}))
     with pytest.raises(

@@ -474,6 +474,10 @@ def test_a_backbone_that_is_not_whole_is_refused(tiny_llama_dir: Path, tmp_path:
         assert message.endswith((f"the checkpoint is damaged: delete {copy} and quantize again", "get the file again"))
     copy = edited(init, tmp_path / "more", lambda tensors: tensors.update(odd=torch.ones(2)))
     assert f"{copy}: odd has no place in the model; " in refused(Initialised(copy, init.report), config)
+    renamed = edited(init, tmp_path / "renamed", lambda tensors: tensors.update(bnorm=tensors.pop("model.norm.weight")))
+    assert ": model.norm.weight is missing from the weights (and 1 more); " in refused(
+        Initialised(renamed, init.report), config
+    )
     short = {"model.norm.weight": torch.ones(32)}
     copy = edited(init, tmp_path / "short", lambda tensors: tensors.update(short))
     expected = f"{copy}: model.norm.weight has shape (32,), config.json means (64,); the checkpoint is damaged: "
