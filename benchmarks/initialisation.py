@@ -1,13 +1,13 @@
-"""LoftQ's initialisation of one weight, ours beside others', in one run: writes docs/performance.md and its two plots.
+"""Compare our LoftQ initialisation of one weight with others' in one run; write docs/performance.md and its two plots.
 
     make bench                                                       (about a quarter of an hour on two cores)
-    python benchmarks/initialisation.py --only "1024 x 1024" scaling  (parts of it; the others stay as measured before)
+    python benchmarks/initialisation.py --only "1024 x 1024" scaling  (some parts; the others keep their measurements)
 
-What was measured is kept in docs/performance.json, from which the page and the plots are made.
-The others run as they are. PEFT's `loftq_init` is its own source with the compute device, which cannot be chosen there, set
-to the processor; it has no 2- or 3-bit and no uniform quantizer, so that there its loop and its `_low_rank_decomposition`
-run on our quantizer. `torch.svd_lowrank` stands in the same loop. bitsandbytes' `quantize_4bit` is one quantization, nothing
-else. Runs alternate, so that a slow moment hits all of them; what counts is a ratio within one row.
+Measurements are kept in docs/performance.json, from which the page and the plots are made.
+The others run unchanged. PEFT's `loftq_init` is its own source with the compute device, which it has no option for, set to
+the CPU. It has no 2- or 3-bit and no uniform quantizer; there its loop and its `_low_rank_decomposition` run with our
+quantizer. `torch.svd_lowrank` runs in the same loop. bitsandbytes' `quantize_4bit` is a single quantization. Runs
+alternate, so that a slow moment affects all of them; compare ratios within one row.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ KEPT = DOCS / "performance.json"
 MARK = "<!-- what follows is not made by make bench -->\n"
 STEPS = 5
 AROUND = 3
-"""How often ours is run on each side of a run of PEFT's, which takes a hundred times as long."""
+"""Runs of ours before and after each run of PEFT's, which takes a hundred times as long."""
 COLUMNS = ("out x in", "quantizer", "rank", "PEFT s", "ours s", "faster by", "spread", "error / PEFT's", "quantize_4bit s",
-           "ours / quantize_4bit", "the same, telling errors", "steps to PEFT's error", "then faster by")  # fmt: skip
+           "ours / quantize_4bit", "the same, with errors", "steps to PEFT's error", "then faster by")  # fmt: skip
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Backbone, A and B."""
@@ -80,7 +80,7 @@ CURVES_AT = 2048
 
 
 def pefts_own() -> Callable[..., Found]:
-    """PEFT's `loftq_init` with its compute device set to the processor, and not a word else changed."""
+    """Return PEFT's `loftq_init` with its compute device set to the CPU, and nothing else changed."""
     source = inspect.getsource(loftq_utils.loftq_init)
     chosen = 'compute_device = "xpu" if is_xpu_available() else "cuda"'
     if chosen not in source:
@@ -230,7 +230,7 @@ def plot_scaling(found: list[tuple[int, float, float | None]]) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     axes.loglog([s * s for s, *_ in found], [m for _, m, _ in found], "o-", label="loftq_exp")
     peers = [(s * s, p) for s, _, p in found if p is not None]
-    axes.loglog(*zip(*peers, strict=True), "s-", label="PEFT's loftq_init, on the processor")
+    axes.loglog(*zip(*peers, strict=True), "s-", label="PEFT's loftq_init, on the CPU")
     axes.set(xlabel="parameters of one square weight", ylabel="seconds, rank 64, 5 steps, NF4")
     axes.legend()
     figure.tight_layout()
@@ -267,33 +267,34 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
     _, mark, rest = (page.read_text() if page.exists() else "").partition(MARK)
     page.write_text(
         "# Performance\n\n"
-        f"LoftQ's initialisation of one Gaussian weight in float32, {STEPS} steps, made by `make bench`. PEFT's side is its own "
-        "`loftq_init` with the compute device set to the processor (for quantizers that it lacks, its loop on ours).\n"
-        f"A ratio of seconds is that of medians; weights of 4096 and more were run once by PEFT and {2 * AROUND} times by ours. The error after "
-        "each step, which PEFT does not tell, is told on request (`return_errors=True`) and by every run: the column beside.\n\n"
+        f"LoftQ's initialisation of one Gaussian weight in float32, {STEPS} steps, measured by `make bench`. PEFT runs its own "
+        "`loftq_init` with the compute device set to the CPU. For quantizers that it lacks, its loop runs with ours.\n"
+        f"A ratio of seconds is a ratio of medians. For weights of 4096 and more, PEFT ran once and ours {2 * AROUND} times. PEFT does not "
+        "report the error after each step. Ours does with `return_errors=True`, and in every run of the command: see the column "
+        '"the same, with errors".\n\n'
         + markdown(COLUMNS, rows)
-        + "\nNanoseconds a value for square weights: "
+        + "\nNanoseconds per value for square weights: "
         + ", ".join(f"{size}: {value:.1f}" for size, value in zip(SIZES, per_value, strict=True))
-        + f"; the largest over that of {SIZES[0]}: {per_value[-1] / per_value[0]:.2f}.\n\n"
+        + f"; ratio of the largest to {SIZES[0]}: {per_value[-1] / per_value[0]:.2f}.\n\n"
         "![Seconds against parameters, ours and PEFT's](scaling.png)\n\n"
         "![Error against seconds for exact, torch.svd_lowrank and ours](error-time.png)\n\n"
         f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}: {made}.\n"
-        f"No figure here is from a GPU: the CUDA path was not run.\n{about_dirty(kept)}\n{mark}{rest}"
+        f"These figures are for a CPU only; the CUDA path was not run.\n{about_dirty(kept)}\n{mark}{rest}"
     )
 
 
 def about_dirty(kept: dict[str, dict[str, Any]]) -> str:
-    """What is known of parts that were measured in a checkout with changed files; nothing where there are none."""
+    """Return a note about parts that were measured in a checkout with changed files; empty if there are none."""
     if not any(part["commit"].endswith("-dirty") for part in kept.values()):
         return ""
     return (
-        "\n`-dirty`: tracked files differed from that commit while it was measured. `docs/performance.json`, which the benchmark "
-        "writes after each part, was one of them; whether it was the only one was not recorded.\n"
+        "\n`-dirty`: tracked files differed from that commit during the measurement. `docs/performance.json`, which the benchmark "
+        "writes after each part, was one of them. Whether there were others was not recorded.\n"
     )
 
 
 def main() -> None:
-    """Measures what is asked for, and writes the page once all parts are there."""
+    """Measure the chosen parts, and write the page once all parts are measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="the parts with one of these in their name")
     args = parser.parse_args()

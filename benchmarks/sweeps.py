@@ -23,7 +23,7 @@ import torch
 from checkpoint import make
 
 import loftq_exp
-from loftq_exp.loftq import Rooms, decompose, make_quantizer
+from loftq_exp.loftq import Workspace, decompose, make_quantizer
 
 
 class Cost(NamedTuple):
@@ -69,12 +69,12 @@ def writing(folder: Path, size: int) -> float:
 def computing(rows: int, columns: int, repeat: int = 5) -> float:
     """What 1 to 5 steps cost, each continued from the one before, over what 5 steps cost: medians, on all threads."""
     weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
-    quantizer, rooms = make_quantizer("nf", 4, scale_dtype=torch.bfloat16), Rooms()
+    quantizer, workspace = make_quantizer("nf", 4, scale_dtype=torch.bfloat16), Workspace()
 
     def seconds(jobs: Sequence[int], continued: bool) -> float:
         began, start = time.perf_counter(), None
         for steps in jobs:
-            start = decompose(weight, quantizer, 64, steps, start=start if continued else None, rooms=rooms)
+            start = decompose(weight, quantizer, 64, steps, start=start if continued else None, workspace=workspace)
         return time.perf_counter() - began
 
     seconds([5], continued=False)  # what is loaded or compiled once is not part of it

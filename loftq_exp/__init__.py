@@ -1,6 +1,6 @@
 """Experiments with LoftQ: LoRA-fine-tuning-aware quantization.
 
-`loftq_init` initialises one weight; `run(compose(overrides))` does what the command does with these overrides.
+`loftq_init` initialises one weight; `run(compose(overrides))` does the same as the command with these overrides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch and transformers takes seconds, which `--help` and a typo should not cost.
+    # Import lazily: torch and transformers take seconds, which `--help` and a mistyped setting should not cost.
     if name in _PLACES:
         import importlib
 

@@ -1,4 +1,4 @@
-"""What the machine offers: the device of a run, the type it computes in, the memory it took."""
+"""The machine: the device of a run, its compute dtype, and its peak memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from loftq_exp.errors import UserError
 
 
 def compute_device(name: str) -> torch.device:
-    """The torch device of the setting `device`; raises UserError where it is not there.
+    """Return the torch device of the setting `device`. Raise UserError if it is not available.
 
-    Of several ranks each has a CUDA device of its own, the one with its number on the machine.
+    With several ranks, each has the CUDA device of its local rank.
     """
     if name == "auto":
         return compute_device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,9 +40,9 @@ def _own_device(name: str, device: torch.device) -> torch.device:
 
 
 def compute_dtype(device: torch.device, bf16: bool | None) -> torch.dtype:
-    """bfloat16 where it was asked for, or where nothing was and the processor has it; else float32.
+    """Return bfloat16 if `bf16` is true, or if it is None and the device supports bfloat16; else float32.
 
-    A processor without bfloat16 instructions emulates it, about a hundred times slower than float32.
+    A CPU without bfloat16 instructions emulates it, about a hundred times slower than float32.
     """
     if bf16 is None:
         bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
@@ -54,8 +54,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process (of several, rank 0) so far, in bytes: resident (file-backed pages included), and on CUDA
-    allocated."""
+    """Return this process's peak memory so far, in bytes: resident (with file-backed pages), and allocated on CUDA."""
     peak = {"resident_bytes": _peak_resident_bytes()}
     if torch.cuda.is_available():
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
@@ -63,7 +62,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def _peak_resident_bytes() -> int:
-    """0 where the system does not say (Windows)."""
+    """Return the peak resident memory in bytes; 0 if the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:

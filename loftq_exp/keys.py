@@ -1,6 +1,6 @@
-"""The three results of a run and the key of each, by content: of all that shapes it and of nothing else.
+"""The keys of a run's three results. A key is a digest of exactly the content that shapes the result.
 
-A setting says in the schema which results it shapes. The initialisation's key is made in loftq_exp.initialise.key.
+Each setting declares in the schema which results it shapes. The initialisation's key is computed in loftq_exp.initialise.key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RUN_DIGITS = 8
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run starts from, by key, and where its results lie."""
+    """The key and folder of a run's initialisation, and the run's folder."""
 
     init_key: str
     init_dir: Path
@@ -34,7 +34,10 @@ class Identity:
 
 
 def identify(config: RunConfig, start: Source | Initialised | None = None) -> Identity:
-    """The keys and places of a run that starts from a source or an initialised checkpoint; None: from `source_of(config)`."""
+    """Return the key and folders of a run that starts from a source or an initialised checkpoint.
+
+    `start=None` means `source_of(config)`.
+    """
     if isinstance(start, Initialised):
         report = start.report
         key = str(report.get("key") or digest_of(report))  # an export has none
@@ -45,24 +48,24 @@ def identify(config: RunConfig, start: Source | Initialised | None = None) -> Id
 
 
 def adapter_key(init_key: str, rows: Iterable[dict[str, Any]], config: RunConfig) -> str:
-    """The key of the adapter that is trained from an initialisation on `rows`, as they are used."""
-    several = [ranks.count()] if ranks.count() > 1 else []  # each rank trains on a batch of its own
+    """Return the key of the adapter that is trained from an initialisation on `rows`, as they are used."""
+    several = [ranks.count()] if ranks.count() > 1 else []  # each rank trains on its own batches
     return digest_of([init_key, rows_digest(rows), shaping(config, ADAPTER), *several])
 
 
 def scores_key(init_key: str, adapter: Path | None, rows: Iterable[dict[str, Any]], config: RunConfig) -> str:
-    """The key of the scores on `rows`, as they are used, of an `adapter`, whoever wrote it; None: of the initial factors."""
+    """Return the key of the scores of `adapter` on `rows`, as they are used. `adapter=None` means the initial factors."""
     settings = shaping(config, SCORES)
     if adapter is None and config.model.kind == "classification":
-        settings |= {"seed": config.seed}  # a head of another number of classes than the checkpoint's is drawn from it
+        settings |= {"seed": config.seed}  # draws the head if the checkpoint's has another number of classes
     return digest_of([init_key, adapter_digest(adapter) if adapter else None, rows_digest(rows), settings])
 
 
 def _run_dir(config: RunConfig, content: Content) -> Path:
-    """The run's folder: it follows from all that shapes the initialisation or the adapter, rows aside.
+    """Return the run's folder. Its digest covers everything that shapes the initialisation or the adapter except the rows.
 
-    Where training rows lie is part of it, so that a sweep over files makes a folder for each. Other rows in the same file
-    come back to the same folder, where their adapter replaces the earlier one.
+    It also covers the location of the training rows, so that a sweep over files makes one folder per file. If the rows in a
+    file change, the folder stays the same and the new adapter replaces the earlier one.
     """
     rows = {name: _resolved(value) if name.endswith("_file") else value
             for name, value in shaping(config, ADAPTER, mark="locates").items()}  # fmt: skip
@@ -71,7 +74,7 @@ def _run_dir(config: RunConfig, content: Content) -> Path:
 
 
 def _resolved(files: str) -> str:
-    """The files that `+` joins, each by its absolute path."""
-    whole = os.path.exists(local_path(files))  # noqa: PTH110  # of a name that is too long, Path.exists raises
+    """Return the files joined by `+`, each as an absolute path."""
+    whole = os.path.exists(local_path(files))  # noqa: PTH110  # Path.exists raises for a name that is too long
     names = [files] if whole else files.split("+")
     return "+".join(os.path.realpath(local_path(name)) for name in names)

@@ -1,4 +1,4 @@
-"""The stages of a run, in order. Each leaves its result in the run's folder; one whose result is there is not run again."""
+"""The stages of a run, in order. Each saves its result in the run's folder. A stage whose result exists is not run again."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's results are, and its metrics as in metrics.json.
+    """The folders of a run's results, and its metrics as in metrics.json.
 
     Attributes:
-        run_dir: the run's folder: records, samples, metrics.json, TensorBoard's log.
+        run_dir: the run's folder: records, samples, metrics.json, TensorBoard log.
         init_dir: the initialised checkpoint.
-        adapter_dir: the fine-tuned adapter; none where no stage made or scored one.
-        scores: the task's scores by name, in the task's own units; empty where nothing was scored.
+        adapter_dir: the fine-tuned adapter; None if no stage trained or scored one.
+        scores: the task's scores by name, in the task's own units; empty if nothing was scored.
         metrics: the content of metrics.json.
     """
 
@@ -64,16 +64,16 @@ class RunResult:
 def run(config: RunConfig) -> RunResult:
     """Run `config.stages`, in the order quantize, finetune, evaluate. A stage whose result exists is not run again.
 
-    Of several ranks (torchrun) each calls it and gets the same result back. Rank 0 alone writes.
+    With several ranks (torchrun), each must call it. All get the same result; only rank 0 writes.
 
     Args:
-        config: what to run, from `compose` or `RunConfig.from_mapping`.
+        config: the settings of the run, from `compose` or `RunConfig.from_mapping`.
 
     Returns:
-        Where the results are, and the scores.
+        The folders of the results, and the scores.
 
     Raises:
-        UserError: for anything that the user can mend, in one line.
+        UserError: for anything that the user can correct, in one line.
     """
     try:
         return _run(config)
@@ -86,12 +86,12 @@ def run(config: RunConfig) -> RunResult:
 
 
 def _run(config: RunConfig) -> RunResult:
-    # What can be refused is refused before the long work and before a folder is made.
+    # All checks come before the long work and before any folder is created.
     ranks.check_launch()
     _check_machine(config)
     check_push(config)
     check_published(config)
-    data = ranks.main_first(lambda: _read_data(config))  # rank 0 fetches what the hub has
+    data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
     place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
     identity = ranks.from_main(lambda: identify(config, place))
@@ -123,13 +123,13 @@ def _run(config: RunConfig) -> RunResult:
 
 
 def _make_folder(config: RunConfig, folder: Path) -> None:
-    _tell_of_version_0_1(config, folder)
+    _log_version_0_1(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Lets one run at a time work in `folder`: others that differ only in how they score wait, and find the adapter done."""
+    """Let one run at a time work in `folder`. Runs that differ only in evaluation settings wait and reuse the adapter."""
     if not ranks.is_main():
         yield
         return
@@ -137,8 +137,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _tell_of_version_0_1(config: RunConfig, folder: Path) -> None:
-    """Logs which folder version 0.1 left for such a run. It does not say what it was made from, and is left alone."""
+def _log_version_0_1(config: RunConfig, folder: Path) -> None:
+    """Log the folder that version 0.1 made for such a run. It does not record its inputs and is not touched."""
     if folder.exists():
         return
     old = [
@@ -149,7 +149,7 @@ def _tell_of_version_0_1(config: RunConfig, folder: Path) -> None:
 
 
 def _check_machine(config: RunConfig) -> None:
-    """UserError for a device that is not here, and for an optimiser or training arguments that do not work on it."""
+    """Raise UserError if the device is not available, or the optimiser or training arguments do not work on it."""
     device = compute_device(config.device)
     if "finetune" in config.stages:
         from loftq_exp.training.preflight import check_optimiser
@@ -159,7 +159,7 @@ def _check_machine(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """The task with the rows that the run's stages need, read before anything else is done."""
+    """The task and the rows that the run's stages need, read before any other work."""
 
     task: Task
     train: list[dict[str, Any]]
@@ -180,7 +180,7 @@ def _read_data(config: RunConfig) -> _Data:
 
 
 def _check_scores(config: RunConfig, task: Task) -> None:
-    """Says which published scores have no column in the table: a name that is wrong, or of a split that is not scored."""
+    """Warn about published scores without a column in the table: the name is wrong, or its split is not scored."""
     shown = [name for column in task.table for name in column.scores]
     for name in config.published or ():
         if name not in shown:
@@ -188,7 +188,7 @@ def _check_scores(config: RunConfig, task: Task) -> None:
 
 
 def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:
-    """The adapter that the evaluate stage will score; None: the initial factors."""
+    """The adapter that the evaluate stage scores; None: the initial factors."""
     if "evaluate" not in config.stages:
         return None
     return records.adapter if "finetune" in config.stages else records.adapter_to_score()
@@ -197,7 +197,7 @@ def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:
 def _prepare(
     place: Source | Initialised, config: RunConfig, data: _Data, records: Records, adapter: Path | None
 ) -> Prepared | None:
-    """The rows of the stages that are still to do, encoded and checked against the model; None where there are none."""
+    """Encode the rows of the remaining stages and check them against the model. None if no stage remains."""
     train, scored = data.train, data.eval
     if "finetune" in config.stages and records.finetuned(adapter_key(records.init_key, data.train, config)):
         train = []
@@ -215,10 +215,10 @@ def _prepare(
 
 
 def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str) -> Initialised:
-    """The initialised checkpoint of the `key` that was found for the source before; UserError where its files changed."""
+    """Return the initialised checkpoint with this `key`. Raises UserError if the source's files changed during the run."""
     init = place if isinstance(place, Initialised) else _quantize(place, config, recorder)
     if identify(config, init).init_key != key:
-        raise UserError(f"model.path={config.model.path}: its files changed meanwhile; run it again")
+        raise UserError(f"model.path={config.model.path}: its files changed during the run; run it again")
     return init
 
 
@@ -280,7 +280,7 @@ def _evaluate(
 
 
 def _once(stage: str, records: Records, key: str, found: Record | None, work: Callable[[], Record]) -> Record:
-    """The stage's record that was `found`; where there is none, does the work and keeps its record."""
+    """Return the record `found` on rank 0. If there is none, do the work and save its record."""
     if found := ranks.from_main(lambda: found):
         log.info("%s: done before, in %s", stage, records.folder)
         return found
@@ -289,9 +289,9 @@ def _once(stage: str, records: Records, key: str, found: Record | None, work: Ca
 
 
 def _unwritable(error: Exception) -> str | None:
-    """Why a file could not be written, in the system's words, however the library in between tells it; None: another error."""
+    """Return the system's reason why a file could not be written, however a library words it. None for other errors."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in (*UNWRITABLE, errno.ENAMETOOLONG) else None
-    # As safetensors and torch word it.
-    told = re.search(r"I/O error: (.+) \(os error|PytorchStreamWriter|unexpected pos \d+", str(error))
-    return (told[1] or "no space left, or a limit on file sizes") if told else None
+    # The wording of safetensors and torch.
+    found = re.search(r"I/O error: (.+) \(os error|PytorchStreamWriter|unexpected pos \d+", str(error))
+    return (found[1] or "no space left, or a limit on file sizes") if found else None

@@ -1,4 +1,4 @@
-"""Progress with what is left of it: a bar on a terminal, a line every few seconds anywhere else."""
+"""Progress display with the remaining time: a bar on a terminal, else a line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Advance(Protocol):
-    """Tells a progress display how far the work is; `note` is a few words such as the loss so far."""
+    """Updates a progress display; `note` is a short text such as the current loss."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Advance]:
-    """A display for one piece of long work, as a context manager that gives the function to call as it advances.
+    """Show the progress of one long task. Yield the function that updates it.
 
     Ranks above 0 show nothing.
     """
@@ -51,11 +51,11 @@ def _bar(title: str, console: Console) -> Iterator[Advance]:
 
 
 def _nothing(done: int, total: int, note: str = "") -> None:
-    """The display of a rank above 0."""
+    """Do nothing: ranks above 0 have no display."""
 
 
 class _Lines:
-    """The display where there is no terminal: a line at the first step, then at most one each few seconds, and the last."""
+    """The display without a terminal: at most one line every few seconds, and one at the end."""
 
     def __init__(self, title: str, console: Console) -> None:
         self.title, self.console = title, console

@@ -1,4 +1,4 @@
-"""Where a result came from: versions, commit, machine, time. Kept beside every result."""
+"""Provenance of a result: versions, commit, machine, time. Stored with every result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit of this code, hardware and UTC time, as plain containers."""
+    """Return versions, commit of this code, hardware and UTC time, as plain containers."""
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this runs from, with `-dirty` where files differ; none for an installed wheel."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it; None for an installed wheel."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / "pyproject.toml").is_file():
         return None

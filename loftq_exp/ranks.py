@@ -1,8 +1,8 @@
-"""Which process of a launch this one is, and how its processes wait for each other.
+"""Rank of this process in a distributed launch, and exchange of objects between ranks.
 
-`torchrun` starts the same command several times; each process is a rank. Rank 0 alone writes and prints, and what it finds
-holds for all. Ranks exchange Python objects through the launcher's key-value store: a wait there has no time limit, because
-rank 0 may quantize for hours. Gradients go through the process group that `transformers.Trainer` sets up.
+`torchrun` starts the same command several times; each process is a rank. Only rank 0 writes and prints, and its results hold
+for all. Ranks exchange Python objects through the launcher's key-value store. A wait there has no time limit, because rank 0
+may quantize for hours. Gradients use the process group that `transformers.Trainer` sets up.
 """
 
 from __future__ import annotations
@@ -23,52 +23,52 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GRACE = 30.0
-"""Seconds that a failing rank above 0 leaves to rank 0, whose error line is the one to print."""
+"""Seconds that a failing rank above 0 waits, so that rank 0 prints the error."""
 _PIECE = 4 << 20
-"""Bytes in one value of the store, which takes at most 8 MiB."""
+"""Bytes per value in the store, which accepts at most 8 MiB."""
 _LONGEST_PAUSE = 0.5
-"""Seconds between two looks into the store."""
+"""Maximum seconds between two polls of the store."""
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _calls = counter()
-"""Numbers the exchanges. Every rank makes the same ones in the same order."""
+"""Number of the next exchange. Every rank makes the same exchanges in the same order."""
 
 
 def rank() -> int:
-    """The number of this process, from 0; 0 where it was not started by a launcher."""
+    """Return the rank of this process, from 0; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, from 0."""
+    """Return the rank of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def count() -> int:
-    """The number of processes that were launched together."""
+    """Return the number of processes in the launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, the only one that writes and prints."""
+    """Return whether this process is rank 0, the only one that writes and prints."""
     return rank() == 0
 
 
 def check_launch() -> None:
-    """Raises UserError for a launch whose processes would not know of each other, or of which only one was started."""
+    """Raise UserError for a launch whose processes cannot find each other, or that started only one process."""
     remedy = "use torchrun --nproc-per-node=N, or accelerate launch --multi_gpu --num_processes N, which starts N on CPUs too"
     if "WORLD_SIZE" in os.environ:
         return
     if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
         raise UserError(f"mpirun: not supported as a launcher; {remedy}")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1":
-        # What it leaves when it was asked for several processes and starts one.
+        # accelerate sets these when several processes were requested and it starts one.
         raise UserError(f"accelerate launch: starts one process on CPUs, whatever --num_processes says; {remedy}")
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """Rank 0's result of `work` on every rank: rank 0 does it, the others wait for it, however long it takes.
+    """Return rank 0's result of `work` on every rank. Only rank 0 calls it; the others wait without a time limit.
 
-    The result must be picklable. Where `work` raises on rank 0, the other ranks raise UserError.
+    The result must be picklable. If `work` raises on rank 0, the other ranks raise UserError.
     """
     if count() == 1:
         return work()
@@ -88,14 +88,14 @@ def from_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """This rank's own result of `work`, which rank 0 has finished before: it fetches what the others then find."""
+    """Return this rank's own result of `work`. Rank 0 runs it first, for example to download what the others then find."""
     done: list[T] = []
     from_main(lambda: done.append(work()))
     return done[0] if done else work()
 
 
 def gather(value: T) -> list[T]:
-    """The `value` of every rank, in the order of the ranks, on every rank. Values must be picklable."""
+    """Return the values of all ranks, in rank order, on every rank. Values must be picklable."""
     if count() == 1:
         return [value]
     key = f"all/{next(_calls)}"
@@ -104,9 +104,9 @@ def gather(value: T) -> list[T]:
 
 
 def let_main_fail_first() -> None:
-    """Gives rank 0 the time to print the error that this rank has met too: the launcher then ends this process.
+    """Wait for rank 0 to fail and print the error that this rank has, too; the launcher then ends this process.
 
-    Comes back after `GRACE` seconds where rank 0 did not fail.
+    Return after `GRACE` seconds if rank 0 did not fail.
     """
     if not is_main():
         time.sleep(GRACE)
@@ -117,7 +117,7 @@ def _put(key: str, value: Any) -> None:
     pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
     for number, piece in enumerate(pieces):
         _store().set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # bytes too
-    _store().set(key, str(len(pieces)))  # last: where it is there, all pieces are
+    _store().set(key, str(len(pieces)))  # last, so that all pieces exist once it does
 
 
 def _get(key: str) -> Any:
@@ -130,7 +130,7 @@ def _get(key: str) -> Any:
 
 @functools.cache
 def _store() -> Store:
-    """The launcher's store, in a corner of its own."""
+    """Return the launcher's store, with a key prefix of our own."""
     from torch.distributed import PrefixStore, rendezvous
 
     store, _, _ = next(rendezvous("env://", rank(), count()))

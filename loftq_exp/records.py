@@ -1,7 +1,7 @@
-"""What the stages left in a run's folder, and whether it is still the result of what the run would do now.
+"""The records of the stages in a run's folder, and whether they are still valid for the run.
 
-A record counts under its key, and where the files that it vouches for are the very ones that the stage wrote. Evaluations
-are kept beside each other by key; the one of the last call also stands at the top of the folder.
+A record is valid if it has the stage's key and its files are unchanged since the stage wrote them. Evaluations are stored
+side by side, by key. That of the last call is also copied to the top of the folder.
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ _KEY_DIGITS = 16
 
 @dataclass(frozen=True)
 class Records:
-    """The records in a run's `folder`, seen from the initialisation of the key `init_key`."""
+    """The records in a run's `folder` that belong to the initialisation with the key `init_key`."""
 
     folder: Path
     init_key: str
 
     @property
     def adapter(self) -> Path:
-        """Where the fine-tuned adapter is, or will be."""
+        """The folder of the fine-tuned adapter, which may not exist yet."""
         return self.folder / "adapter"
 
     def samples(self, key: str) -> Path:
-        """Where the samples behind the scores of a `key` are, or will be. Their folder is made."""
+        """Return the path of the samples behind the scores with this `key`. Creates their folder."""
         place = self._evaluation(key) / SAMPLES
         if ranks.is_main():
             place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
     def keep(self, stage: str, key: str, result: Record) -> Record:
-        """Writes the record of what a stage did under `key`, and gives it back."""
+        """Write the record of a stage's `result` under `key`, and return it."""
         record = {"format": FORMAT} | result | {"key": key, "initialisation": self.init_key}
         write_json((self._evaluation(key) if stage == "evaluate" else self.folder) / f"{stage}.json", record)
         return record
 
     def show(self, key: str) -> None:
-        """Puts the evaluation of a `key` at the top of the folder, where people and scripts look for it."""
+        """Copy the evaluation with this `key` to the top of the folder, where users and scripts look for it."""
         if self._evaluated(self.folder, key) is None:
             for name in (SAMPLES, "evaluate.json"):
                 with whole_file(self.folder / name) as beside:
                     shutil.copyfile(self._evaluation(key) / name, beside)
 
     def finetuned(self, key: str | None = None) -> Record | None:
-        """The record of the fine-tuning that made the adapter which is there, under `key` where one is given."""
+        """Return the record of the fine-tuning that produced the current adapter. None if it is missing or has another `key`."""
         found = self._read("finetune", key)
         if found and found.get("adapter") != adapter_digest(self.adapter):
             if key:
                 log.info(
-                    "finetune: the adapter in %s was deleted or changed since it was trained: trained again",
+                    "finetune: the adapter in %s was deleted or changed since it was trained; it is trained again",
                     self.adapter,
                 )
             return None
         return found
 
     def evaluated(self, key: str | None = None) -> Record | None:
-        """The record of the scores of the adapter which is there, under `key` where one is given."""
-        if key is None or self._read("evaluate", key):  # at the top: where its samples are gone, they are made again
+        """Return the record of the current adapter's scores. None if it is missing or has another `key`."""
+        if key is None or self._read("evaluate", key):  # the copy at the top; it is invalid if its samples are gone
             return self._evaluated(self.folder, key)
         return self._evaluated(self._evaluation(key), key)
 
@@ -93,21 +93,21 @@ class Records:
         return self.folder / "evaluations" / key[:_KEY_DIGITS]
 
     def adapter_to_score(self) -> Path | None:
-        """The adapter of an earlier fine-tuning that belongs to the initialisation; None: its initial factors are scored.
+        """Return the adapter of an earlier fine-tuning of the initialisation. None: its initial factors are scored.
 
-        Raises UserError where the initialisation was fine-tuned and the adapter is not what came of it.
+        Raises UserError if the initialisation was fine-tuned and its adapter is missing or was changed.
         """
         if self._read("finetune") and self.finetuned() is None:
             raise UserError(f"stages: the adapter in {self.adapter} was deleted or changed since it was trained; add finetune to "
                             f"stages, or delete {self.folder / 'finetune.json'} and adapter to score the initial factors")  # fmt: skip
         if self.trained_adapter is None and self.adapter.is_dir():
-            log.warning("evaluate: the adapter in %s was not trained from this initialisation: the initial factors are scored; "
-                        "add finetune to stages to train anew", self.adapter)  # fmt: skip
+            log.warning("evaluate: the adapter in %s was not trained from this initialisation; the initial factors are scored; "
+                        "add finetune to stages to train again", self.adapter)  # fmt: skip
         return self.trained_adapter
 
     @property
     def trained_adapter(self) -> Path | None:
-        """The adapter in the folder where it was trained from the initialisation."""
+        """The adapter in the folder if it was trained from the initialisation; else None."""
         origin = read_origin(self.adapter)
         return self.adapter if origin and origin.initialisation == self.init_key else None
 
@@ -119,13 +119,13 @@ class Records:
 
 
 def write_config(folder: Path, config: RunConfig, identity: Identity) -> None:
-    """Leaves the run's settings in its `folder`, and which initialisation it starts from."""
+    """Write the run's settings and the initialisation that it starts from to its `folder`."""
     start = {"key": identity.init_key, "folder": str(identity.init_dir.absolute())}
     write_json(folder / CONFIG, {"format": FORMAT, **config.to_dict(), "initialisation": start})
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The settings of the run in `folder`. Raises UserError where they are not there, or not those of this version."""
+    """Return the settings of the run in `folder`. Raises UserError if they are missing or of another version."""
     found = _read_json(folder / CONFIG)
     if found.get("format") != FORMAT:
         raise UserError(f"{folder}: no run of this version (its {CONFIG} has format {found.get('format')}, not {FORMAT}); "
@@ -136,13 +136,13 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def init_of_run(folder: Path) -> Path | None:
-    """The initialised checkpoint that the run in `folder` starts from; None for a folder that names none."""
+    """Return the initialised checkpoint that the run in `folder` starts from, or None if the folder names none."""
     start = _read_json(folder / CONFIG).get("initialisation")
     return Path(str(start.get("folder"))) if isinstance(start, dict) else None
 
 
 def is_of_version_0_1(folder: Path) -> bool:
-    """Whether a run of version 0.1 left its results in `folder`: they do not say what they were made from."""
+    """Return whether `folder` holds results of version 0.1, which do not record their inputs."""
     found = _read_json(folder / CONFIG)
     return bool(found) and "format" not in found
 

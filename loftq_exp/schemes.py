@@ -1,4 +1,4 @@
-"""What quantizers and storage formats there are, as tables without torch: settings are checked against them at once.
+"""Tables of the quantizers and storage formats. They need no torch, so settings are checked against them at once.
 
 `loftq` implements the types, `storage` the formats. Imports nothing.
 """
@@ -17,19 +17,19 @@ BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
     "int": (8,),
     "none": (16,),
 }
-"""The bit widths of each `quant.type`; `none` keeps the weights as they are (16-bit LoRA)."""
+"""The bit widths of each `quant.type`; `none` does not quantize (16-bit LoRA)."""
 
 BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
-"""Types without blocks: their scales are those of the whole weight or of its rows, or there are none."""
+"""Types without blocks: one scale per weight or per row, or no scales."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of a backbone are quantized, their own bits aside."""
+    """How the weights of a backbone are quantized, except for the bits of each weight."""
 
     type: str
     widths: tuple[int, ...]
-    """The bits that a weight may have."""
+    """Bits that a weight may have."""
     block_size: int
     double: bool
 
@@ -40,26 +40,26 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a storage format holds exactly, and how a backbone that is stored so can be held while it trains."""
+    """What a storage format can hold exactly, and the formats its backbone can have in memory during training."""
 
     layers: str
-    """The layers that a load makes of it, as an error names them."""
+    """The loaded layers, for error messages."""
     forms: tuple[str, ...]
     """Formats that the loaded backbone can have in memory, the smallest first."""
     codes: bool = True
-    """Whether it needs the codes that a quantizer chose; dense values come without."""
+    """Whether it needs a quantizer's codes."""
     types: Container[str] = tuple(BITS_OF_TYPE)
     widths: frozenset[int] | None = None
-    """The bits that it holds; None: any."""
+    """Bits that it can hold; None: any."""
     block_size: int | None = None
-    """The block size that it holds; None: any."""
+    """Block size that it can hold; None: any."""
     double: bool = True
-    """Whether it holds scales that are quantized themselves."""
+    """Whether it can hold double-quantized scales."""
     instead: str = ""
-    """Settings that it can hold, as an error advises."""
+    """Settings that it can hold, for error messages."""
 
     def holds(self, scheme: Scheme) -> bool:
-        """Whether it holds every value of a backbone that is quantized so."""
+        """Return whether it holds every value of a backbone quantized with `scheme`."""
         return (
             scheme.type in self.types
             and (self.widths is None or self.widths.issuperset(scheme.widths))
@@ -81,4 +81,4 @@ FORMATS: dict[str, Capacity] = {
     ),
     "packed": Capacity("packed layers", ("packed",)),
 }
-"""The storage formats, `save_format`. Each is the module of its name in `loftq_exp.storage`."""
+"""The storage formats by `save_format`. Each has a module of this name in `loftq_exp.storage`."""

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent: each is written beside its place and renamed into it.
+"""Atomic writes of files and folders: write to a temporary path beside the target, then rename it.
 
-What is half-written has the place's name, a dot before it, and one of the ends below. Nothing is synced to the disk here: a
-rename stands between a killed process and a half file, not between a power cut and one.
+A temporary path is a dot, the target's name, and a suffix defined below. Nothing is synced to disk here: the rename
+protects against a killed process, not against a power failure.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 
 _DAY = 24 * 3600.0
 _OWNED = re.compile(r"\..+\.(?P<host>[^/]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
-"""Name of a file that one of many processes is writing: for what place, on what machine, by what process."""
+"""Name of a temporary file of a shared target, with the host and the process id of its writer."""
 
 
 @contextmanager
 def whole_file(place: Path, shared: bool = False) -> Iterator[Path]:
-    """A path to write to, which takes the place of `place` when the block ends; it is removed where the block fails.
+    """Yield a path to write to. It is renamed to `place` when the block ends, and removed if the block raises.
 
     Args:
-        place: of the file. Its folder must be there.
-        shared: whether several processes may write it at once. Each then has a path of its own, see `is_abandoned`.
+        place: path of the file. Its folder must exist.
+        shared: whether several processes may write it at once. Each then has its own path, see `is_abandoned`.
     """
     owner = f".{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}" if shared else ""
     beside = place.with_name(f".{place.name}{owner}.tmp")
@@ -36,21 +36,21 @@ def whole_file(place: Path, shared: bool = False) -> Iterator[Path]:
         yield beside
         beside.replace(place)
     finally:
-        with contextlib.suppress(OSError):  # where nothing could be written, nothing is there
+        with contextlib.suppress(OSError):  # absent if nothing could be written
             beside.unlink()
 
 
 def write_whole(place: Path, text: str) -> None:
-    """Writes `text` to the file `place`."""
+    """Write `text` to the file `place`."""
     with whole_file(place) as beside:
         beside.write_text(text)
 
 
 @contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
-    """An empty folder, which takes the place of `place` when the block ends; it is removed where the block fails.
+    """Yield an empty folder. It is renamed to `place` when the block ends, and removed if the block raises.
 
-    One process at a time. What a killed one left is removed first.
+    For one process at a time. Remains of a killed process are removed first.
     """
     with workspace_beside(place) as folder:
         yield folder
@@ -59,9 +59,9 @@ def whole_folder(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def workspace_beside(place: Path) -> Iterator[Path]:
-    """An empty folder on the file system of `place`, which is removed at the end. One process at a time.
+    """Yield an empty folder on the file system of `place`, and remove it at the end.
 
-    What a killed process left of it is removed first.
+    For one process at a time. Remains of a killed process are removed first.
     """
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,7 +73,7 @@ def workspace_beside(place: Path) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, place: Path) -> None:
-    """Renames `folder` to `place`, whose content, if any, is moved aside first and then removed."""
+    """Rename `folder` to `place`. An existing folder there is moved aside first, and removed afterwards."""
     replaced = place.with_name(f".{place.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if place.exists():
@@ -83,9 +83,9 @@ def put_folder(folder: Path, place: Path) -> None:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether nobody is writing a `shared` file any more: its process ended on this machine, or it is more than a day old.
+    """Return whether a `shared` temporary file has no writer: its process ended on this host, or it is over a day old.
 
-    Raises FileNotFoundError where it was renamed into its place meanwhile.
+    Raise FileNotFoundError if it was renamed in the meantime.
     """
     writer = _OWNED.fullmatch(path.name)
     dead = writer and writer["host"] == socket.gethostname() and not _alive(int(writer["pid"]))
@@ -97,6 +97,6 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's process
         return True
     return True

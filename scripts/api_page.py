@@ -1,7 +1,7 @@
 """Write docs/api.md, the page of loftq_exp's public names, from their signatures and docstrings.
 
 make docs
-python scripts/api_page.py --check     # change nothing, fail where the page is not up to date
+python scripts/api_page.py --check     # change nothing, fail if the page is not up to date
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from loftq_exp.report.table import markdown
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 HEAD = """# Python interface
 
-The public names of `loftq_exp`, written from their docstrings by `make docs`. All are typed (`py.typed`). Names that start with an
-underscore, and modules that this page does not name, may change without notice.
+The public names of `loftq_exp`. `make docs` writes this page from their docstrings. All names are typed (`py.typed`). Names that
+start with an underscore, and modules that this page does not name, may change without notice.
 """
 SECTION = re.compile(r"^(Args|Returns|Raises|Attributes):$")
 ENTRY = re.compile(r"^(\w+): (.*)")
 
 
 def page() -> str:
-    """The whole page: functions first, then classes, each in alphabetic order."""
+    """Return the whole page: functions, then classes, each in alphabetical order."""
     values = {name: getattr(loftq_exp, name) for name in loftq_exp.__all__ if name != "__version__"}
     names = sorted(values, key=lambda name: (inspect.isclass(values[name]), name))
     return "\n".join([HEAD, *(about(name, values[name]) for name in names), version()])
@@ -41,7 +41,7 @@ def version() -> str:
 
 
 def about(name: str, value: Any) -> str:
-    """The section of one name."""
+    """Return the section of one name."""
     parts = [f"## `{name}`\n"]
     if not inspect.isclass(value):
         return "\n".join([*parts, code(signature(name, value)), text_of(value)])
@@ -55,7 +55,7 @@ def about(name: str, value: Any) -> str:
 
 
 def methods(value: type) -> Iterator[tuple[str, Any]]:
-    """The public methods and properties that a class defines itself, with their arguments."""
+    """Yield the public methods and properties that a class defines itself, with their signatures."""
     for name, member in vars(value).items():
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function):
@@ -64,7 +64,7 @@ def methods(value: type) -> Iterator[tuple[str, Any]]:
 
 
 def settings(value: Any) -> str:
-    """The fields of a dataclass with what their metadata says of them."""
+    """Return the table of a dataclass's fields: name, type, default and the meaning in the metadata."""
     rows = []
     for field in dataclasses.fields(value):
         default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
@@ -74,7 +74,7 @@ def settings(value: Any) -> str:
 
 
 def signature(name: str, function: Callable[..., Any]) -> str:
-    """How a function is called, on one line, or one argument a line where that is too long."""
+    """Return the signature on one line, or with one argument a line if that exceeds 100 characters."""
     found = inspect.signature(function)
     arguments, keyword_only = [], False
     for argument in found.parameters.values():
@@ -91,7 +91,7 @@ def signature(name: str, function: Callable[..., Any]) -> str:
 
 
 def text_of(value: Any) -> str:
-    """The docstring as Markdown: sections become lists, indented lines stay as they are."""
+    """Return the docstring as Markdown: sections become lists, indented lines stay unchanged."""
     lines: list[str] = []
     section = ""
     for line in (inspect.getdoc(value) or "").splitlines():
@@ -114,14 +114,14 @@ def code(text: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """The page as it should be."""
+    """Return the up-to-date page by its path."""
     return {PAGE: page()}
 
 
 def main() -> None:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if the page is not up to date")
     settle(documents(), parser.parse_args().check)
 
 

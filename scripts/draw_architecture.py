@@ -53,7 +53,7 @@ class House(NamedTuple):
 
 
 def house(folder: Path = ROOT) -> House:
-    """The house in `folder/loftq_exp`. Imports under TYPE_CHECKING are none: they bind nothing when the code runs."""
+    """The house in `folder/loftq_exp`, without entry points (`__main__`) and without imports under TYPE_CHECKING."""
     sys.path.insert(0, str(folder))
     loaded = sys.modules.pop(PACKAGE, None)  # grimp looks there first, and would find this tree's
     try:
@@ -69,7 +69,7 @@ def house(folder: Path = ROOT) -> House:
     for module in graph.modules:
         for target in graph.find_modules_directly_imported_by(module):
             ends = [room_of(name) for name in (module, target)]
-            if all(ends) and ends[0] != ends[1] and hidden not in (module, target):
+            if all(ends) and ends[0] != ends[1] and not module.endswith(".__main__"):
                 arrows[ends[0], ends[1]] = arrows.get((ends[0], ends[1]), 0) + 1
     short = {top: top.removeprefix(f"{PACKAGE}.") for top in tops if top != hidden}
     return House(

@@ -1,4 +1,4 @@
-"""What several tests share: real data where it is there, a tokenizer and a model small enough to make on the spot."""
+"""Shared fixtures: real data if present, and a tokenizer and a model small enough to build in a test."""
 
 from __future__ import annotations
 

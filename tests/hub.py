@@ -1,4 +1,4 @@
-"""A model hub on this machine: enough of the hub's interface for the real client to download from it and to push to it."""
+"""A local model hub: enough of the hub's interface for the real client to download from it and push to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input and bad luck, through the whole command: one line, an exit code that says so, and nothing half written."""
+"""Bad input and failures, through the whole command: one error line, a non-zero exit code, and no partial output."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def rewrite_config(model: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "the weights are of another architecture than config.json"),
-    ({"hidden_size": 128}, "config.json means (64, 128)"),
+    ({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}, "the weights have another architecture than config.json"),
+    ({"hidden_size": 128}, "config.json expects (64, 128)"),
     ({"num_hidden_layers": 3}, "no weight named model.layers.2."),
     ({"model_type": "t5"}, "model.kind=causal: a t5 checkpoint"),
     ({"model_type": "no-such-type"}, "transformers cannot read the config"),
@@ -155,7 +155,7 @@ def test_a_model_without_tokenizer(cli: Any, model: Path) -> None:
     for path in model.glob("token*"):
         path.unlink()
     message = cli.refused(*cli.tiny, f"model.path={model}")
-    assert message.startswith(f"model.path={model}: no tokenizer to be read")
+    assert message.startswith(f"model.path={model}: no readable tokenizer")
 
 
 # The settings that only the checkpoint can refuse ---------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_a_tokenizer_that_makes_no_tokens(cli: Any, tmp_path: Path) -> None:
 def test_a_damaged_tokenizer(cli: Any, model: Path, text: str) -> None:
     (model / "tokenizer.json").write_text(text)
     told = cli.refused(*cli.tiny, f"model.path={model}")
-    assert told.startswith(f"model.path={model}: no tokenizer to be read in {model} (")
+    assert told.startswith(f"model.path={model}: no readable tokenizer in {model} (")
     assert not Path("outputs").exists()
 
 
@@ -562,7 +562,7 @@ def test_a_name_too_long_for_the_disk(cli: Any, tiny_llama_dir: Path, tmp_path: 
 
 # Ctrl-C and kill ------------------------------------------------------------------------------------------------------
 
-INTERRUPTED = "interrupted: finished work is kept, and the same command goes on from there"
+INTERRUPTED = "interrupted: finished work is kept; run the same command again to resume"
 
 
 def after(calls: int, function: Any, action: Callable[[], None]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What the machine offers."""
+"""Device, compute type and memory of the machine."""
 
 from __future__ import annotations
 

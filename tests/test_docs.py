@@ -1,4 +1,4 @@
-"""The documents: what they name exists, and what a script writes into them is what it would write now."""
+"""The documents: the paths that they name exist, and their generated parts are up to date."""
 
 from __future__ import annotations
 

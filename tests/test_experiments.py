@@ -1,4 +1,4 @@
-"""Every published row: it composes, it opens with the command that runs it, and it is a run of its own."""
+"""Every published row: it composes, starts with the command that runs it, and is a distinct run."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def told_by_name(name: str) -> tuple[Any, ...]:
 
 
 def test_what_was_published_is_a_score_of_the_task(runs: dict[str, RunConfig]) -> None:
-    """In one column of its table, whole, and a plausible number in that column's unit; or said to be none."""
+    """In one column of its table, and a plausible number in that column's unit, or marked as missing."""
     for name in ROWS:
         published = runs[name].published
         if published is None:
@@ -170,7 +170,7 @@ def test_the_demos_differ_in_nothing_but_the_method(runs: dict[str, RunConfig]) 
 def overrides_of(target: str, *variables: str) -> list[str]:
     """The overrides that `make TARGET` would give to the command."""
     make = shutil.which("make") or pytest.skip("make is not there")
-    # Without what an outer make (`make test`) tells inner ones: it would have this one say which folder it enters and leaves.
+    # Without the variables of an outer make (`make test`), which would have this one print the folders that it enters and leaves.
     outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     made = subprocess.run(
@@ -213,7 +213,7 @@ def test_a_glob_that_names_no_row_is_told(cli: Any) -> None:
 
 
 def test_a_row_that_is_done_is_told_and_stands_in_the_table_with_what_was_published(cli: Any) -> None:
-    """A published score that the table has no column for is told too."""
+    """A published score without a column in the table is reported too."""
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in islice(generate("train", 0), 8)))
     tiny = [override for override in cli.tiny if not override.startswith(("model=", "task="))]
     rows = ("task.train_file=rows.jsonl", "task.eval_file=rows.jsonl", "train.max_steps=1")

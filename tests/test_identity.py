@@ -1,4 +1,4 @@
-"""What a run does again after a change: nothing for what shapes no result, and all that follows for what does."""
+"""What a run repeats after a change: nothing if the setting shapes no result, otherwise all that depends on it."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_a_stage_alone_takes_only_the_checkpoint_of_its_own_key(
     else:
         override, message = (
             "seed=12",
-            f"seed=12: the checkpoint at {init} was made with 11; it stays: set another save_dir",
+            f"seed=12: the checkpoint at {init} was made with 11; it is never replaced: set another save_dir",
         )
     for stages in (alone, "stages=[quantize]"):
         with pytest.raises(UserError, match=f"^{re.escape(message)}"):
@@ -325,7 +325,8 @@ def test_an_initialisation_of_version_0_1_is_not_replaced(place: Place) -> None:
     (init / "init_report.json").write_text(json.dumps(report | {"format": 1}))
     for stages in ("stages=[quantize]", "stages=[evaluate]"):
         with pytest.raises(
-            UserError, match=rf"^save_dir=\S+: the checkpoint at {init} was made by version 0\.1, .* it stays: "
+            UserError,
+            match=rf"^save_dir=\S+: the checkpoint at {init} was made by version 0\.1, .* it is never replaced: ",
         ):
             place.run(kept, stages)
 
@@ -334,7 +335,9 @@ def test_an_older_version_of_ours_is_not_taken_for_this_one(place: Place, monkey
     kept = (f"save_dir={place.root / 'kept'}", "stages=[quantize]")
     place.run(*kept)
     monkeypatch.setattr("loftq_exp.initialise.key.CHECK_VERSION", 999)
-    with pytest.raises(UserError, match=r"was made by an older version \(check \d+, here 999\); it stays: "):
+    with pytest.raises(
+        UserError, match=r"was made by an older version \(check \d+, here 999\); it is never replaced: "
+    ):
         place.run(*kept)
 
 

@@ -1,4 +1,4 @@
-"""A whole run on a tiny llama: what it leaves, and that what is done is not done again."""
+"""A whole run on a tiny llama: its files, and that finished stages are not run again."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_training_goes_on_only_from_checkpoints_of_its_own(
     with caplog.at_level(logging.INFO):
         result = loftq_exp.run(configure(*arguments))
     again = record(result.run_dir, "finetune")
-    told = [line for line in caplog.messages if line.startswith("finetune: starts over: the checkpoints in ")]
+    told = [line for line in caplog.messages if line.startswith("finetune: starts over, because the checkpoints in ")]
     expected_lines = 1 if change == "rows" else 0  # other weights have a folder of their own
     assert (again["resumed_from"], len(told)) == ("checkpoint-2" if change == "nothing" else None, expected_lines)
     fresh = loftq_exp.run(configure(*arguments, f"output_dir={tmp_path / 'fresh'}"))

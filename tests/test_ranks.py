@@ -1,4 +1,4 @@
-"""Two ranks make the run that one process makes: torchrun and accelerate over gloo, rank 0 alone writing and printing."""
+"""Two ranks give the results of one process, with torchrun and accelerate over gloo; only rank 0 writes and prints."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_each_batch_is_answered_by_one_rank(rank: Callable[[int], None], monkeyp
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_multirun_is_refused(cli: Command, rank: Callable[[int], None], number: int) -> None:
     rank(number)
-    assert cli.refused("-m", "seed=1,2").startswith("-m: not with several processes, ")
+    assert cli.refused("-m", "seed=1,2").startswith("-m: not supported with several processes, ")
     assert not list(Path.cwd().iterdir())
 
 

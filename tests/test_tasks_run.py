@@ -108,7 +108,7 @@ def checkpoint(
             folder = saved(seeded(lambda: type(source)(source.config)), tokenizer, tmp_path_factory.mktemp("family"))
             if (
                 name == "roberta"
-            ):  # its tokenizer tells no text of a pair from the other, for which it has no embeddings
+            ):  # its tokenizer does not mark the texts of a pair: the model has no embeddings for that
                 settings = folder / "tokenizer_config.json"
                 inputs = {"model_input_names": ["input_ids", "attention_mask"]}
                 settings.write_text(json.dumps(json.loads(settings.read_text()) | inputs))

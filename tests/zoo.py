@@ -1,4 +1,4 @@
-"""Small models of every family, from its real config class: what tests make checkpoints of, and what must come of each."""
+"""Small models of every family, from its real config class, with the results that tests expect of each."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def llama(**changes: Any) -> hf.LlamaForCausalLM:
 
 @dataclass(frozen=True)
 class Family:
-    """A model as it was pre-trained, what it is loaded as, and what must come of it, counted by hand."""
+    """A pre-trained model, the class that loads it, and the expected results, counted by hand."""
 
     make: Callable[[], hf.PreTrainedModel]
     kind: str

@@ -1,4 +1,4 @@
-"""The initialised checkpoint as a folder: written whole, read, pushed, exported.
+"""The initialised checkpoint as a folder: written atomically, read, pushed and exported.
 
 Imports source, storage, integrations, loftq, config.
 """

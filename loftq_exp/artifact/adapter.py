@@ -1,7 +1,7 @@
-"""A LoRA adapter in PEFT's files, to be read factor by factor: whether it fits a backbone, and what it adds to it.
+"""Read a LoRA adapter from PEFT's files, factor by factor, and check that it fits a backbone.
 
-Which layers have factors, of which shapes and with which s, is asked of PEFT itself, on a model without memory: patterns of
-ranks and alphas, rslora's scaling and the heads that are saved whole then mean what they mean when PEFT loads the adapter.
+PEFT itself determines the adapted layers, their shapes and s, on a model on the meta device. Rank and alpha patterns,
+rslora's scaling and fully saved heads are thus handled exactly as when PEFT loads the adapter.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ _UNDERSTOOD = {
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "peft_version",
     "alpha_pattern", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-"""Settings that leave a layer at Q x + s B A x, or that PEFT itself makes a plain s, rank or list of modules of."""
+"""Settings that keep a layer at Q x + s B A x, or that PEFT resolves to a plain s, rank or list of modules."""
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the backbone alone; the others (pissa, olora, corda, loftq ...) change it when they load."""
+"""Initialisations that do not change the backbone. The others (pissa, olora, corda, loftq ...) change it on loading."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits a backbone: every target has factors, and nothing else has."""
+    """An adapter that fits a backbone: exactly the targets have factors."""
 
     folder: Path
     scaling: dict[str, float]
     """s of each module."""
     head: dict[str, tuple[int, ...]]
-    """Shapes of the parameters that are saved whole, by their names in the model."""
+    """Shapes of the fully saved parameters, by their names in the model."""
     num_labels: int | None
-    """Outputs of the head, where config.json has another number."""
+    """Outputs of the head, if config.json has another number."""
     file: Any
 
     def merged(self, module: str, values: torch.Tensor) -> torch.Tensor:
-        """Q + s B A of one module in float32, for its Q in float32."""
+        """Q + s B A of one module in float32. `values` is its Q in float32."""
         lora_A = self.file.get_tensor(f"{PREFIX}{module}.lora_A.weight").float()
         lora_B = self.file.get_tensor(f"{PREFIX}{module}.lora_B.weight").float()
         return torch.addmm(values, lora_B, lora_A, alpha=self.scaling[module])
@@ -64,9 +64,9 @@ class Adapter:
 
 @contextmanager
 def open_adapter(folder: Path, backbone: Backbone) -> Iterator[Adapter]:
-    """The adapter in `folder`; its file is closed when the block ends.
+    """Open the adapter in `folder`. Its file is closed when the block ends.
 
-    Raises UserError for one that is no plain LoRA adapter of this backbone.
+    Raises UserError if it is not a plain LoRA adapter of this backbone.
     """
     settings = _read_settings(folder)
     if folder.resolve().parent != backbone.init.folder.resolve():
@@ -81,7 +81,7 @@ def open_adapter(folder: Path, backbone: Backbone) -> Iterator[Adapter]:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, of an adapter that adds s B A to linear layers and does nothing else."""
+    """The content of adapter_config.json. Raises UserError if the adapter does more than add s B A to linear layers."""
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         plain = LoraConfig().to_dict()
@@ -97,13 +97,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"--adapter={folder}: {odd[0]}={settings[odd[0]]!r} is more than Q + s B A; only plain LoRA and rslora "
                         "can be exported")  # fmt: skip
     if settings.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise UserError(f"--adapter={folder}: init_lora_weights={settings['init_lora_weights']!r} changes the backbone when it "
-                        "loads, so that it is no adapter of Q; fine-tune from loftq_init instead")  # fmt: skip
+        raise UserError(f"--adapter={folder}: init_lora_weights={settings['init_lora_weights']!r} changes the backbone on "
+                        "loading, so it is no adapter of Q; fine-tune from loftq_init instead")  # fmt: skip
     return settings
 
 
 def _check_base(folder: Path, base: str | None, init: Initialised) -> None:
-    """UserError where the adapter names another backbone; a folder that is gone may have been moved, which is said."""
+    """Raise UserError if the adapter names another backbone. Warn if it names a missing folder, which may have been moved."""
     model = init.report["model"]
     published = init.report.get("off_the_shelf", {}).get("taken_from")
     if not base or base == published or Path(base).resolve() == init.folder.resolve():
@@ -116,16 +116,16 @@ def _check_base(folder: Path, base: str | None, init: Initialised) -> None:
                 f"{wrong}, and that is no initialised checkpoint; s B A fits only the Q that it was trained on"
             )
         if _values_from(other) != _values_from(init):
-            raise UserError(f"{wrong}, which was quantized otherwise; give {base} as DIR")
+            raise UserError(f"{wrong}, which was quantized differently; give {base} as DIR")
     elif base == model["requested"]:
         raise UserError(f"{wrong}: that is the pre-trained model; s B A fits only the Q that it was trained on")
     else:
-        log.warning("--adapter=%s names %s, which is not there; taken for DIR=%s, because all targets and shapes fit",
+        log.warning("--adapter=%s names %s, which does not exist; DIR=%s is used, because all targets and shapes fit",
                     folder, base, init.folder)  # fmt: skip
 
 
 def _values_from(init: Initialised) -> list[Any]:
-    """What Q's values follow from: the same for two checkpoints of the same values, also in different forms."""
+    """What determines Q's values: equal for two checkpoints of the same values, even in different storage formats."""
     quant = init.report["quant"]
     settings = [quant.get(name) for name in ("method", "type", "block_size", "double", "iter", "save_dtype")]
     weights = [
@@ -135,7 +135,7 @@ def _values_from(init: Initialised) -> list[Any]:
 
 
 def _fitting(folder: Path, settings: dict[str, Any], file: Any, backbone: Backbone) -> Adapter:
-    """The adapter, once its names and shapes are those that PEFT gives it on this model, and its targets the backbone's."""
+    """The adapter. Raises UserError unless PEFT gives it these names and shapes on this model, and its targets match."""
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
     num_labels = None
     expected, scaling = _as_peft_has_it(folder, settings, backbone, None)
@@ -146,7 +146,7 @@ def _fitting(folder: Path, settings: dict[str, Any], file: Any, backbone: Backbo
             num_labels = outputs.pop()
             expected, scaling = _as_peft_has_it(folder, settings, backbone, num_labels)
     if odd := sorted(set(scaling).symmetric_difference(backbone.weights)):
-        what = "adapts it, and it is no part of Q" if odd[0] in scaling else "has no factors for it"
+        what = "adapts it, but it is not part of Q" if odd[0] in scaling else "has no factors for it"
         raise UserError(f"--adapter={folder}: not for DIR={backbone.init.folder}: {odd[0]}: the adapter {what}; give an adapter "
                         "whose targets are those of init_report.json")  # fmt: skip
     if odd := sorted(set(found).symmetric_difference(expected)):
@@ -154,7 +154,7 @@ def _fitting(folder: Path, settings: dict[str, Any], file: Any, backbone: Backbo
         raise UserError(f"--adapter={folder}: {odd[0]} {what}; the adapter is another model's, or damaged")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise UserError(f"--adapter={folder}: {name} has shape {found[name]}, DIR={backbone.init.folder} and {CONFIG} mean "
+            raise UserError(f"--adapter={folder}: {name} has shape {found[name]}, DIR={backbone.init.folder} and {CONFIG} need "
                             f"{shape}; the adapter is another model's")  # fmt: skip
     head = {name.removeprefix(PREFIX): shape for name, shape in expected.items() if ".lora_" not in name}
     return Adapter(folder, scaling, head, num_labels, file)
@@ -163,7 +163,7 @@ def _fitting(folder: Path, settings: dict[str, Any], file: Any, backbone: Backbo
 def _as_peft_has_it(
     folder: Path, settings: dict[str, Any], backbone: Backbone, num_labels: int | None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
-    """The shape of every tensor of the adapter by its name in the file, and s by module, as PEFT makes them of `settings`."""
+    """The shape of every adapter tensor by its name in the file, and s by module, as PEFT derives them from `settings`."""
     init = backbone.init
     model = skeleton(init.folder, init.report["model"]["kind"], num_labels=num_labels)
     known = {name: value for name, value in settings.items() if name in _UNDERSTOOD - {"auto_mapping", "peft_version"}}
@@ -183,5 +183,5 @@ def _as_peft_has_it(
 
 
 def default_adapter(folder: Path) -> Path:
-    """The adapter of initial factors in the initialised checkpoint `folder`."""
+    """The folder of the initial adapter in the initialised checkpoint `folder`."""
     return folder / ADAPTER

@@ -1,4 +1,4 @@
-"""The backbone Q of an initialised checkpoint, weight by weight, whatever form it is stored in."""
+"""Read the backbone Q of an initialised checkpoint, weight by weight, in any storage format."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from loftq_exp.storage.format import DamagedWeight, StorageFormat, format_of
 
 @dataclass(frozen=True)
 class BackboneWeight:
-    """One weight of Q: its module in the model, the name it has where it is dense, its shape (out, in), its tensors."""
+    """One weight of Q: its module in the model, its name if dense, its shape (out, in), its tensors."""
 
     module: str
     tensor: str
     shape: tuple[int, int]
     parts: tuple[str, ...]
-    """Names in the file: one where it is dense, several where it is packed."""
+    """Names in the file: one if dense, several if packed."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,25 @@ class Backbone:
 
     init: Initialised
     model: transformers.PreTrainedModel
-    """Its model class, on the meta device."""
+    """The model, on the meta device."""
     tensors: CheckpointTensors
     format: StorageFormat
-    """How it is stored."""
+    """Its storage format."""
     settings: dict[str, Any]
-    """`quantization_config` of its config.json; empty where it has none."""
+    """`quantization_config` of its config.json; empty if there is none."""
     weights: dict[str, BackboneWeight] = field(default_factory=dict)
-    """What init_report.json lists, by module."""
+    """The weights that init_report.json lists, by module."""
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Names in the file of all that is no part of Q: embeddings, norms, biases, heads."""
+        """Names in the file of all other tensors: embeddings, norms, biases, heads."""
         parts = {part for weight in self.weights.values() for part in weight.parts}
         return tuple(name for name in self.tensors.names if name not in parts)
 
     def values(self, module: str) -> torch.Tensor:
-        """Q of one module, (out, in) in float32: the values that its stored type has.
+        """Q of one module, (out, in), in float32. Its values are those of the stored type.
 
-        Raises UserError where its tensors do not stand for a weight of the shape in init_report.json.
+        Raises UserError if its tensors do not represent a weight of the shape in init_report.json.
         """
         weight = self.weights[module]
         read = {name: self.tensors.read(name) for name in weight.parts}
@@ -71,9 +71,9 @@ class Backbone:
 
 @contextmanager
 def open_backbone(folder: Path) -> Iterator[Backbone]:
-    """The initialised checkpoint in `folder`; its files are closed when the block ends.
+    """Open the initialised checkpoint in `folder`. Its files are closed when the block ends.
 
-    Raises UserError where there is none: values that no init_report.json vouches for may be those of W.
+    Raises UserError if there is none: without init_report.json the values may be those of W.
     """
     init = read_artifact(folder)
     if init is None:
@@ -99,10 +99,12 @@ def open_backbone(folder: Path) -> Iterator[Backbone]:
 
 
 def _find(backbone: Backbone, module: str, linear: nn.Module | None, shape: tuple[int, int]) -> BackboneWeight:
-    """Where the weight of one module is in the file; UserError where it is missing, or no linear layer of the model."""
+    """The location of one module's weight in the file. Raises UserError if it is missing or not a linear layer of the model."""
     model, names = backbone.model, backbone.tensors.names
     if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
-        raise backbone._damaged(f"config.json has no linear layer {module} of {shape[0]} x {shape[1]}, {REPORT} has")
+        raise backbone._damaged(
+            f"config.json has no linear layer {module} of {shape[0]} x {shape[1]}, but {REPORT} has"
+        )
     first = backbone.format.first_part
     stored = stored_name(f"{module}.{first}", model.base_model_prefix, names)
     if stored is None:

@@ -1,4 +1,4 @@
-"""The model card of an initialised checkpoint: what it is, how far from the original, and how to load it."""
+"""The model card of an initialised checkpoint: what it is, its errors, and how to load it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.storage.format import LoadCode, storage_format
 
 _PIPELINES = {"causal": "text-generation", "seq2seq": "text2text-generation", "classification": "text-classification"}
-"""The hub's name for each kind of model; another kind goes by its own."""
+"""The hub's pipeline tag for each kind of model. Other kinds are their own tag."""
 
 
 def model_card(init: Initialised, config: RunConfig, base_model: str | None) -> str:
-    """The README.md for the hub, front matter included. It follows from the report and the settings alone.
+    """The README.md for the hub, front matter included, from the report and the settings alone.
 
-    `base_model` is the hub id of the pre-trained model; None for one that is not on the hub.
+    `base_model` is the hub id of the pre-trained model, or None if it is not on the hub.
     """
     repo_id, report = config.hub.repo_id, init.report
     return f"""{_front_matter(config, base_model)}
 # {str(repo_id).rpartition("/")[2]}
 
-{_what(config, base_model)}: a backbone `Q`, and LoRA factors `A` and `B` in `{ADAPTER}/`. It is where fine-tuning starts,
-not a fine-tuned model. Made with loftq_exp after [LoftQ](https://arxiv.org/abs/2310.08659). The licence is that of the
-pre-trained model.
+{_what(config, base_model)}: a backbone `Q`, and LoRA factors `A` and `B` in `{ADAPTER}/`. It is a starting point for
+fine-tuning, not a fine-tuned model. Made with loftq_exp after [LoftQ](https://arxiv.org/abs/2310.08659). The licence is
+that of the pre-trained model.
 
 {_facts(report)}
 
@@ -57,7 +57,7 @@ def _what(config: RunConfig, base_model: str | None) -> str:
         "loftq": "quantized, with factors fitted to what quantization lost",
         "qlora": "quantized, with factors that start at zero",
         "lora": "in 16 bits, with factors that start at zero",
-        "off-the-shelf": "quantized, with fitted factors, taken as somebody else published it",
+        "off-the-shelf": "quantized, with fitted factors, taken unchanged from a published checkpoint",
     }[config.quant.method]
     return f"{name}, {how}"
 
@@ -67,7 +67,7 @@ def _facts(report: dict[str, Any]) -> str:
     alpha = quant["scaling"] * quant["rank"]
     rows = {
         "quantizer": f"{quant['type']}, blocks of {quant['block_size']}",
-        "bits": f"{_bits(report)} ({totals['bits_per_weight']:.2f} a weight, scales included)",
+        "bits": f"{_bits(report)} ({totals['bits_per_weight']:.2f} per weight, scales included)",
         "rank": _ranks(report),
         "alpha": f"{alpha:g} (s = {quant['scaling']:g})",
         "steps": "as published" if shelf else quant["iter"],
@@ -82,7 +82,7 @@ def _facts(report: dict[str, Any]) -> str:
 
 
 def _left_out(report: dict[str, Any]) -> str:
-    """What of the blocks is not quantized; the bits a weight above count it too."""
+    """The part of the blocks that is not quantized. It is included in the bits per weight above."""
     weights = report["not_quantized"]
     values = sum(weight["values"] for weight in weights)
     share = values / report["totals"]["linear_values"]
@@ -91,7 +91,7 @@ def _left_out(report: dict[str, Any]) -> str:
 
 
 def _bits(report: dict[str, Any]) -> str:
-    """The bits of all weights, or of their codes on average and which there are."""
+    """The bits of all weights. If they differ, the average of their codes and the list of widths."""
     widths = sorted({weight["bits"] for weight in report["weights"]})
     if len(widths) == 1:
         return str(widths[0])
@@ -103,7 +103,7 @@ def _ranks(report: dict[str, Any]) -> str:
     return (
         str(ranks[0])
         if len(ranks) == 1
-        else f"{', '.join(map(str, ranks))} (in all no more than {report['quant']['rank']} each)"
+        else f"{', '.join(map(str, ranks))} (in total at most that of rank {report['quant']['rank']} everywhere)"
     )
 
 
@@ -111,7 +111,7 @@ def _errors(report: dict[str, Any]) -> str:
     weights = report["weights"]
     steps = len(weights[0]["errors"])
     if not steps:
-        return "Not known: that would take the pre-trained weights."
+        return "Unknown: computing them requires the pre-trained weights."
     means = [sum(weight["errors"][step] for weight in weights) / len(weights) for step in range(steps)]
     columns = ["quantization alone", *(f"step {step}" for step in range(1, steps))]
     table = [columns, ["---"] * steps, [f"{mean:.4f}" for mean in means]]
@@ -124,8 +124,10 @@ def _errors(report: dict[str, Any]) -> str:
 
 
 def _code(config: RunConfig, report: dict[str, Any]) -> str:
-    """Loading in the way that changes no quantized value: with transformers, bitsandbytes and PEFT alone, but for packed
-    weights, which loftq_exp reads."""
+    """Code that loads the checkpoint without changing a quantized value.
+
+    It needs only transformers, bitsandbytes and PEFT, and loftq_exp for packed weights.
+    """
     model_class = AUTO_CLASSES[config.model.kind].__name__
     dtype = f"torch.{report.get('off_the_shelf', {}).get('stored_dtype', config.save_dtype)}"
     stored = storage_format(config.save_format)

@@ -1,7 +1,7 @@
-"""An adapter and the backbone Q that it was trained on as one checkpoint: merged, or both packed as they are.
+"""Export an adapter and its backbone Q as one checkpoint, either merged or packed with the adapter beside it.
 
-Q is read from an initialised checkpoint and nowhere else. The pre-trained weights W are never read, so that an adapter
-cannot be merged into them.
+Q is read only from an initialised checkpoint. The pre-trained weights W are never read, so an adapter cannot be merged
+into them.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from loftq_exp.storage.specs import TensorSpec
 
 
 def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dense", dtype: str | None = None) -> str:
-    """Writes the checkpoint in `folder`, with `adapter` (None: its initial factors), to `out`; returns a line to tell.
+    """Write the checkpoint in `folder` with `adapter` (None: its initial factors) to `out`. Return a one-line summary.
 
     Args:
         folder: an initialised checkpoint.
-        out: a folder that is not there, or empty. It is whole or absent, however the export ends.
+        out: a folder that is absent or empty. It is complete or absent, even if the export fails.
         adapter: a folder with a PEFT LoRA adapter of that checkpoint.
-        to: the form, `dense`, `bnb4` or `packed`.
-        dtype: the type of what is written dense, as torch names it; None: the checkpoint's save_dtype.
+        to: the storage format, `dense`, `bnb4` or `packed`.
+        dtype: the torch name of the type of dense tensors; None for the checkpoint's save_dtype.
 
     Raises:
-        UserError: for a checkpoint, adapter, form or place that does not fit.
+        UserError: if checkpoint, adapter, format or `out` do not fit.
     """
     form = storage_format(to)
     if dtype and not form.takes_values:
-        raise UserError(f"--dtype={dtype}: --to {to} leaves every type as it is; leave --dtype out")
+        raise UserError(f"--dtype={dtype}: --to {to} keeps every type unchanged; leave --dtype out")
     with open_backbone(folder) as backbone, open_adapter(adapter or default_adapter(folder), backbone) as opened:
         _check_form(backbone, form)
         kept: str = dtype or backbone.init.report["quant"]["save_dtype"]
@@ -60,7 +60,7 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
         _check_whole(backbone, opened, config, sources)
         with exclusive(out, "OUT"):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                raise UserError(f"OUT={out}: is there already, and not empty; give a new folder")
+                raise UserError(f"OUT={out}: already exists and is not empty; give a new folder")
             with written_whole(out, "OUT") as partial:
                 _write_weights(partial, backbone, opened, sources, form, getattr(torch, kept))
                 config.save_pretrained(partial)
@@ -69,27 +69,27 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
                     _keep_adapter(partial, out, backbone, opened)
     weights, name = len(backbone.weights), AUTO_CLASSES[backbone.init.report["model"]["kind"]].__name__
     if not form.takes_values:
-        return f"{out}: {weights} {to} weights as they were, the adapter in {ADAPTER}"
+        return f"{out}: {weights} {to} weights unchanged, the adapter in {ADAPTER}"
     types = f"{form.export_note}, all else in {kept}" if form.export_note else f"in {kept}"
     return f"{out}: {weights} weights merged, {types}; {name}.from_pretrained({str(out)!r}) loads it"
 
 
 def _check_form(backbone: Backbone, form: StorageFormat) -> None:
-    """UserError where this checkpoint cannot be exported in that form."""
+    """Raise UserError if this checkpoint cannot be exported in that format."""
     stored, to = backbone.format, form.name
     if not form.takes_values and stored is not form:
         others = " or ".join(name for name in FORMATS if storage_format(name).takes_values)
-        raise UserError(f"--to={to}: DIR={backbone.init.folder} is stored {stored.name}, and only save_format={to} has {to} weights "
-                        f"to keep; use --to {others}")  # fmt: skip
+        raise UserError(f"--to={to}: DIR={backbone.init.folder} is stored as {stored.name}, and only save_format={to} has {to} "
+                        f"weights; use --to {others}")  # fmt: skip
     if form.needs_plain_linears and (dense := left_dense(backbone.model, backbone.weights)):
         raise UserError(f"--to={to}: transformers loads {dense[0]} only as a dense layer; use --to dense")
 
 
 def _sources(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, str], bool]:
-    """The stored tensor behind each name in OUT that is no target and not trained; whether tied weights come apart.
+    """The stored tensor of each name in OUT that is neither a target nor trained, and whether tied weights are untied.
 
-    Where the adapter trained one of several tied weights, such as only the head of a model that ties it to its embeddings,
-    the others keep the stored value, under names of their own.
+    If the adapter trained only one of several tied weights, such as a head tied to the embeddings, the others keep the
+    stored value under their own names.
     """
     sources = {_full_name(stored, backbone): stored for stored in backbone.others}
     ties: dict[str, str] = backbone.model.all_tied_weights_keys
@@ -106,7 +106,7 @@ def _sources(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, str], bool
 def _check_whole(
     backbone: Backbone, adapter: Adapter, config: transformers.PretrainedConfig, sources: Mapping[str, str]
 ) -> None:
-    """UserError where transformers would report a tensor of OUT that is missing, or one that the model has no place for."""
+    """Raise UserError if transformers would report a missing or unexpected tensor in OUT."""
     with torch.device("meta"):
         model = type(backbone.model)(config)
     shapes = {name: backbone.tensors.shape(stored) for name, stored in sources.items()} | adapter.head
@@ -126,7 +126,7 @@ def _write_weights(
     form: StorageFormat,
     dtype: torch.dtype,
 ) -> None:
-    """The weights, one at a time: what is merged, the head that was trained, and all others, which are in `sources`."""
+    """Write the weights one at a time: merged targets, the trained head, and the others, listed in `sources`."""
     tensors = backbone.tensors
     specs = {
         name: TensorSpec(_written_type(tensors.dtype(stored), form, dtype), tensors.shape(stored))
@@ -150,7 +150,7 @@ def _write_weights(
 def _target_specs(
     backbone: Backbone, module: str, name: str, form: StorageFormat, dtype: torch.dtype
 ) -> dict[str, TensorSpec]:
-    """The types and shapes of what `_target_tensors` gives."""
+    """The types and shapes of the tensors that `_target_tensors` returns."""
     weight, tensors = backbone.weights[module], backbone.tensors
     if not form.takes_values:
         return {
@@ -162,20 +162,20 @@ def _target_specs(
 def _target_tensors(
     backbone: Backbone, adapter: Adapter, module: str, name: str, form: StorageFormat, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The tensors that stand for one target in OUT: as they were, or Q + s B A in its new form."""
+    """The tensors of one target in OUT: the stored ones, or Q + s B A in the new format."""
     if not form.takes_values:
-        backbone.values(module)  # refuses what does not stand for a weight
+        backbone.values(module)  # raises UserError for damaged tensors
         return {_full_name(part, backbone): backbone.tensors.read(part) for part in backbone.weights[module].parts}
     return form.encode_values(name, _converted(name, adapter.merged(module, backbone.values(module)), dtype))
 
 
 def _written_type(stored: torch.dtype, form: StorageFormat, dtype: torch.dtype) -> torch.dtype:
-    """The type of what is no target; integers, such as positions, stay what they are."""
+    """The written type of a tensor that is not a target. Integers, such as positions, keep their type."""
     return dtype if stored.is_floating_point and form.takes_values else stored
 
 
 def _converted(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values in `dtype`; UserError where they are not finite there."""
+    """The values in `dtype`. Raises UserError if they are not finite in it."""
     converted = values.to(dtype)
     if converted.is_floating_point() and not bool(torch.isfinite(converted).all()):
         if bool(torch.isfinite(values).all()):
@@ -186,7 +186,7 @@ def _converted(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Ten
 
 
 def _full_name(stored: str, backbone: Backbone) -> str:
-    """The model's own name for a stored tensor: a base checkpoint lacks the prefix, and a head beside it would hide that."""
+    """The model's own name for a stored tensor. It adds the prefix that a base checkpoint lacks, even if a head is stored."""
     model = backbone.model
     prefix = f"{model.base_model_prefix}."
     has_base = isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
@@ -198,7 +198,7 @@ def _full_name(stored: str, backbone: Backbone) -> str:
 def _config(
     backbone: Backbone, adapter: Adapter, form: StorageFormat, dtype: torch.dtype, untied: bool
 ) -> transformers.PretrainedConfig:
-    """config.json: of the model class as it is loaded, and of the form in which it is stored."""
+    """The exported config, for the model class and the storage format."""
     report = backbone.init.report
     config = load_config(backbone.init.folder, kind=report["model"]["kind"])
     if hasattr(config, "quantization_config"):
@@ -208,7 +208,7 @@ def _config(
     if adapter.num_labels is not None:
         config.num_labels, config.problem_type = adapter.num_labels, None
     quantization: Any = backbone.settings
-    if form.takes_values:  # else the weights, and what is said of them, stay as they are
+    if form.takes_values:  # otherwise weights and quantization_config stay unchanged
         quantization = form.quantization_config(None, {}, report["other_linears"], dtype)
     if quantization is not None:
         config.quantization_config = quantization
@@ -218,13 +218,13 @@ def _config(
 
 
 def _keep_adapter(folder: Path, out: Path, backbone: Backbone, adapter: Adapter) -> None:
-    """The adapter beside its packed backbone, and the report that vouches for that, so that OUT can be exported in turn."""
+    """Write the adapter and the report beside the packed backbone, so that OUT can itself be exported."""
     (folder / ADAPTER).mkdir()
     shutil.copyfile(adapter.folder / WEIGHTS, folder / ADAPTER / WEIGHTS)
     settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": str(out.resolve()), "inference_mode": True}
     (folder / ADAPTER / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    # Without its key: the quantize stage must not take a fine-tuned adapter for the initial factors that the key stands for.
+    # Omit the key: the quantize stage must not mistake a fine-tuned adapter for the initial factors of that key.
     report = {name: value for name, value in backbone.init.report.items() if name != "key"}
     report["exported_from"] = str(backbone.init.folder.resolve())
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")

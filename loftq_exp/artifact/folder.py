@@ -1,4 +1,4 @@
-"""The initialised checkpoint as a folder: a place that is whole or absent, and the small files around the weights."""
+"""The initialised checkpoint as a folder that is complete or absent, and the small files beside its weights."""
 
 from __future__ import annotations
 
@@ -25,29 +25,32 @@ from loftq_exp.whole import whole_folder
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
 _PEFT_HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT adds to `modules_to_save` by itself, each time that it loads an adapter of their task type."""
+"""Heads that PEFT itself adds to `modules_to_save` whenever it loads an adapter of their task type."""
 
 
 @dataclass(frozen=True)
 class Initialised:
-    """An initialised checkpoint on disk: its folder and what init_report.json says."""
+    """An initialised checkpoint on disk: its folder and the content of init_report.json."""
 
     folder: Path
     report: dict[str, Any]
 
     @property
     def backbone_bytes(self) -> int:
-        """Size of the stored backbone's weight files."""
+        """The size of the backbone's weight files, in bytes."""
         return sum(path.stat().st_size for path in self.folder.glob("model*.safetensors"))
 
     @property
     def adapter_bytes(self) -> int:
-        """Size of the stored factors, and of the head where one is trained."""
+        """The size of the stored factors and of a trained head, in bytes."""
         return (self.folder / ADAPTER / "adapter_model.safetensors").stat().st_size
 
 
 def read_artifact(folder: Path) -> Initialised | None:
-    """The initialised checkpoint in `folder`, or None where there is none: the report is there only when all else is."""
+    """The initialised checkpoint in `folder`, or None. The report is written last, so its presence means completeness.
+
+    Raises UserError if the report is not valid JSON.
+    """
     try:
         report = json.loads((folder / REPORT).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -61,7 +64,7 @@ def read_artifact(folder: Path) -> Initialised | None:
 
 @contextmanager
 def exclusive(final: Path, setting: str = "save_dir") -> Iterator[None]:
-    """Holds the right to write `final`: other processes wait, and find it done. Refusals name the `setting` it comes from."""
+    """Hold the lock for writing `final`. Other processes wait and then find it done. Errors name the `setting` it is from."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(final.parent / f".{final.name}.lock")
@@ -78,10 +81,10 @@ def exclusive(final: Path, setting: str = "save_dir") -> Iterator[None]:
 
 @contextmanager
 def written_whole(final: Path, setting: str = "save_dir") -> Iterator[Path]:
-    """A folder to write into that takes the place of `final` when the block ends, and leaves nothing where it fails.
+    """Yield a folder to write to. It replaces `final` when the block ends, and is removed if the block fails.
 
-    To be used under `exclusive`. What a killed process left is removed first. Raises UserError where `final` is no
-    initialised checkpoint: what somebody else put there is not ours to replace. Refusals name the `setting` it comes from.
+    Use it under `exclusive`. Leftovers of a killed process are removed first. Raises UserError if `final` exists but is not
+    an initialised checkpoint: foreign files are never replaced. Errors name the `setting` that the path is from.
     """
     if final.exists() and not (final / REPORT).is_file() and not _is_empty(final):
         raise UserError(f"{setting}={final.parent}: {final.name} in it is no initialised checkpoint (it has no {REPORT}); "
@@ -101,9 +104,9 @@ def _is_empty(place: Path) -> bool:
 def write_surroundings(
     folder: Path, final: Path, source: Source, layout: Layout, plan: Mapping[str, Precision], config: RunConfig
 ) -> None:
-    """Everything but the weights: the model's config, tokenizer files as they are, and the adapter's config.
+    """Write everything but the weights: the model's config, unchanged tokenizer files, and the adapter's config.
 
-    `plan` has the bits of each target, and the rank of its factors, by module.
+    `plan` has the bits and rank of each target, by module.
     """
     model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
     dtype: torch.dtype = getattr(torch, config.save_dtype)
@@ -128,15 +131,15 @@ def write_surroundings(
         lora_dropout=quant.dropout,
         target_modules=list(layout.target_modules),
         modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
-        init_lora_weights=True,  # the factors are in the file; PEFT must not compute others
+        init_lora_weights=True,  # the factors are stored; PEFT must not compute new ones
         inference_mode=True,
     )
-    # PEFT's own writer would put the target modules in the order of a set, another one in every process.
+    # PEFT's own writer would save the target modules in set order, which differs between processes.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER).mkdir()
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
 
 
 def _number(alpha: float) -> int:
-    """An alpha as PEFT writes it: it divides, so that any number will do, but whole ones are whole."""
+    """An alpha as PEFT writes it: an integer if it is whole. Any number works, as PEFT only divides it."""
     return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]

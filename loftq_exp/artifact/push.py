@@ -1,6 +1,6 @@
-"""Publishing an initialised checkpoint on the model hub, in one commit, with a model card (`hub.push=true`).
+"""Publish an initialised checkpoint on the model hub, in one commit, with a model card (`hub.push=true`).
 
-The checkpoint itself is only read: what differs on the hub (paths of this machine) is changed on the way.
+The local checkpoint is only read. Local paths are replaced in the uploaded files.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 
 def check_push(config: RunConfig) -> None:
-    """Raises UserError where a push is wanted that no token allows: before any work."""
+    """Raise UserError, before any work, if a push is requested but no token is set."""
     if config.hub.push and not token():
         raise UserError(f"hub.push=true: pushing to {config.hub.repo_id} needs a token; set HF_TOKEN in the environment to one "
-                        "that may write")  # fmt: skip
+                        "with write access")  # fmt: skip
 
 
 def push(init: Initialised, config: RunConfig) -> str:
-    """Publishes `init` as `hub.repo_id`, which is made where it is not there, and returns the commit's address.
+    """Publish `init` as `hub.repo_id`, which is created if necessary, and return the commit's URL.
 
-    Files that are on the hub already are not sent again. Raises UserError, and leaves `init` as it is, where the hub
-    refuses or cannot be reached.
+    Files that are already on the hub are not uploaded again. Raises UserError if the hub refuses or cannot be reached;
+    `init` is not changed.
     """
     hub = config.hub
-    assert hub.repo_id is not None  # config refuses a push without
+    assert hub.repo_id is not None  # the config refuses a push without it
     api = HfApi(token=token())
     try:
         api.create_repo(hub.repo_id, private=hub.private, exist_ok=True)
@@ -62,10 +62,10 @@ def push(init: Initialised, config: RunConfig) -> str:
 def _operations(init: Initialised, config: RunConfig) -> list[CommitOperationAdd]:
     adapter_config = f"{ADAPTER}/adapter_config.json"
     settings = json.loads((init.folder / adapter_config).read_text())
-    told = _without_places(init)
+    shown = _without_places(init)
     changed = {
-        "README.md": model_card(told, config, _base_model(config)).encode(),
-        REPORT: _json(told.report),
+        "README.md": model_card(shown, config, _base_model(config)).encode(),
+        REPORT: _json(shown.report),
         adapter_config: _json(settings | {"base_model_name_or_path": config.hub.repo_id}),
     }
     files = [path for path in sorted(init.folder.rglob("*")) if path.is_file()]
@@ -85,7 +85,7 @@ def _base_model(config: RunConfig) -> str | None:
 
 
 def _without_places(init: Initialised) -> Initialised:
-    """The checkpoint with a report that names folders of this machine by their last part alone."""
+    """The checkpoint with a report that names local folders by their last part only."""
     report = json.loads(json.dumps(init.report))
     for group, name in (("model", "requested"), ("quant", "path"), ("off_the_shelf", "taken_from")):
         place = report.get(group, {}).get(name)
@@ -99,7 +99,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _fault(error: Exception, config: RunConfig) -> str | None:
-    """What the hub or the way to it refused, and what to do; None for an error that is neither's."""
+    """The error message for a hub or network error, with what to do; None for any other error."""
     hub, cause = config.hub, _cause(error)
     if isinstance(cause, OfflineModeIsEnabled):
         return "hub.push=true: offline mode is on; unset HF_HUB_OFFLINE"
@@ -118,7 +118,7 @@ def _fault(error: Exception, config: RunConfig) -> str | None:
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
-    """The error of the hub's client behind `error`, which may be wrapped (of an upload in a thread)."""
+    """The hub client's error behind `error`, which may wrap it (for an upload in a thread); None if there is none."""
     while error is not None and not isinstance(error, (HTTPError, OfflineModeIsEnabled)):
         error = error.__cause__
     return error

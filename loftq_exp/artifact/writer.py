@@ -1,8 +1,8 @@
-"""Writing safetensors files one tensor at a time, so that memory does not grow with the checkpoint.
+"""Write safetensors files one tensor at a time, so that memory does not grow with the checkpoint.
 
-`safetensors` itself writes a file from tensors that are all in memory. Here names, types and shapes are known beforehand:
-the header is written first, the file's space is reserved (a full disk shows before hours of work, not after), and each
-tensor goes to its own offset, in any order.
+`safetensors` itself needs all tensors in memory. Here names, types and shapes are known beforehand. The header is written
+first and the file's space is reserved, so that a full disk is detected before hours of work. Tensors are then written to
+their offsets in any order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loftq_exp.storage.specs import TensorSpec
 MAX_SHARD_BYTES = 5_000_000_000
 
 SYNC_BYTES = 64 << 20
-"""Each time that so much was written the system is told to bring it to the disk, so that little is left to wait for at the end."""
+"""Bytes written between syncs to disk. Syncing during the work shortens the final wait."""
 
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -33,10 +33,10 @@ _CODES = {
 
 
 class SafetensorsWriter:
-    """Writes `{stem}.safetensors`, or shards of it with an index, into an existing folder.
+    """Writes `{stem}.safetensors`, or shards with an index, to an existing folder.
 
-    Use it as a context manager. Leaving it without an error checks that every tensor was written and syncs the files;
-    an error, here or in its block, removes them.
+    Use it as a context manager. On success it checks that every tensor was written and syncs the files. On an error, in its
+    block or its own, it removes them.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SafetensorsWriter:
     def _create(self, path: Path, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        # Wide types first, as safetensors itself does it: each value then lies at a multiple of its size.
+        # Wide types first, as in safetensors itself, so that each value is aligned to its size.
         names = sorted(names, key=lambda name: -self._specs[name].dtype.itemsize)
         for name in names:
             spec = self._specs[name]
@@ -93,7 +93,7 @@ class SafetensorsWriter:
         path.write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes a tensor to its place; its type and shape must be the announced ones. Threads may write side by side."""
+        """Write a tensor, whose type and shape must match its spec, to its offset. Threads may write concurrently."""
         spec = self._specs[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
@@ -107,7 +107,7 @@ class SafetensorsWriter:
                 self._syncs.append(self._syncer.submit(_sync_data, descriptor))
 
     def close(self) -> None:
-        """Closes the files as they are."""
+        """Close the files without checking or removing them."""
         self._syncer.shutdown(cancel_futures=True)
         while self._descriptors:
             os.close(self._descriptors.pop())
@@ -128,16 +128,16 @@ class SafetensorsWriter:
                 if self._missing:
                     raise ValueError(f"never written: {sorted(self._missing)[:3]}")
                 for sync in self._syncs:
-                    sync.result()  # its error is told to no later sync
+                    sync.result()  # raises its error, which no later sync would report
                 for descriptor in self._descriptors:
                     os.fsync(descriptor)
-                self._files.clear()  # whole, and to stay
+                self._files.clear()  # complete, so not to be removed
         finally:
             self._remove()
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Reserves the file's space where the system can (Linux); elsewhere only its size is set, and a full disk shows later."""
+    """Reserve the file's space if the system supports it (Linux). Otherwise only set its size: a full disk shows later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -145,12 +145,12 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _sync_data(descriptor: int) -> None:
-    """Brings the file's data to the disk, where the system can without its times (not on macOS)."""
+    """Sync the file's data to disk, without its timestamps if the system supports that (macOS does not)."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values in row-major order as bytes, without a copy where it is contiguous and on the CPU."""
+    """The tensor's values in row-major order as bytes. A contiguous CPU tensor is not copied."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

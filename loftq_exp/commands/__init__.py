@@ -1,1 +1,4 @@
-"""What is typed: run, cache, export, report, rerun. The only package that knows Hydra and argv; imports everything below it."""
+"""The command line: run, cache, export, report, rerun.
+
+The only package that uses Hydra and argv. May import every other package.
+"""

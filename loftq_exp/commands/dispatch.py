@@ -1,4 +1,4 @@
-"""`loftq-exp COMMAND ...`: every command by its name. Each is also a module: `python -m loftq_exp`, `python -m loftq_exp.cache`."""
+"""`loftq-exp COMMAND ...`. Each command is also a module, such as `python -m loftq_exp` or `python -m loftq_exp.cache`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from loftq_exp.config.schema import nearest
 from loftq_exp.errors import UserError
 
 COMMANDS = {
-    "run": ("run", "quantize, fine-tune and score: what `python -m loftq_exp` does"),
+    "run": ("run", "quantize, fine-tune and score a model (the same as `python -m loftq_exp`)"),
     "cache": ("manage_cache", "list, size, verify and prune the cache"),
     "export": ("export_model", "merge an adapter into its backbone"),
-    "report": ("write_report", "a table of runs and sweeps, on the terminal or as JSON, CSV or Markdown"),
-    "rerun": ("run_again", "do a finished run again from its record and say what differs"),
+    "report": ("write_report", "show a table of runs and sweeps, on the terminal or as JSON, CSV or Markdown"),
+    "rerun": ("run_again", "repeat a finished run from its record and report what differs"),
 }
-"""Each command with its module, which is imported when it is called, and what it does."""
+"""Each command with its module, imported on demand, and its description."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hands the arguments after the command's name to its module, and returns its exit code."""
+    """Pass the arguments after the command's name to its module, and return its exit code."""
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     return exit_code(lambda: _call(name, arguments), "nothing was begun")
 
@@ -45,6 +45,4 @@ def _unknown(name: str) -> str:
 
 def _help() -> str:
     lines = [f"  {name:8} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: loftq-exp COMMAND ...", "", *lines, "", "loftq-exp COMMAND --help shows what it takes", ""]
-    )
+    return "\n".join(["usage: loftq-exp COMMAND ...", "", *lines, "", "loftq-exp COMMAND --help shows its options", ""])

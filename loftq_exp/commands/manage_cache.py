@@ -1,8 +1,8 @@
-"""The cache on the command line: `python -m loftq_exp.cache [--cache-dir FOLDER] list|size|verify|prune`, and `inits`.
+"""The cache command: `python -m loftq_exp.cache [--cache-dir FOLDER] list|size|verify|prune`, and `inits`.
 
-All of it is safe beside running jobs: an entry that goes while a job wants it is computed again. Entries are pruned by
-their last use, because a job that takes an entry renews its time of modification. Converted models are counted but never
-removed: a running job may be about to open one.
+All subcommands are safe while jobs run: a job recomputes an entry that was removed. Entries are pruned by last use, because
+a job that reads an entry updates its modification time. Converted models are counted but never removed, because a running
+job may be about to open one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = ("entry", "shape", "quantizer", "rank", "steps", "solver", "error", "M
 
 @dataclass(frozen=True)
 class _File:
-    """A file of the cache as it was when it was looked at."""
+    """A file of the cache, as found when the command listed it."""
 
     path: Path
     bytes: int
@@ -40,7 +40,7 @@ class _File:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error, and for damage."""
+    """Run the command and return its exit code: 1 for damage, and for an error, which is one line on standard error."""
 
     def work() -> int:
         options = _parser().parse_args(argv)
@@ -51,36 +51,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = options.command(folder, options)
         return code
 
-    return exit_code(work, "what was removed is gone, all else is whole")
+    return exit_code(work, "removed files are gone, all others are intact")
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command's options; `--cache-dir` may stand before or after the subcommand."""
+    """Return the parser of the command. `--cache-dir` may be before or after the subcommand."""
     common = OneLineParser(add_help=False)
-    # Suppressed, because a subcommand's own default would replace what was given before it.
-    common.add_argument("--cache-dir", default=argparse.SUPPRESS, help=f"cache_dir of the runs ({DEFAULT_FOLDER})")
-    about = "Shows and tends the cache of decompositions. Safe beside running jobs."
+    # Suppressed, because a subcommand's default would override a value given before it.
+    common.add_argument(
+        "--cache-dir", default=argparse.SUPPRESS, help=f"cache_dir of the runs (default: {DEFAULT_FOLDER})"
+    )
+    about = "Lists, sizes, verifies and prunes the cache of decompositions. Safe while jobs run."
     parser = OneLineParser(prog="python -m loftq_exp.cache", description=about, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="list|size|verify|prune|inits")
-    listing = commands.add_parser("list", parents=[common], help="every entry with what it holds, last used first")
+    listing = commands.add_parser("list", parents=[common], help="list every entry with its content, last used first")
     listing.set_defaults(command=_list)
-    size = commands.add_parser("size", parents=[common], help="how many entries and bytes there are, by kind")
+    size = commands.add_parser("size", parents=[common], help="show the number of entries and bytes, by kind")
     size.set_defaults(command=_size)
     verify = commands.add_parser(
         "verify",
         parents=[common],
-        help="read every entry, and every file whose digest is remembered; exits with 1 where one is wrong",
+        help="read every entry, and every file with a stored digest; the exit code is 1 if one is damaged or wrong",
     )
-    verify.add_argument("--drop", action="store_true", help="remove the damaged ones; they are computed again on use")
+    verify.add_argument("--drop", action="store_true", help="remove damaged entries, which are recomputed on use")
     verify.set_defaults(command=_verify)
-    about = "Removes decompositions and what killed processes left half-written. Converted models stay."
+    about = "Removes decompositions and incomplete files of killed processes. Converted models are kept."
     prune = commands.add_parser("prune", parents=[common], help="remove entries", description=about)
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every entry")
     which.add_argument(
-        "--max-gb", type=_amount, metavar="N", help="the least recently used, until N GB stay (1e9 bytes)"
+        "--max-gb", type=_amount, metavar="N", help="the least recently used entries, until N GB (1e9 bytes) remain"
     )
-    which.add_argument("--older-than", type=_amount, metavar="DAYS", help="those that no run used for so many days")
+    which.add_argument("--older-than", type=_amount, metavar="DAYS", help="entries that no run used for DAYS days")
     prune.set_defaults(command=_prune)
     parser.set_defaults(inits=False)
     manage_inits.add_parser(commands, OneLineParser)
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _amount(text: str) -> float:
-    """A finite number of at least 0; argparse tells the option's name where it is not one."""
+    """Convert to a finite number of at least 0. argparse adds the option's name to the error."""
     try:
         value = float(text)
     except ValueError:
@@ -99,7 +101,7 @@ def _amount(text: str) -> float:
 
 
 def _list(folder: Path, options: argparse.Namespace) -> int:
-    """Prints a row for each entry, last used first. Contents are not checked; that is `verify`."""
+    """Print a row for each entry, last used first. Contents are checked only by `verify`."""
     files = sorted(_entries(folder), key=lambda file: (-file.used, file.path))
     rows = [row for file in files if (row := _row(file)) is not None]
     if rows:
@@ -110,7 +112,7 @@ def _list(folder: Path, options: argparse.Namespace) -> int:
 
 
 def _row(file: _File) -> list[str] | None:
-    """An entry's row, in the order of COLUMNS; None where it is gone meanwhile."""
+    """Return an entry's row, in the order of COLUMNS. None if the entry was removed meanwhile."""
     size, used = f"{file.bytes / 1e6:.1f}", datetime.fromtimestamp(file.used).isoformat(" ", "minutes")
     name = file.path.stem[:12]
     try:
@@ -127,7 +129,7 @@ def _row(file: _File) -> list[str] | None:
 
 
 def _quantizer(identity: dict[str, Any] | None) -> str:
-    """A quantizer in a few words; entries that were made before they held their recipe do not tell."""
+    """Return a short description of a quantizer. Entries of older versions do not record it."""
     if identity is None:
         return "-"
     blocks = f", blocks of {identity['block_size']}" if "block_size" in identity else ""
@@ -135,21 +137,23 @@ def _quantizer(identity: dict[str, Any] | None) -> str:
 
 
 def _size(folder: Path, options: argparse.Namespace) -> int:
-    """Prints number and bytes of the decompositions, the converted models and what killed processes left."""
+    """Print number and bytes of the decompositions, the converted models and incomplete files of killed processes."""
     entries, leftovers = _entries(folder), _leftovers(folder)
     models = [path for path in sorted((folder / "models").glob("[!.]*")) if path.is_dir()]
     stored = [file for model in models for file in _looked_at(path for path in model.rglob("*") if path.is_file())]
     say(f"{count(entries, 'decomposition')}, {megabytes(entries)}")
     say(f"{count(models, 'converted model')}, {megabytes(stored)}")
     if leftovers:
-        left = count(leftovers, "half-written file")
+        left = count(leftovers, "incomplete file")
         say(f"{left} of killed processes, {megabytes(leftovers)}; prune removes them")
     return 0
 
 
 def _verify(folder: Path, options: argparse.Namespace) -> int:
-    """Reads every entry and every file whose digest is remembered. Prints a line for each that is wrong, and returns 1 where
-    there is one, dropped or not."""
+    """Read every entry, and every file with a stored digest. Print a line for each that is damaged or wrong.
+
+    Returns 1 if there is one, dropped or not.
+    """
     files, digests = _entries(folder), FileDigests(folder)
     damaged: list[_File] = []
     with progress("verify") as advance:
@@ -157,7 +161,7 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
             try:
                 read_entry(file.path)
             except FileNotFoundError:
-                pass  # pruned or dropped by another process meanwhile
+                pass  # removed by another process meanwhile
             except OSError as error:
                 raise UserError(f"{file.path}: cannot be read ({error.strerror}); ask its owner") from None
             except DamagedEntry as damage:
@@ -180,7 +184,7 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
 
 
 def _prune(folder: Path, options: argparse.Namespace) -> int:
-    """Removes what the options say and half-written files of killed processes; prints what went and what stays."""
+    """Remove the selected entries and incomplete files of killed processes, and print what was removed and what remains."""
     entries, leftovers = sorted(_entries(folder), key=lambda file: file.used), _leftovers(folder)
     going = entries
     if options.older_than is not None:
@@ -197,24 +201,24 @@ def _prune(folder: Path, options: argparse.Namespace) -> int:
     _remove(going)
     _remove(leftovers)
     staying = entries[len(going) :]
-    half = f" and {count(leftovers, 'half-written file')}" if leftovers else ""
+    half = f" and {count(leftovers, 'incomplete file')}" if leftovers else ""
     say(f"removed {count(going, 'decomposition')}{half}, {megabytes([*going, *leftovers])}; "
-         f"{len(staying)} stay, {megabytes(staying)}")  # fmt: skip
+         f"{len(staying)} remain, {megabytes(staying)}")  # fmt: skip
     return 0
 
 
 def _entries(folder: Path) -> list[_File]:
-    """The decompositions in the cache."""
+    """Return the decompositions in the cache."""
     return _looked_at(DecompositionCache(folder).entries())
 
 
 def _leftovers(folder: Path) -> list[_File]:
-    """What killed processes left half-written."""
+    """Return the incomplete files of killed processes."""
     return _looked_at(DecompositionCache(folder).leftovers())
 
 
 def _looked_at(paths: Iterable[Path]) -> list[_File]:
-    """The files among `paths` that are still there."""
+    """Return the files among `paths` that still exist."""
     files = []
     for path in paths:
         try:
@@ -226,7 +230,7 @@ def _looked_at(paths: Iterable[Path]) -> list[_File]:
 
 
 def _remove(files: Sequence[_File]) -> None:
-    """Removes files, of which another process may have removed some. Folders stay: a job may be about to write there."""
+    """Remove files, some of which may already be gone. Folders are kept, because a job may be about to write there."""
     for file in files:
         try:
             file.path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The store of initialised checkpoints on the command line: `python -m loftq_exp.cache inits [--output-dir FOLDER] list|size|prune`.
+"""The store of initialised checkpoints: `python -m loftq_exp.cache inits [--output-dir FOLDER] list|size|prune`.
 
-Safe beside running jobs: a run names its initialisation before it is made, and one that is being written is locked.
+Safe while jobs run: a run records its initialisation before creating it, and one that is being written is locked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loftq_exp.records import init_of_run, is_of_version_0_1
 from loftq_exp.report.table import print_table
 
 DEFAULT_FOLDER = "outputs"
-COLUMNS = ("initialisation", "made from", "method", "steps", "MB", "runs that name it")
+COLUMNS = ("initialisation", "made from", "method", "steps", "MB", "runs that use it")
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,27 @@ class _Stored:
     folder: Path
     bytes: int
     runs: tuple[str, ...]
-    """Names of the run folders that name it."""
+    """Names of the run folders that refer to it."""
 
 
 def add_parser(commands: Any, make: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds `inits` with its subcommands to the cache's `commands`; `make` is the class of its parsers."""
+    """Add `inits` and its subcommands to the cache's `commands`. `make` is the parser class."""
     common = make(add_help=False)
-    common.add_argument("--output-dir", default=argparse.SUPPRESS, help=f"output_dir of the runs ({DEFAULT_FOLDER})")
-    about = "the initialised checkpoints that runs share: list, size, prune"
-    parser = commands.add_parser("inits", parents=[common], help=about, description=f"Shows and tends {about}.")
+    common.add_argument(
+        "--output-dir", default=argparse.SUPPRESS, help=f"output_dir of the runs (default: {DEFAULT_FOLDER})"
+    )
+    about = "list, size and prune the initialised checkpoints that runs share"
+    parser = commands.add_parser("inits", parents=[common], help=about, description=f"Use it to {about}.")
     parser.set_defaults(inits=True)
     commands = parser.add_subparsers(required=True, metavar="list|size|prune")
-    listing = commands.add_parser("list", parents=[common], help="every initialisation, and how many runs name it")
+    listing = commands.add_parser("list", parents=[common], help="list every initialisation and how many runs use it")
     listing.set_defaults(command=_list)
-    size = commands.add_parser(
-        "size", parents=[common], help="how many there are, their bytes, and those that no run names"
-    )
+    size = commands.add_parser("size", parents=[common], help="show their number and bytes, and those of unused ones")
     size.set_defaults(command=_size)
-    about = "Removes initialisations that no run's folder names, and what killed processes left half-written."
-    prune = commands.add_parser("prune", parents=[common], help="remove those that no run names", description=about)
-    prune.add_argument("names", nargs="*", metavar="NAME", help="only these; without, all that no run names")
-    prune.add_argument("--force", action="store_true", help="also those that a run's folder still names")
+    about = "Removes initialisations that no run uses, and incomplete ones of killed processes."
+    prune = commands.add_parser("prune", parents=[common], help="remove unused initialisations", description=about)
+    prune.add_argument("names", nargs="*", metavar="NAME", help="initialisations to remove (default: all unused ones)")
+    prune.add_argument("--force", action="store_true", help="also remove those that a run still uses")
     prune.set_defaults(command=_prune)
 
 
@@ -78,13 +78,13 @@ def _row(one: _Stored) -> list[str]:
 def _size(output: Path, options: argparse.Namespace) -> int:
     stored = _store(output)
     free = [one for one in stored if not one.runs]
-    say(f"{count(stored, 'initialisation')}, {megabytes(stored)}; {len(free)} that no run names, {megabytes(free)}")
+    say(f"{count(stored, 'initialisation')}, {megabytes(stored)}; {len(free)} unused, {megabytes(free)}")
     _say_version_0_1(output)
     return 0
 
 
 def _prune(output: Path, options: argparse.Namespace) -> int:
-    """Removes what the options say; prints what went and what stays."""
+    """Remove the selected initialisations, and print what was removed and what remains."""
     stored = _store(output)
     going = [one for one in stored if one.folder.name in options.names] if options.names else stored
     if unknown := set(options.names) - {one.folder.name for one in stored}:
@@ -94,18 +94,18 @@ def _prune(output: Path, options: argparse.Namespace) -> int:
     named = [one for one in going if one.runs and not options.force]
     if named and options.names:
         raise UserError(
-            f"{named[0].folder.name}: runs/{named[0].runs[0]} still names it; add --force to remove it all the same"
+            f"{named[0].folder.name}: runs/{named[0].runs[0]} still uses it; add --force to remove it anyway"
         )
     gone = [one for one in going if one not in named and _remove(one.folder)]
     for place in _leftovers(output):
         shutil.rmtree(place, ignore_errors=True)
     staying = [one for one in stored if one not in gone]
-    say(f"removed {count(gone, 'initialisation')}, {megabytes(gone)}; {len(staying)} stay, {megabytes(staying)}")
+    say(f"removed {count(gone, 'initialisation')}, {megabytes(gone)}; {len(staying)} remain, {megabytes(staying)}")
     return 0
 
 
 def _store(output: Path) -> list[_Stored]:
-    """Every initialisation in the store, sorted by name. A run names one by its folder's last part, which holds its key."""
+    """Return every initialisation in the store, sorted by name. A run refers to one by its folder name, which holds its key."""
     runs: dict[str, list[str]] = defaultdict(list)
     for run in sorted((output / "runs").glob("*")):
         if init := init_of_run(run):
@@ -115,7 +115,7 @@ def _store(output: Path) -> list[_Stored]:
 
 
 def _remove(folder: Path) -> bool:
-    """Removes an initialisation, at once to the eyes of others; False where a job is writing it."""
+    """Remove an initialisation. For other processes this is atomic. Returns False if a job is writing it."""
     aside = folder.with_name(f".{folder.name}.replaced")
     try:
         with _locked(folder):
@@ -123,7 +123,7 @@ def _remove(folder: Path) -> bool:
             folder.rename(aside)
             shutil.rmtree(aside)
     except Timeout:
-        say(f"{folder.name}: a job is writing it; it stays")
+        say(f"{folder.name}: a job is writing it; it is kept")
         return False
     except FileNotFoundError:
         return False  # removed by another process meanwhile
@@ -133,7 +133,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _leftovers(output: Path) -> Iterator[Path]:
-    """What killed processes left half-written or half-removed: nobody holds its lock."""
+    """Yield the incomplete folders of killed processes, whose lock is free."""
     for place in sorted((output / "inits").glob(".*")):
         if place.suffix in (".partial", ".replaced"):
             with contextlib.suppress(Timeout, OSError), _locked(place.with_name(place.stem.removeprefix("."))):
@@ -141,12 +141,12 @@ def _leftovers(output: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> FileLock:
-    """The lock under which the quantize stage writes `folder`; Timeout where it is held."""
+    """Return the lock under which the quantize stage writes `folder`. Entering it raises Timeout if it is held."""
     return FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
 
 
 def _say_version_0_1(output: Path) -> None:
-    """Names the initialisations that version 0.1 put into the folders of its runs."""
+    """Print the initialisations that version 0.1 stored inside run folders."""
     old = [_Stored(place.parent, _bytes(place.parent), ()) for place in sorted((output / "runs").glob(f"*/*/{REPORT}"))
            if is_of_version_0_1(place.parent.parent)]  # fmt: skip
     if old:

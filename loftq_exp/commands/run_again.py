@@ -1,7 +1,7 @@
-"""A finished run, done again from its own record: `python -m loftq_exp.rerun RUN_DIR`.
+"""Repeating a finished run from its record: `python -m loftq_exp.rerun RUN_DIR`.
 
-Everything is computed anew, in a fresh folder with a cache of its own. What comes out is compared with the record number by
-number. Exit codes: 0 where all results are equal, 1 where one differs and for a refusal, which is one line on standard error.
+Everything is recomputed, in a new folder with its own cache. The results are compared with the record number by number.
+Exit codes: 0 if all results are equal; 1 if one differs or for an error, which is one line on standard error.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 _HEADINGS = ("what", "old", "new", "difference")
 _MOST_ROWS = 60
-"""Results that differ and are listed one by one; of more, the number is."""
+"""Maximum number of differing results that are listed. Of the rest only the number is shown."""
 _NOT_RESULTS = ("computed", "cache_hits", "phases")
-"""What the totals of an initialisation say of the work and not of the result."""
+"""Totals of an initialisation that describe the work and not the result."""
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "config": dict, "scores": dict, "finetune": (dict, type(None)), "losses": list, "init": dict, "data": dict, "provenance": dict
 }  # fmt: skip
-"""What a finished run's metrics hold, and as what."""
+"""Required entries of a finished run's metrics, with their types."""
 
 Flat = dict[str, Any]
 """Values by dotted name."""
@@ -40,7 +40,7 @@ Flat = dict[str, Any]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a finished run left of itself: metrics.json, and the records of its stages where they were run."""
+    """The files of a finished run: metrics.json, and the records of the stages that were run."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -49,12 +49,12 @@ class Recorded:
 
     @property
     def initialisation(self) -> str | None:
-        """The key of what the run started from; None for a run that neither trained nor scored."""
+        """The key of the run's initialisation; None for a run that neither trained nor scored."""
         return self.finetune.get("initialisation") or self.evaluate.get("initialisation")
 
     @property
     def passes(self) -> list[tuple[str, ...]]:
-        """The stages to run, in one pass or, where the initial factors were scored before they were trained, in two."""
+        """The stages to run, in one pass, or in two if the initial factors were scored before training."""
         trained, scored = bool(self.metrics["finetune"]), bool(self.metrics["scores"])
         if trained and scored and self.metrics["scored_adapter"] == "initial":
             return [("quantize", "evaluate"), ("quantize", "finetune")]
@@ -62,7 +62,7 @@ class Recorded:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0 equal, 1 for a difference or a refusal, 130 interrupted."""
+    """Run the command and return its exit code: 0 equal, 1 for a difference or an error, 130 interrupted."""
 
     def work() -> int:
         options = _parser().parse_args(argv)
@@ -71,32 +71,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         only_rank_0_speaks()
         old = read_recorded(local_path(options.run_dir))
         config = ranks.from_main(lambda: _prepared(old, options))
-        from loftq_exp.pipeline import run  # torch takes seconds, which a typo should not cost
+        from loftq_exp.pipeline import run  # imported late: torch takes seconds
 
         done = [run(dataclasses.replace(config, stages=stages)) for stages in old.passes]
         return ranks.from_main(lambda: 0 if _report(old, read_recorded(done[-1].run_dir)) else 1)
 
-    return exit_code(work, "what was computed again is kept, and the record is as it was")
+    return exit_code(work, "finished work is kept, and the recorded run is unchanged")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m loftq_exp.rerun",
-        description="Does a finished run again from its own record, in a fresh folder, and says what differs. Exits with 0 "
-        "where all results are equal, with 1 where one differs.",
+        description="Repeats a finished run from its record, in a new folder, and reports what differs. The exit code is 0 if "
+        "all results are equal, and 1 if one differs.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder, with config.json and metrics.json")
     parser.add_argument(
-        "--output-dir", metavar="FOLDER", help="output_dir of the new run (beside the runs: reruns/NAME/TIME)"
+        "--output-dir",
+        metavar="FOLDER",
+        help="output_dir of the new run (default: reruns/NAME/TIME in the run's own output_dir)",
     )
     parser.add_argument("--cache-dir", metavar="FOLDER",
-                        help="a cache to take decompositions from; without it each weight is computed again")  # fmt: skip
-    parser.add_argument("--anyway", action="store_true", help="run also where the data or the model changed since")
+                        help="cache to read decompositions from (default: recompute each weight)")  # fmt: skip
+    parser.add_argument("--anyway", action="store_true", help="run even if the data or the model changed since")
     return parser
 
 
 def read_recorded(folder: Path) -> Recorded:
-    """The record in a run's folder. Raises UserError where there is none of a finished run, or it is damaged."""
+    """Return the record in a run's folder. Raises UserError if the run is not finished or the record is damaged."""
     metrics = _json(folder, "metrics.json")
     if metrics is None:
         raise UserError(
@@ -117,7 +119,7 @@ def read_recorded(folder: Path) -> Recorded:
 
 
 def _json(folder: Path, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file."""
+    """Return the JSON object in a file, or None if there is no file."""
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -132,22 +134,20 @@ def _json(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _prepared(old: Recorded, options: argparse.Namespace) -> RunConfig:
-    """The settings to run with. Raises UserError where the inputs are not those of the record."""
+    """Return the settings to run with. Raises UserError if the inputs differ from those of the record."""
     config = config_of(old, options)
     _check_inputs(old, config, options.anyway)
     return config
 
 
 def config_of(old: Recorded, options: argparse.Namespace) -> RunConfig:
-    """The settings of the recorded run, for a fresh folder. Nothing is pushed to the hub."""
+    """Return the settings of the recorded run for a new folder, without a push to the Hub."""
     settings, name = old.metrics["config"], old.folder.resolve().name
     began = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     place = old.folder.resolve().parent.parent / "reruns" / name / began
     output = local_path(options.output_dir) if options.output_dir else place
     if output.is_dir() and any(output.iterdir()):
-        raise UserError(
-            f"--output-dir={output}: is not empty; give a new folder, so that nothing is taken from an earlier run"
-        )
+        raise UserError(f"--output-dir={output}: is not empty; give a new folder, so that no earlier result is reused")
     ours = {
         "output_dir": str(output),
         "cache_dir": options.cache_dir,
@@ -162,7 +162,7 @@ def config_of(old: Recorded, options: argparse.Namespace) -> RunConfig:
 
 
 def _check_inputs(old: Recorded, config: RunConfig, anyway: bool) -> None:
-    """Raises UserError, before the work, where rows or model are gone, or are others and that is not wanted `anyway`."""
+    """Raise UserError, before any work, if rows or model are missing, or if they changed and `anyway` is false."""
     changed = [*_changed_data(old, config), *_changed_model(old, config)]
     for line in changed if anyway else ():
         log.warning("%s: run anyway", line)
@@ -195,7 +195,7 @@ def _changed_model(old: Recorded, config: RunConfig) -> Iterator[str]:
 
 
 def results(run: Recorded) -> Flat:
-    """Every result of a run by name: scores, losses, weight errors, sizes, digests of data, adapter and samples."""
+    """Return every result of a run by name: scores, losses, weight errors, sizes, digests of data, adapter and samples."""
     metrics = run.metrics
     init = {name: value for name, value in metrics["init"].items() if name not in _NOT_RESULTS}
     adapter = run.finetune.get("adapter") if metrics["finetune"] else None
@@ -204,11 +204,11 @@ def results(run: Recorded) -> Flat:
         "scored_adapter": metrics.get("scored_adapter"),
         "init": init,
         "bits_plan": metrics.get("bits_plan"),
-        "finetune": {"ranks": 1} | metrics["finetune"] if metrics["finetune"] else None,  # older records do not say
+        "finetune": {"ranks": 1} | metrics["finetune"] if metrics["finetune"] else None,  # absent from older records
         "loss at step": {str(step): loss for step, loss in metrics["losses"]},
         "backbone_bytes": metrics.get("backbone_bytes"),
         "adapter_bytes": metrics.get("adapter_bytes"),
-        # Weights alone: adapter_config.json beside them holds the path of the backbone.
+        # Weights only, because adapter_config.json holds the path of the backbone.
         "adapter digest": adapter.rpartition("+")[2] if adapter else None,
         "samples digest": run.evaluate.get("samples") if metrics["scores"] else None,
         "data": metrics["data"],
@@ -217,7 +217,7 @@ def results(run: Recorded) -> Flat:
 
 
 def surroundings(run: Recorded) -> Flat:
-    """What a run was made with: versions, commit and hardware."""
+    """Return the environment of a run: versions, commit and hardware."""
     return {name: value for name, value in _flat(run.metrics["provenance"]) if name != "created"}
 
 
@@ -230,7 +230,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def differences(old: Flat, new: Flat) -> list[tuple[str, str, str, str]]:
-    """A row for each name whose values are not the very same: name, old, new, difference."""
+    """Return a row for each name whose values are not identical: name, old, new, difference."""
     names = [*old, *(name for name in new if name not in old)]
     return [_row(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
@@ -248,12 +248,12 @@ def _shown(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    """A text in a table's cell; of a digest the beginning."""
+    """Return a text shortened for a table cell."""
     return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 def _report(old: Recorded, new: Recorded) -> bool:
-    """Prints scores, all that differs, and the verdict; whether every result is equal."""
+    """Print scores, differences and the verdict. Returns whether every result is equal."""
     from loftq_exp.report.table import print_table
 
     before, after = results(old), results(new)
@@ -267,8 +267,8 @@ def _report(old: Recorded, new: Recorded) -> bool:
     if len(listed) > _MOST_ROWS:
         log.info("and %d more that differ", len(listed) - _MOST_ROWS)
     if made_with:
-        print_table("made with", _HEADINGS, made_with)
+        print_table("environment", _HEADINGS, made_with)
     total = len({**before, **after})
     verdict = f"{len(changed)} of {total} results differ" if changed else f"all {total} results are equal, bit for bit"
-    log.info("%s; run again in %s", verdict, new.folder)
+    log.info("%s; the new run is in %s", verdict, new.folder)
     return not changed

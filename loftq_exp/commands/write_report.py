@@ -21,14 +21,16 @@ FORMATS = ("table", "json", "csv", "markdown")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 1 for a refusal, which is one line on standard error."""
+    """Run the command and return its exit code. An error is one line on standard error and exit code 1."""
 
     def work() -> int:
         options = _parser().parse_args(argv)
-        logging.basicConfig(level=logging.INFO, format="%(message)s")  # on standard error: a report may be piped on
+        logging.basicConfig(
+            level=logging.INFO, format="%(message)s"
+        )  # on standard error, because the report may be piped
         if options.output and options.format == "table":
             raise UserError(
-                f"--output={options.output}: a table is for the terminal; add --format json, csv or markdown"
+                f"--output={options.output}: --format=table is for the terminal only; add --format json, csv or markdown"
             )
         runs = collect(folder for place in options.places for folder in _folders(place))
         if not runs:
@@ -41,17 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="python -m loftq_exp.report", description="One row for each run in these folders and below them."
+        prog="python -m loftq_exp.report", description="Shows one row per run in these folders and their subfolders."
     )
     parser.add_argument("places", metavar="DIR", nargs="+", help="a run, a sweep or a folder of them; globs work too")
     parser.add_argument("--format", choices=FORMATS, default="table",
-                        help="json: a list of rows, each with all settings and scores. The others: the columns of the table")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="where json, csv or markdown goes (standard output)")
+                        help="json: a list of rows with all settings and scores. Other formats: the columns of the table")  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="FILE", help="output file for json, csv or markdown (default: standard output)"
+    )
     return parser
 
 
 def _folders(place: str) -> list[Path]:
-    """The folder of this name, or those that match it. Raises UserError where there is none."""
+    """Return the folder of this name, or those that match the glob. Raises UserError if there is none."""
     path = local_path(place)
     matches = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if any(mark in place for mark in "*?[") else []
     found = [path] if path.is_dir() else sorted(match for match in matches if match.is_dir())

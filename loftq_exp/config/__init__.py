@@ -1,6 +1,6 @@
-"""Every setting of a run: one frozen dataclass a group, with each field's meaning, unit, range and what it shapes.
+"""Every setting of a run: one frozen dataclass per group. Each field states its meaning, unit, range and what it shapes.
 
-Imports errors and schemes, nothing else of loftq_exp. It works without torch, so that a typo is refused at once.
+Imports errors and schemes, nothing else of loftq_exp. It does not import torch, so that a typo is reported at once.
 """
 
 from loftq_exp.config.digest import digest_of

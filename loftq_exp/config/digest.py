@@ -1,4 +1,4 @@
-"""Digests of settings and of what follows from them."""
+"""Digests of settings and of values derived from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def digest_of(value: Any) -> str:
-    """A hex digest of plain nested containers, the same on every machine."""
+    """Return a hex digest of plain nested containers. It is the same on every machine."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

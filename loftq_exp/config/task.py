@@ -1,7 +1,7 @@
-"""What the settings of all tasks have in common. A task declares its own in its module of loftq_exp.tasks.
+"""The settings that all tasks share. Settings of a single task are declared in its module of loftq_exp.tasks.
 
-A task's settings are a frozen dataclass: `TaskConfig` and, before it in the list of bases, `SourceLength` and `TargetLength`
-where the task uses their fields.
+A task's settings are a frozen dataclass derived from `TaskConfig`. `SourceLength` and `TargetLength` are listed before it as
+bases if the task uses their fields.
 """
 
 from __future__ import annotations
@@ -17,59 +17,66 @@ from loftq_exp.errors import UserError
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What the model is fine-tuned and scored on: what every task has."""
+    """The data that the model is fine-tuned and scored on: the settings of every task."""
 
     names: ClassVar[tuple[str, ...]] = ()
-    """The choices of `name` where the task is a family of data sets."""
+    """The choices of `name` if the task is a family of data sets."""
 
-    kind: str = setting("which task of loftq_exp.tasks reads the data and scores", shapes=(ADAPTER, SCORES))
+    kind: str = setting(
+        "task that reads the data and computes the scores, such as gsm8k or glue", shapes=(ADAPTER, SCORES)
+    )
     name: str | None = setting(
-        "which data set of the task, where it is a family (glue, summarization)", None, shapes=(ADAPTER, SCORES)
+        "data set of a task that has several: glue (such as mnli) or summarization (such as xsum)",
+        None,
+        shapes=(ADAPTER, SCORES),
     )
     dataset: str | None = setting(
-        "data set on the hub; none: the task's own, or local files", None, shapes=(), locates=(ADAPTER, SCORES)
+        "Hub id of the data set; null: the task's own data set, or local files",
+        None,
+        shapes=(),
+        locates=(ADAPTER, SCORES),
     )
     dataset_config: str | None = setting(
-        "configuration of the hub data set", None, shapes=(), locates=(ADAPTER, SCORES)
+        "configuration (subset) of the Hub data set", None, shapes=(), locates=(ADAPTER, SCORES)
     )
     dataset_revision: str | None = setting(
-        "branch, tag or commit of the hub data set; none: the default branch",
+        "branch, tag or commit of the Hub data set; null: the default branch",
         None,
         shapes=(),
         locates=(ADAPTER, SCORES),
     )
     train_split: str = setting(
-        "split of the hub data set to train on; + joins several", "train", shapes=(), locates=(ADAPTER,)
+        "training split of the Hub data set; + joins several", "train", shapes=(), locates=(ADAPTER,)
     )
     eval_split: str = setting(
-        "split of the hub data set to score on; + joins several, each also scored alone",
+        "evaluation split of the Hub data set; + joins several, which are scored together and separately",
         "test",
         shapes=(),
         locates=(SCORES,),
     )
     train_file: str | None = setting(
-        "local .json, .jsonl or .csv file to train on instead of the hub; + joins several",
+        "local .json, .jsonl or .csv training file (wikitext: also .txt) in place of the Hub data set; + joins several",
         None,
         shapes=(),
         locates=(ADAPTER,),
     )
     eval_file: str | None = setting(
-        "local file to score on instead of the hub; + joins several", None, shapes=(), locates=(SCORES,)
+        "local evaluation file in place of the Hub data set; + joins several", None, shapes=(), locates=(SCORES,)
     )
     max_train_samples: int | None = setting(
-        "train on the first so many rows of each split or file (wikitext: blocks in all); none: all",
+        "maximum number of training rows per split or file (wikitext: blocks in total), taken from the start; null: all",
         None,
         ge=1,
         shapes=(ADAPTER,),
     )
     max_eval_samples: int | None = setting(
-        "score the first so many rows of each split or file (wikitext: blocks in all); none: all",
+        "maximum number of evaluation rows per split or file (wikitext: blocks in total), taken from the start; null: all",
         None,
         ge=1,
         shapes=(SCORES,),
     )
     pad_to_max_length: bool = setting(
-        "pad each training batch to the lengths that the task allows instead of its longest row",
+        "pad each training batch to the task's maximum lengths instead of to its longest row",
         False,
         shapes=(ADAPTER,),
     )
@@ -85,32 +92,35 @@ class TaskConfig:
 
     @classmethod
     def variants(cls) -> Mapping[str, type[TaskConfig]]:
-        """The settings of each task by `task.kind`."""
-        # By name, because config lies below the tasks: their modules plug their settings in here.
+        """Return the settings dataclass of each task by `task.kind`."""
+        # Imported by name, because config may not import the tasks, whose modules register their settings.
         tasks = importlib.import_module("loftq_exp.tasks").TASKS
         return {kind: task.settings() for kind, task in tasks.items()}
 
     @property
     def label(self) -> str:
-        """The task in a word: its kind and, where it is a family, the name."""
+        """The task's kind, followed by the name if the task is a family of data sets."""
         return f"{self.kind}-{self.name}" if self.name else self.kind
 
 
 @dataclass(frozen=True)
 class SourceLength:
-    """For a task whose rows are cut to a length."""
+    """Settings of a task whose inputs are truncated to a maximum length."""
 
     max_source_length: int = setting(
-        "tokens of the prompt, of the texts to classify or of a window at most", 128, ge=1, shapes=(ADAPTER, SCORES)
+        "maximum input length in tokens: of a prompt, a document, the texts to classify, or a SQuAD window",
+        128,
+        ge=1,
+        shapes=(ADAPTER, SCORES),
     )
 
 
 @dataclass(frozen=True)
 class TargetLength:
-    """For a task whose model writes."""
+    """Settings of a task whose model generates text."""
 
     max_target_length: int = setting(
-        "tokens of the target at most, end of sequence included; also the tokens generated",
+        "maximum target length in tokens, end-of-sequence token included; also the maximum number of generated tokens",
         256,
         ge=1,
         shapes=(ADAPTER, SCORES),

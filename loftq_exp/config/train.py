@@ -1,4 +1,4 @@
-"""Fine-tuning: the optimiser, its schedule, and how the backbone is held."""
+"""The settings `train`: optimiser, schedule, and the form of the backbone in memory."""
 
 from __future__ import annotations
 
@@ -10,46 +10,57 @@ from loftq_exp.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimiser's side, named as in transformers.TrainingArguments, and how the backbone is held."""
+    """Fine-tuning. All settings but `backbone` are named as in transformers.TrainingArguments."""
 
     backbone: str = setting(
-        "bnb4: bitsandbytes 4-bit layers; dense: the dequantized values; auto: bnb4 where it holds the values exactly",
+        "form of the backbone in memory. bnb4: bitsandbytes 4-bit layers; dense: dequantized values; auto: packed for a "
+        "packed checkpoint, else bnb4 if it represents the values exactly, else dense",
         "auto",
         choices=("auto", "bnb4", "dense"),
         shapes=(ADAPTER, SCORES),
     )
     learning_rate: float = setting("peak learning rate", 3e-4, gt=0, shapes=(ADAPTER,))
-    weight_decay: float = setting("decoupled weight decay", 0.0, ge=0, shapes=(ADAPTER,))
+    weight_decay: float = setting("weight decay coefficient (decoupled, as in AdamW)", 0.0, ge=0, shapes=(ADAPTER,))
     lr_scheduler_type: str = setting(
-        "schedule of the learning rate",
+        "learning rate schedule",
         "linear",
         choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"),
         shapes=(ADAPTER,),
     )
-    warmup_steps: int = setting("steps of linear warmup; beats warmup_ratio", 0, ge=0, shapes=(ADAPTER,))
-    warmup_ratio: float = setting("share of all steps used for warmup", 0.0, ge=0, lt=1, shapes=(ADAPTER,))
-    num_train_epochs: float = setting("passes over the training data", 1.0, gt=0, shapes=(ADAPTER,))
-    max_steps: int = setting("optimiser steps; -1: as num_train_epochs says", -1, ge=-1, shapes=(ADAPTER,))
-    per_device_train_batch_size: int = setting("rows a step and device", 4, ge=1, shapes=(ADAPTER,))
-    per_device_eval_batch_size: int = setting("rows a batch when scoring", 16, ge=1, shapes=())
-    gradient_accumulation_steps: int = setting("batches whose gradients make one step", 1, ge=1, shapes=(ADAPTER,))
-    optim: str = setting("optimiser, as TrainingArguments names it", "adamw_torch", shapes=(ADAPTER,))
-    adam_beta1: float = setting("AdamW's first moment", 0.9, ge=0, lt=1, shapes=(ADAPTER,))
-    adam_beta2: float = setting("AdamW's second moment", 0.999, ge=0, lt=1, shapes=(ADAPTER,))
-    adam_epsilon: float = setting("AdamW's epsilon", 1e-8, gt=0, shapes=(ADAPTER,))
-    max_grad_norm: float = setting("gradients are clipped to this norm; 0: not at all", 1.0, ge=0, shapes=(ADAPTER,))
-    gradient_checkpointing: bool = setting("recompute activations to save memory", False, shapes=())
-    bf16: bool | None = setting("bfloat16 compute; none: where the processor has it", None, shapes=(ADAPTER, SCORES))
-    logging_steps: int = setting("steps between two logged losses", 10, ge=1, shapes=())
-    save_steps: int = setting("steps between two checkpoints, from which a killed run resumes", 100, ge=1, shapes=())
-    save_total_limit: int = setting("checkpoints kept", 1, ge=1, shapes=())
+    warmup_steps: int = setting(
+        "number of linear warmup steps; takes precedence over warmup_ratio", 0, ge=0, shapes=(ADAPTER,)
+    )
+    warmup_ratio: float = setting("fraction of all steps used for linear warmup", 0.0, ge=0, lt=1, shapes=(ADAPTER,))
+    num_train_epochs: float = setting("number of passes over the training data", 1.0, gt=0, shapes=(ADAPTER,))
+    max_steps: int = setting("number of optimiser steps; -1: given by num_train_epochs", -1, ge=-1, shapes=(ADAPTER,))
+    per_device_train_batch_size: int = setting("training batch size per device", 4, ge=1, shapes=(ADAPTER,))
+    per_device_eval_batch_size: int = setting("evaluation batch size per device", 16, ge=1, shapes=())
+    gradient_accumulation_steps: int = setting(
+        "number of batches whose gradients form one optimiser step", 1, ge=1, shapes=(ADAPTER,)
+    )
+    optim: str = setting("optimiser, by its transformers name", "adamw_torch", shapes=(ADAPTER,))
+    adam_beta1: float = setting("AdamW decay rate of the first moment", 0.9, ge=0, lt=1, shapes=(ADAPTER,))
+    adam_beta2: float = setting("AdamW decay rate of the second moment", 0.999, ge=0, lt=1, shapes=(ADAPTER,))
+    adam_epsilon: float = setting("AdamW epsilon, added to the denominator", 1e-8, gt=0, shapes=(ADAPTER,))
+    max_grad_norm: float = setting("maximum gradient norm for clipping; 0: no clipping", 1.0, ge=0, shapes=(ADAPTER,))
+    gradient_checkpointing: bool = setting(
+        "recompute activations in the backward pass to save memory", False, shapes=()
+    )
+    bf16: bool | None = setting("compute in bfloat16; null: if the device supports it", None, shapes=(ADAPTER, SCORES))
+    logging_steps: int = setting("optimiser steps between two logged losses", 10, ge=1, shapes=())
+    save_steps: int = setting(
+        "optimiser steps between two checkpoints; a killed run resumes from the last", 100, ge=1, shapes=()
+    )
+    save_total_limit: int = setting("maximum number of trainer checkpoints kept", 1, ge=1, shapes=())
     train_sampling_strategy: str = setting(
-        "order of the rows: random, or group_by_length, which saves padding",
+        "order of the training rows: random, or group_by_length, which reduces padding",
         "random",
         choices=("random", "group_by_length"),
         shapes=(ADAPTER,),
     )
-    dataloader_num_workers: int = setting("processes that load data", 0, ge=0, shapes=())
+    dataloader_num_workers: int = setting(
+        "number of data loader processes; 0: load in the main process", 0, ge=0, shapes=()
+    )
 
     def __post_init__(self) -> None:
         if self.max_steps == 0:

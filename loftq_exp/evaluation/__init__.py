@@ -1,4 +1,4 @@
-"""Scores of a model: what a task asks of it, batch by batch, and what it answers.
+"""Scoring a model: it answers a task's requests batch by batch.
 
 Imports training's loader, artifact, tasks, config.
 """

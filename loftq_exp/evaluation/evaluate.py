@@ -1,4 +1,4 @@
-"""From a model to its scores: what a task asks of it, batch by batch, and what it answers."""
+"""From a model to its scores: the model answers a task's requests batch by batch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int, str], None]
-"""Told after each batch: features done, features in all, and what is being done."""
+"""Called after each batch with the number of features done, their total, and a description of the work."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a model on one split, and the samples that made them, in the order of the rows."""
+    """The scores of a model on one split, and the samples behind them in the order of the rows."""
 
     scores: dict[str, float]
-    """As the task names them."""
+    """Scores by the task's names."""
     samples: list[dict[str, Any]]
-    """What the task keeps of each row: predictions beside gold."""
+    """What the task records for each row: predictions and gold answers."""
     tokens_generated: int
-    """End-of-sequence tokens included, padding not."""
+    """Generated tokens, including end-of-sequence tokens and excluding padding."""
     seconds: float
     """Wall-clock time of the whole evaluation."""
 
@@ -50,14 +50,14 @@ def evaluate(
     progress: Progress | None = None,
     requests: Sequence[Request] | None = None,
 ) -> Evaluation:
-    """The scores of `model`, of the kind that `task` needs and with or without an adapter, on `rows`.
+    """Return the scores of `model`, with or without an adapter, on `rows`. It must be of the kind that `task` needs.
 
-    `requests` are the task's for these rows and this tokenizer; None: they are made here. The model comes back in the mode
-    it was in, and pads with the token that `settle_padding` finds. Raises ValueError if there are no rows, and UserError
-    where the tokenizer or the settings do not go with the task, or an output of the model is NaN or infinite.
+    `requests` are the task's requests for these rows and this tokenizer. If None, they are created here. The model's mode
+    is restored, and its pad token is set by `settle_padding`. Raises ValueError if there are no rows. Raises UserError if
+    the tokenizer or the settings do not fit the task, or an output of the model is NaN or infinite.
 
-    Of several ranks, which all call this, each answers a share of the batches: those that one process would make, so that
-    the answers are the same. Every rank gets the whole result.
+    With several ranks, all must call this. The batches are those of a single process, so that the answers are the same.
+    Each rank answers a share of them and gets the whole result.
     """
     if not rows:
         raise ValueError("there are no rows to score")
@@ -75,13 +75,13 @@ def evaluate(
 def _answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, batch_size: int, report: Progress
 ) -> list[Any]:
-    """The model's answer for each of the request's features, in their order, by all ranks together."""
+    """Return the model's answer for each of the request's features, in order, computed by all ranks together."""
     batches = list(_batches([len(feature["input_ids"]) for feature in request.features], batch_size))
     share = list(islice(batches, ranks.rank(), None, ranks.count()))
     answers, refusal = {}, None
     try:
         answers = _share_of_answers(model, tokenizer, request, share, report)
-    except UserError as error:  # to be raised by all ranks: the others would wait for this one's answers
+    except UserError as error:  # raised by all ranks below, because the others wait for this one's answers
         refusal = error
     shares = ranks.gather((answers, refusal))
     for _, refusal in shares:
@@ -94,7 +94,7 @@ def _answers(
 def _share_of_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, batches: Sequence[list[int]], report: Progress
 ) -> dict[int, Any]:
-    """The model's answers for some batches of the request's features, by their indices."""
+    """Return the model's answers for these batches of the request's features, by feature index."""
     total, found = sum(map(len, batches)), dict[int, Any]()
     for indices in batches:
         features = [request.features[index] for index in indices]
@@ -114,7 +114,7 @@ def _batch_answers(
 ) -> Sequence[Any]:
     pad = pad_token_id(tokenizer)
     if isinstance(request, Generation):
-        # A decoder goes on from the end of its prompt; an encoder's positions count from the start.
+        # A decoder continues at the end of its prompt. An encoder's positions count from the start.
         side = Collator(pad, side="right" if model.config.is_encoder_decoder else "left")
         return _generated(model, tokenizer, request, side(features))
     batch = Collator(pad)(features)
@@ -124,39 +124,36 @@ def _batch_answers(
     outputs = model(**_placed(model, batch))
     values = [outputs[name].float().cpu() for name in request.names]
     for value in values:
-        # One output a token (a span's start and end) counts for the tokens, not for the padding.
+        # Of outputs per token (a span's start and end), those at padding are ignored.
         counts = (
             batch["attention_mask"].bool() if value.shape == batch["attention_mask"].shape else torch.ones(1).bool()
         )
         bad = (
             _is_not_finite(value) if value.shape[-1] > 1 else ~value.isfinite()
-        )  # one output is a number, not a choice
+        )  # a single output is a regression value
         _refuse_not_finite(bad & counts)
     return list(zip(*(value.numpy() for value in values), strict=True))
 
 
 def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
-    """The likelihood of the labels of each feature in a right-padded batch of shape (features, length)."""
+    """Return the likelihood of the labels of each feature in a right-padded batch of shape (features, length)."""
     labels = batch["labels"].to(model.device)
     if model.config.is_encoder_decoder:
-        logits = model(
-            **_placed(model, batch), use_cache=False
-        ).logits  # of the labels themselves: it shifts its inputs
+        logits = model(**_placed(model, batch), use_cache=False).logits  # it shifts the labels into its inputs
     else:
         del batch["labels"]
-        labels[:, 0] = IGNORED  # nothing stands before a first token to predict it
+        labels[:, 0] = IGNORED  # the first token has no context to be predicted from
         targets = (labels != IGNORED).any(dim=0).nonzero()
         if not len(targets):
             return [Nll(0.0, 0)] * len(labels)
         first = int(targets[0])  # the first target token of the batch
-        # Logits are the largest tensor by far, and those before the first target token are not needed: position first - 1
-        # predicts token first.
+        # Logits are by far the largest tensor. Position first - 1 predicts token `first`; earlier ones are not needed.
         kept = labels.shape[1] - first + 1
         logits = model(**_placed(model, batch), use_cache=False, logits_to_keep=kept).logits[:, :-1]
         labels = labels[:, first:]
     likelihoods: list[Nll] = []
     for row_logits, row_labels in zip(logits, labels, strict=True):
-        # Row by row, so that no float32 copy of the whole batch is made; ignored labels cost 0.
+        # Row by row, to avoid a float32 copy of the whole batch. Ignored labels add 0.
         nll = torch.nn.functional.cross_entropy(row_logits.float(), row_labels, ignore_index=IGNORED, reduction="none")
         likelihoods.append(Nll(float(nll.double().sum()), int((row_labels != IGNORED).sum())))
     _refuse_not_finite(torch.tensor([[not math.isfinite(nll.total)] for nll in likelihoods]))
@@ -166,7 +163,7 @@ def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
 def _generated(
     model: Any, tokenizer: PreTrainedTokenizerBase, request: Generation, batch: dict[str, torch.Tensor]
 ) -> list[Generated]:
-    """What `model` writes for each feature of a batch: a decoder goes on, an encoder-decoder begins anew."""
+    """Return the text that `model` generates for each feature of a batch, without the prompt."""
     inputs = _placed(model, batch)
     settings = GenerationConfig(
         do_sample=False,
@@ -174,7 +171,7 @@ def _generated(
         max_new_tokens=request.max_new_tokens,
         length_penalty=request.length_penalty,
         no_repeat_ngram_size=request.no_repeat_ngram_size,
-        early_stopping=request.num_beams > 1,  # once there are so many finished texts, as bart's own settings have it
+        early_stopping=request.num_beams > 1,  # stop at num_beams finished texts, as in bart's settings
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token_id(tokenizer),
         use_cache=True,
@@ -188,14 +185,14 @@ def _generated(
     texts = []
     for ids in sequences[:, given:].tolist():
         own = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
-        # No clean-up: it closes blanks before punctuation, and the text judged is to be the model's own.
+        # No clean-up: it removes spaces before punctuation, and would change the model's text before it is scored.
         text = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         texts.append(Generated(text, len(own)))
     return texts
 
 
 class _NotFinite(Exception):
-    """Outputs that are no numbers, for the features at `positions` of a batch."""
+    """NaN or infinite outputs for the features at `positions` of a batch."""
 
     def __init__(self, positions: Sequence[int]) -> None:
         super().__init__(positions)
@@ -203,30 +200,30 @@ class _NotFinite(Exception):
 
 
 def _is_not_finite(values: torch.Tensor) -> torch.Tensor:
-    """Where `values` are NaN or +inf. -inf is legitimate: it stands for what a model or a rule of the search excludes."""
+    """Return where `values` are NaN or +inf. -inf is valid: a model or a generation rule masks tokens with it."""
     return values.isnan() | (values == math.inf)
 
 
 def _refuse_not_finite(found: torch.Tensor) -> None:
-    """Raises _NotFinite for the features where `found`, of shape (features, ...), holds a true value."""
+    """Raise _NotFinite for the features where `found`, of shape (features, ...), holds a true value."""
     if bool(found.any()):
         raise _NotFinite(found.flatten(1).any(dim=1).nonzero().flatten().tolist())
 
 
 class _RefuseNotFinite(LogitsProcessor):
-    """Raises _NotFinite before a token is chosen by NaN."""
+    """Raises _NotFinite before a token is chosen from NaN scores."""
 
     def __init__(self, num_beams: int) -> None:
         self.num_beams = num_beams
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The `scores` of shape (features * beams, tokens), unchanged."""
+        """Return the `scores`, of shape (features * beams, tokens), unchanged."""
         _refuse_not_finite(_is_not_finite(scores).reshape(-1, self.num_beams * scores.shape[-1]))
         return scores
 
 
 def _decoder_start(model: Any) -> int | None:
-    """The token that an encoder-decoder's answer begins with, wherever the checkpoint keeps it; None for a decoder."""
+    """Return the first token of an encoder-decoder's answer, from either config of the checkpoint. None for a decoder."""
     if not model.config.is_encoder_decoder:
         return None
     found = [getattr(holder, "decoder_start_token_id", None) for holder in (model.config, model.generation_config)]
@@ -238,7 +235,7 @@ def _placed(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, which saves padding; the longest first, to show at once if memory lacks."""
+    """Yield indices in batches of similar length, to reduce padding. The longest come first, so that lack of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -246,10 +243,10 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _scoring(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode it was in.
+    """Set evaluation mode without gradients, and restore each module's mode afterwards.
 
-    Not `inference_mode`: what a module keeps from a forward pass (bitsandbytes repacks its 4-bit weights on some
-    processors) would be an inference tensor, on which no later training step can work.
+    `inference_mode` is not used, because a module may keep tensors of a forward pass (bitsandbytes repacks its 4-bit weights
+    on some CPUs). They would be inference tensors, which a later training step cannot use.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -263,10 +260,10 @@ def _scoring(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_defaults(model: torch.nn.Module) -> Iterator[None]:
-    """Hides the checkpoint's own generation settings.
+    """Hide the checkpoint's own generation settings.
 
-    `generate` fills whatever a given GenerationConfig leaves open from them, so that a checkpoint's repetition penalty
-    or suppressed tokens would change what the task's settings mean. An adapter and its backbone each hold them.
+    `generate` takes from them whatever a given GenerationConfig leaves unset. A checkpoint's repetition penalty or
+    suppressed tokens would then change the meaning of the task's settings. An adapter and its backbone each hold them.
     """
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
     settings = [module.generation_config for module in owners]

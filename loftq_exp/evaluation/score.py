@@ -1,4 +1,4 @@
-"""The evaluate stage: loads the adapter that the run has, scores it and keeps the samples that made the scores."""
+"""The evaluate stage: load the run's adapter, score it and save the samples behind the scores."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def score(
     config: RunConfig,
     samples: Path,
 ) -> dict[str, Any]:
-    """Scores `rows`, `prepared` for the model, with the fine-tuned `adapter`; None: with the initial factors.
+    """Score `rows`, encoded in `prepared`, with the fine-tuned `adapter` or, if it is None, with the initial factors.
 
-    Writes one line of JSON a row to `samples`: what the task keeps of each, predictions beside gold. Raises UserError, and
-    writes nothing, where an output of the model or a score is not finite.
+    Writes one line of JSON per row to `samples`: what the task records, predictions and gold answers. Raises UserError and
+    writes nothing if an output of the model or a score is not finite.
 
-    Of several ranks each answers a share of the batches, and all return the same; seconds and memory are the rank's own.
+    With several ranks, each answers a share of the batches and all return the same. Seconds and memory are the rank's own.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
@@ -61,7 +61,7 @@ def score(
 
 
 def _keep(lines: Sequence[str], samples: Path) -> str:
-    """Writes the samples and returns the file's digest."""
+    """Write the samples and return the file's digest."""
     write_whole(samples, "".join(lines))
     return file_digest(samples)
 

@@ -1,4 +1,4 @@
-"""The quantize stage: plan, decompose, cache, or take a published checkpoint off the shelf.
+"""The quantize stage: plan, decompose and cache, or reuse a published checkpoint.
 
 Imports artifact, source, storage, loftq, config.
 """

@@ -1,4 +1,4 @@
-"""What of a model is written and what of it is quantized, counted over all matrices in its blocks, left-out ones included."""
+"""Which tensors of a model are written and which are quantized, counted over all matrices in its blocks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
-    """The names to write: not those that the model class has no place for, and what a .bin holds under several names only
-    under the first where the model ties its embeddings."""
+    """The names of the tensors to write, without those that the model class ignores.
+
+    If the model ties its embeddings, a tensor that a .bin holds under several names is written only under the first.
+    """
     if layout.foreign:
         log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
     if layout.not_quantized:
-        log.info("quantize: not quantized, because they are no linear layers: %s (%d values)",
+        log.info("quantize: not quantized, because they are not linear layers: %s (%d values)",
                  some([weight.name for weight in layout.not_quantized]), sum(w.values for w in layout.not_quantized))  # fmt: skip
     foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
     tied = tensors.tied() if layout.ties_embeddings else {}
@@ -39,7 +41,7 @@ def written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
 
 
 def bits_per_weight(config: RunConfig, bits: float) -> float:
-    """Bits that one quantized value needs: its code's, and its share of the block's scales (int8's per-row scales are not)."""
+    """Bits per quantized value: its code and its share of the block's scales. int8's per-row scales are not counted."""
     quant, scale_bits = config.quant, getattr(torch, config.save_dtype).itemsize * 8
     if quant.type in BLOCKLESS_TYPES:
         return float(bits)
@@ -52,9 +54,9 @@ def bits_per_weight(config: RunConfig, bits: float) -> float:
 def coverage(
     tensors: CheckpointTensors, layout: Layout, bits: float, quant_type: str, kept: Sequence[Target] = ()
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `totals` says of the matrices in blocks, and what is not quantized of them, each with its stored bits a value.
+    """The `totals` of the matrices in blocks, and a list of those not quantized with their stored bits per value.
 
-    `bits` is what a value of a target takes, scales included; targets in `kept` stay as they are stored in `tensors`.
+    `bits` is the size of a target's value, scales included. Targets in `kept` keep their stored form in `tensors`.
     """
     dense = [(weight.name, weight.tensor, weight.shape) for weight in layout.not_quantized]
     dense += [(target.module, target.tensor, target.shape) for target in kept]
@@ -75,5 +77,5 @@ def coverage(
 
 
 def _stored_bits(tensors: CheckpointTensors, name: str) -> int:
-    # What is cut from a larger tensor while it loads is stored in the type of the others.
+    # A matrix that loading slices from a larger tensor has no dtype of its own: use the checkpoint's first one.
     return tensors.dtype(name if name in tensors.names else tensors.names[0]).itemsize * 8

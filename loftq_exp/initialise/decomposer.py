@@ -1,4 +1,4 @@
-"""A weight's decomposition at the bits and rank that it gets: from the cache, continued from there, or computed."""
+"""The decomposition of a weight at its bits and rank: read from the cache, continued from there, or computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Kept, Recipe, weight_digest
 from loftq_exp.initialise.plan import Errors, candidates
 from loftq_exp.initialise.workers import Phases, side_by_side
-from loftq_exp.loftq import Rooms, decompose, make_quantizer
+from loftq_exp.loftq import Workspace, decompose, make_quantizer
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.layout import Layout, Target
@@ -21,7 +21,7 @@ from loftq_exp.source.tensors import CheckpointTensors
 
 @dataclass(frozen=True)
 class Decomposed:
-    """A decomposition, and what it took to have it."""
+    """A decomposition, and how much of it was computed."""
 
     result: Kept
     cache_hit: bool
@@ -29,13 +29,13 @@ class Decomposed:
 
 
 class Decomposer:
-    """Decomposes weights by way of the cache, each at a precision of its own."""
+    """Decomposes weights through the cache, each at its own precision."""
 
     def __init__(self, config: RunConfig) -> None:
         self.quant = config.quant
         self.device = compute_device(config.device)
         self.cache = DecompositionCache(config.cache_path)
-        self._rooms = Rooms()
+        self._workspace = Workspace()
         self.quantizers = {}
         if config.quant.type != "none":
             dtype = getattr(torch, config.save_dtype)
@@ -47,7 +47,7 @@ class Decomposer:
     def decomposed(
         self, target: Target, weight: torch.Tensor, digest: str, precision: Precision, phases: Phases
     ) -> Decomposed:
-        """The decomposition of the target's weight, whose digest is given. What was computed is kept in the cache."""
+        """The decomposition of the target's weight with this `digest`. A computed result is stored in the cache."""
         quantizer = self.quantizers[precision.bits]
         recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver)
         with phases.timed("cache"):
@@ -58,7 +58,7 @@ class Decomposer:
         try:
             with phases.timed("decompose"):
                 result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
-                                   start=found, rooms=self._rooms.of_thread())  # fmt: skip
+                                   start=found, workspace=self._workspace.of_thread())  # fmt: skip
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
         with phases.timed("cache"):
@@ -67,7 +67,7 @@ class Decomposer:
         return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
 
     def measure(self, tensors: CheckpointTensors, layout: Layout) -> dict[str, Errors]:
-        """The error of each target with every precision that it may get. The decompositions stay in the cache."""
+        """The error of each target at every candidate precision. The decompositions are stored in the cache."""
         targets = {target.tensor: target for target in layout.targets}
         total = sum(len(candidates(target, self.quant)) for target in layout.targets)
         errors: dict[str, Errors] = {}

@@ -1,12 +1,12 @@
-"""Decompositions found before, addressed by content.
+"""A content-addressed cache of decompositions.
 
-The key of a weight's result is a digest of the weight's own bytes and of all that shapes the result: quantizer, bits,
-block size, scale type, rank, steps, solver and its version. Two runs, sweeps, revisions or machines that share a weight
-therefore share its result, whatever the model is called. alpha is not in the key: factors are kept for s = 1.
+The key of a weight's result is a digest of the weight's bytes and of everything that shapes the result: quantizer, bits,
+block size, scale type, rank, steps, solver and its version. Runs, sweeps, revisions or machines that share a weight
+therefore share its result, whatever the model's name. alpha is not in the key: factors are stored for s = 1.
 
-An entry is one safetensors file, written beside its place and renamed into it, with a checksum of all it holds. A damaged
-entry is dropped, said so, and computed again. Any number of processes may share a folder. Taking an entry renews its
-time of modification, so that pruning (loftq_exp.commands.manage_cache) knows what was of use last.
+An entry is one safetensors file with a checksum of its content. It is written beside its final path and then renamed. A
+damaged entry is deleted with a warning and recomputed. Any number of processes may share a folder. Reading an entry
+updates its modification time, so that pruning (loftq_exp.commands.manage_cache) knows when it was last used.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from loftq_exp.whole import is_abandoned, whole_file
 log = logging.getLogger(__name__)
 
 FORMAT = 5
-"""Counted up whenever the meaning of a key or an entry changes."""
+"""Increment it when the meaning of a key or an entry changes."""
 
 
 class DamagedEntry(Exception):
-    """An entry whose content is not what its checksum says."""
+    """An entry whose content does not match its checksum."""
 
 
 def weight_digest(weight: torch.Tensor) -> str:
-    """Digest of a weight's bytes, type and shape.
+    """A hex digest of a weight's bytes, type and shape.
 
-    128 bits by XXH3, which reads memory as fast as it comes. It tells any two weights apart that nobody made to collide;
-    somebody who can plant such a weight could as well write into the cache.
+    It is 128-bit XXH3, which runs at memory bandwidth. It distinguishes any two weights that were not made to collide.
+    Someone who can plant such a weight could also write to the cache.
     """
     digest = xxhash.xxh3_128(f"{weight.dtype} {tuple(weight.shape)} ".encode())
     digest.update(tensor_bytes(weight))
@@ -57,18 +57,18 @@ def weight_digest(weight: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Kept(Factors):
-    """A decomposition as the cache keeps it: its codes take their own bits each, see `loftq_exp.storage.codes`."""
+    """A decomposition as the cache stores it, with bit-packed codes, see `loftq_exp.storage.codes`."""
 
     packed: torch.Tensor
     """uint8, one row of bytes."""
     scales: torch.Tensor
-    """float32, (groups, numbers a group)."""
+    """float32, (groups, numbers per group)."""
     bits: int
-    """Bits a code."""
+    """Bits per code."""
 
     @classmethod
     def of(cls, result: Decomposition, bits: int) -> Kept:
-        """The same decomposition, packed, on the CPU."""
+        """The same decomposition, packed and on the CPU."""
         codes, scales, lora_A, lora_B = (
             tensor.cpu().contiguous() for tensor in (*result.quantized, result.lora_A, result.lora_B)
         )
@@ -76,14 +76,14 @@ class Kept(Factors):
 
     @property
     def quantized(self) -> Quantized:
-        """Codes, a byte each, and scales."""
+        """The codes, one byte each, and the scales."""
         codes = unpack_codes(self.packed, self.bits, math.prod(self.shape))
         return Quantized(codes.reshape(self.shape), self.scales)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that shapes a weight's result besides the weight: one recipe serves every weight of a run."""
+    """Everything that shapes a result besides the weight itself."""
 
     quantizer: Quantizer
     rank: int
@@ -91,9 +91,9 @@ class Recipe:
     solver: str
 
     def after(self, steps: int, shape: tuple[int, ...]) -> Recipe:
-        """The recipe of the entry from which a weight of this shape is had after `steps` steps.
+        """The recipe of the entry that holds the result after `steps` steps for a weight of this shape.
 
-        One step is kept at the rank that it was solved at, see `first_rank`: one entry serves all smaller ranks.
+        A one-step result is stored at the rank at which it was solved, see `first_rank`. It serves all smaller ranks.
         """
         rank = first_rank(self.rank, shape, self.solver) if steps == 1 else self.rank
         return dataclasses.replace(self, rank=rank, steps=steps)
@@ -104,7 +104,7 @@ class Recipe:
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
     def shaping(self, digest: str) -> dict[str, Any]:
-        """What a key is the digest of, in plain containers. An entry holds it too, to tell people what it is."""
+        """The content that a key digests, in plain containers. Each entry also stores it as a description."""
         shaping: dict[str, Any] = {
             "format": FORMAT,
             "weight": digest,
@@ -117,15 +117,15 @@ class Recipe:
 
 
 class DecompositionCache:
-    """The entries in one folder. Every method may be called by many processes at once."""
+    """The entries in one folder. Many processes may call every method concurrently."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "decompositions"
 
     def find(self, recipe: Recipe, digest: str, shape: tuple[int, ...]) -> Kept | None:
-        """The result with the most steps up to the recipe's; a shorter one can be continued. None where there is none.
+        """The result with the most steps up to the recipe's, or None. A shorter one can be continued.
 
-        Raises UserError where an entry is there and must not be read.
+        Raises UserError if an entry exists but cannot be read.
         """
         for steps in range(recipe.steps, 0 if recipe.steps else -1, -1):
             path = self.path(recipe.after(steps, shape).key(digest))
@@ -134,19 +134,19 @@ class DecompositionCache:
             except FileNotFoundError:
                 continue
             except DamagedEntry as damage:
-                log.warning("cache: %s is damaged (%s): dropped, and computed again", path, damage)
+                log.warning("cache: %s is damaged (%s): deleted, to be recomputed", path, damage)
                 path.unlink(missing_ok=True)
                 continue
             except OSError as error:
                 raise UserError(f"cache_dir={self.folder.parent}: {path} cannot be read ({error.strerror}); "
-                                "mend that or set another cache_dir") from None  # fmt: skip
-            with contextlib.suppress(OSError):  # pruned meanwhile, or somebody else's
+                                "fix that or set another cache_dir") from None  # fmt: skip
+            with contextlib.suppress(OSError):  # pruned meanwhile, or owned by another user
                 os.utime(path)
             return found.truncated(recipe.rank) if steps == 1 else found
         return None
 
     def put(self, recipe: Recipe, digest: str, result: Decomposition) -> Kept:
-        """Keeps the result of this very recipe, and gives it as `find` would. Raises UserError where the folder cannot be written."""
+        """Store the result of this recipe and return it as `find` would. Raises UserError if the folder cannot be written."""
         path, kept = self.path(recipe.key(digest)), Kept.of(result, recipe.quantizer.bits)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class DecompositionCache:
         return kept
 
     def path(self, key: str) -> Path:
-        """Where the entry with this key lies."""
+        """The path of the entry with this key."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def entries(self) -> Iterator[Path]:
@@ -166,15 +166,15 @@ class DecompositionCache:
         yield from sorted(self.folder.glob("??/*.safetensors"))
 
     def leftovers(self) -> Iterator[Path]:
-        """Half-written files whose process is gone: killed on this machine, or on another one more than a day ago."""
+        """Partly written files whose process is gone: killed on this machine, or on another one more than a day ago."""
         for path in sorted(self.folder.glob("??/.*.tmp")):
-            with contextlib.suppress(FileNotFoundError):  # renamed into its place meanwhile
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 if is_abandoned(path):
                     yield path
 
 
 def read_entry(path: Path) -> Kept:
-    """The decomposition in an entry. Raises FileNotFoundError, or DamagedEntry where it is not whole and sound."""
+    """The decomposition in an entry. Raises FileNotFoundError, or DamagedEntry if it is incomplete or corrupt."""
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)
@@ -199,9 +199,9 @@ def read_entry(path: Path) -> Kept:
 
 
 def describe_entry(path: Path) -> dict[str, Any]:
-    """What an entry says of itself: `recipe` (see Recipe.shaping), `shape`, `errors`. Its tensors are not read or checked.
+    """An entry's metadata, such as `recipe` (see Recipe.shaping), `shape` and `errors`. Its tensors are not read or checked.
 
-    Raises FileNotFoundError, or DamagedEntry where it cannot be read.
+    Raises FileNotFoundError, or DamagedEntry if it cannot be read.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

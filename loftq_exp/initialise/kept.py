@@ -1,4 +1,4 @@
-"""The initialised checkpoint of an earlier run, for a run that leaves the quantize stage out."""
+"""Find the initialised checkpoint of an earlier run, for a run without the quantize stage."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from loftq_exp.source.locate import NotHere
 
 
 def find_kept(config: RunConfig) -> Initialised:
-    """The checkpoint that the quantize stage would leave, or find. Nothing is downloaded for the comparison.
+    """The checkpoint that the quantize stage would write or find. Nothing is downloaded for the comparison.
 
-    Raises UserError where there is none, and where the one in `save_dir` was made from anything else.
+    Raises UserError if there is none, or if the one in `save_dir` was made from anything else.
     """
     try:
         source = source_of(config, local_only=True)
@@ -29,7 +29,7 @@ def find_kept(config: RunConfig) -> Initialised:
 
 
 def _without_source(config: RunConfig) -> Initialised:
-    """The one checkpoint of these settings whose source was given by the same name; its content cannot be compared."""
+    """The only checkpoint with these settings and the same source name. The source's content cannot be compared."""
     places = [config.inits_path / config.init_name] if config.save_dir else sorted(config.inits_path.glob("[!.]*"))
     found = [init for place in places if place.is_dir() and (init := read_artifact(place))]
     given = f"model.path={config.model.path}: is not on this machine"
@@ -43,8 +43,8 @@ def _without_source(config: RunConfig) -> Initialised:
         return found[0]
     fitting = [init for init in found if _same_name(init, config) and _fits(init, config)]
     if len(fitting) > 1:
-        raise UserError(f"{given}, and {len(fitting)} initialisations were made from what was there at different times; "
-                        "put the model's files back")  # fmt: skip
+        raise UserError(f"{given}, and {len(fitting)} initialisations were made from different versions of its files; "
+                        "restore the model's files")  # fmt: skip
     if not fitting:
         raise _absent(config, f"{config.inits_path}/{config.init_name}-*")
     return fitting[0]

@@ -1,6 +1,6 @@
-"""What an initialised checkpoint is made from, the key of just that, and where the checkpoint of a key lies.
+"""The inputs of an initialised checkpoint, the key derived from them, and the checkpoint's location.
 
-The report of each checkpoint holds what it was made from, so that a refusal names what is different.
+Each checkpoint's report records its inputs, so that an error can name what differs.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from loftq_exp.source.layout import HEAD_KINDS
 from loftq_exp.source.locate import Source
 
 REPORT_FORMAT = 2
-"""Of init_report.json. Format 1 does not say what the checkpoint was made from."""
+"""The format of init_report.json. Format 1 does not record the checkpoint's inputs."""
 TAKEN_VERSION = 1
-"""Raise it when a published checkpoint is taken in another way."""
+"""Increment it when the conversion of a published checkpoint changes."""
 _KEY_DIGITS = 8
 
 MadeFrom = dict[str, Any]
-"""`source` (see Content), `settings` and `versions`, each by name: all that shapes an initialisation."""
+"""Everything that shapes an initialisation: `source` (see Content), `settings` and `versions`, each by name."""
 
 
 def made_from(source: Source, config: RunConfig) -> MadeFrom:
-    """All that shapes the initialisation of `source`. Raises UserError for files that cannot be read."""
+    """Everything that shapes the initialisation of `source`. Raises UserError if a file cannot be read."""
     off_the_shelf = config.quant.method == "off-the-shelf"
     adapter: list[Path] = []
     if off_the_shelf:
-        with contextlib.suppress(UserError):  # one without an adapter is refused where its tensors are read
+        with contextlib.suppress(UserError):  # a missing adapter is refused when its tensors are read
             weights = find_adapter(source)[1]
             adapter = [weights.parent / "adapter_config.json", weights]
     drawn = not off_the_shelf and (config.quant.iter == 0 or draws_head(source.folder, config))
@@ -53,9 +53,9 @@ def made_from(source: Source, config: RunConfig) -> MadeFrom:
 
 
 def _settings(config: RunConfig, drawn: bool) -> dict[str, Any]:
-    """The settings that shape an initialisation; the seed only where something is `drawn`: LoftQ's factors take no random number."""
+    """The settings that shape an initialisation. The seed counts only if a value is `drawn`: LoftQ's factors are not random."""
     unused: tuple[str, ...] = () if drawn else ("seed",)
-    if config.quant.method == "off-the-shelf":  # the backbone stays as it was published
+    if config.quant.method == "off-the-shelf":  # the published backbone is kept unchanged
         unused = ("seed", "save_dtype", "save_format")
     return {name: value for name, value in shaping(config, INITIALISATION).items() if name not in unused}
 
@@ -70,14 +70,15 @@ def _versions(config: RunConfig) -> dict[str, int | str]:
 
 
 def init_key(source: Source, config: RunConfig) -> str:
-    """The key of the initialisation of `source`, wherever its files and the checkpoint lie."""
+    """The key of the initialisation of `source`, independent of the location of its files."""
     return digest_of(made_from(source, config))
 
 
 def init_dir(config: RunConfig, key: str) -> Path:
-    """Where the initialised checkpoint of a `key` lies.
+    """The folder of the initialised checkpoint of a `key`.
 
-    {save_dir}/{name} or, without `save_dir`, {output_dir}/inits/{name}-{key}, whatever the model was called when it was made.
+    It is {save_dir}/{name} or, without `save_dir`, {output_dir}/inits/{name}-{key}. In the latter case an existing folder
+    of that key is found under any model name.
     """
     if config.save_dir:
         return config.inits_path / config.init_name
@@ -85,19 +86,19 @@ def init_dir(config: RunConfig, key: str) -> Path:
 
 
 def named_by(parent: Path, name: str, digest: str) -> Path:
-    """The folder in `parent` whose name ends in `digest`, under another name too; `name`-`digest` where there is none."""
+    """The folder in `parent` whose name ends in `digest`, whatever precedes it; `name`-`digest` if there is none."""
     place = parent / f"{name}-{digest}"
     return place if place.exists() else next(iter(sorted(parent.glob(f"[!.]*-{digest}"))), place)
 
 
 def recorded(report: Mapping[str, Any]) -> MadeFrom | None:
-    """What the checkpoint of this report was made from; None for one of version 0.1, which does not say."""
+    """The inputs of the checkpoint of this report; None for one of version 0.1, which does not record them."""
     found = report.get("made_from")
     return found if isinstance(found, dict) else None
 
 
 def done_before(place: Path, wanted: MadeFrom, config: RunConfig) -> Initialised | None:
-    """The checkpoint in `place`, None where there is none. Raises UserError for one that was made from anything else."""
+    """The checkpoint in `place`, or None. Raises UserError if it was made from anything other than `wanted`."""
     found = read_artifact(place)
     if found is None:
         return None
@@ -109,19 +110,19 @@ def done_before(place: Path, wanted: MadeFrom, config: RunConfig) -> Initialised
 
 
 def check_unchanged(source: Source, config: RunConfig, wanted: MadeFrom) -> None:
-    """Raises UserError where the files of `source` are others than when the work on them began."""
+    """Raise UserError if the files of `source` changed since the work on them began."""
     if made_from(source, config) != wanted:
         raise UserError(f"model.path={source.requested}: its files changed while they were read; run it again")
 
 
 def check_same(found: Initialised, wanted: MadeFrom, config: RunConfig) -> None:
-    """Raises UserError, which names what differs, unless `found` was made from what is `wanted`."""
+    """Raise UserError, which names what differs, unless `found` was made from `wanted`."""
     theirs = recorded(found.report)
-    remedy = "it stays: set another save_dir, or move it away"
+    remedy = "it is never replaced: set another save_dir, or move it away"
     place = f"the checkpoint at {found.folder}"
     if theirs is None:
         raise UserError(
-            f"save_dir={found.folder.parent}: {place} was made by version 0.1, which did not record what from; {remedy}"
+            f"save_dir={found.folder.parent}: {place} was made by version 0.1, which did not record its source; {remedy}"
         )
     path = f"model.path={config.model.path}"
     if config.quant.method == "off-the-shelf":
@@ -129,7 +130,7 @@ def check_same(found: Initialised, wanted: MadeFrom, config: RunConfig) -> None:
     for name, _, _ in _differences(wanted["source"], theirs.get("source")):
         made = found.report["model"]["requested"]
         raise UserError(
-            f"{path}: its {CONTENT[name]} differ from what {place} was made from ({made}, as it was then); {remedy}"
+            f"{path}: its {CONTENT[name]} differ from what {place} was made from ({made} at that time); {remedy}"
         )
     for name, value, other in _differences(wanted["settings"], theirs.get("settings")):
         raise UserError(f"{name}={_shown(value)}: {place} was made with {_shown(other)}; {remedy}")
@@ -141,9 +142,9 @@ def check_same(found: Initialised, wanted: MadeFrom, config: RunConfig) -> None:
 
 
 def of_settings(report: Mapping[str, Any], config: RunConfig) -> MadeFrom | None:
-    """What an initialisation under the settings of `config` would be made from, were its source that of `report`.
+    """The inputs of an initialisation with the settings of `config` and the source of `report`.
 
-    For where the source is not on this machine. None for a checkpoint of version 0.1.
+    It is used if the source is not on this machine. None for a checkpoint of version 0.1.
     """
     theirs = recorded(report)
     if theirs is None:
@@ -152,13 +153,13 @@ def of_settings(report: Mapping[str, Any], config: RunConfig) -> MadeFrom | None
 
 
 def content_in(report: Mapping[str, Any]) -> Content:
-    """The content of the source that the checkpoint of this report was made from; empty for one of version 0.1."""
+    """The source content recorded in this report; empty for a checkpoint of version 0.1."""
     found: Content = (recorded(report) or {}).get("source", {})
     return found
 
 
 def _differences(ours: Mapping[str, Any], theirs: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What differs, by name: our value and theirs, None where one side has none."""
+    """The differences as (name, our value, their value); None for a missing value."""
     theirs = theirs if isinstance(theirs, dict) else {}
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         value, other = ours.get(name), theirs.get(name)
@@ -167,6 +168,6 @@ def _differences(ours: Mapping[str, Any], theirs: Any) -> Iterator[tuple[str, An
 
 
 def _shown(value: Any) -> Any:
-    """A setting's value as people write it: patterns with their widths."""
+    """A setting's value as users write it: pairs of patterns and widths become a dict."""
     pairs = isinstance(value, list) and all(isinstance(item, list) for item in value)
     return dict(value) if pairs else value

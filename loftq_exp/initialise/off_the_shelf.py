@@ -1,6 +1,6 @@
-"""The quantize stage where nothing is quantized: a published checkpoint becomes an initialised one like any other.
+"""The quantize stage of `quant=off-the-shelf`: convert a published checkpoint to an initialised one.
 
-Backbone, factors and alpha are kept as published. Errors are not known: that would take the pre-trained weights.
+Backbone, factors and alpha are kept as published. Errors are unknown, as they require the pre-trained weights.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ log = logging.getLogger(__name__)
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 _BEYOND_PLAIN = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 _BLOCKS_LOOKED_AT = 1024
-"""Blocks of each weight in which values are counted: enough to tell 2 bits from 4, and 4 bits from none."""
+"""Blocks of each weight whose values are counted: enough to distinguish 2 bits, 4 bits and no quantization."""
 
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A published adapter: adapter_config.json, the factors by their names in PEFT, and the weights that have factors."""
+    """A published adapter: adapter_config.json, the factors by their PEFT names, and the weights that have factors."""
 
     folder: str
     settings: dict[str, Any]
@@ -71,18 +71,17 @@ class _Adapter:
 
 
 def take(source: Source, config: RunConfig) -> Initialised:
-    """The initialised checkpoint of the published one in `source`, in the place that `init_dir` gives it, made where it is not
-    there yet.
+    """Return the initialised checkpoint of the published one in `source`. Create it in `init_dir` if it does not exist.
 
-    Raises UserError for a checkpoint that does not fit the settings, for a place that holds another initialisation, and for
-    one that cannot be written.
+    Raises UserError if the checkpoint does not fit the settings, or if its folder holds another initialisation or cannot be
+    written.
     """
     began = time.perf_counter()
     wanted = made_from(source, config)
     final = init_dir(config, digest_of(wanted))
     with exclusive(final), _about_quant_path():
         if found := done_before(final, wanted, config):
-            log.info("quantize: done before, %s is there: taken off the shelf before", final)
+            log.info("quantize: done before, %s exists: taken from a published checkpoint", final)
             return found
         with open_tensors(source.folder) as tensors:
             layout = _find_layout(tensors, source, config)
@@ -96,13 +95,13 @@ def take(source: Source, config: RunConfig) -> Initialised:
                 check_unchanged(source, config, wanted)
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    _tell(final, report)
+    _log_taken(final, report)
     return Initialised(final, report)
 
 
 @contextmanager
 def _about_quant_path() -> Iterator[None]:
-    """Lets errors of what reads checkpoints name the setting that a published one comes from."""
+    """Replace `model.path` by `quant.path` in errors, as the published checkpoint comes from that setting."""
     try:
         yield
     except UserError as error:
@@ -114,14 +113,14 @@ def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) 
     if packed:
         weight = packed.partition(".quant_state.")[0].removesuffix(".qweight")
         raise UserError(
-            f"quant.path={source.requested}: {weight} is packed; off-the-shelf takes a checkpoint that was saved dense"
+            f"quant.path={source.requested}: {weight} is packed; off-the-shelf needs a checkpoint that was saved dense"
         )
     check_types(tensors, source.folder)
     return find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
 
 
 def _read_adapter(source: Source, layout: Layout, config: RunConfig) -> _Adapter:
-    """The adapter, wherever in the checkpoint it lies; UserError where there is none, or one that does not fit."""
+    """The adapter of the checkpoint. Raises UserError if there is none, or if it does not fit."""
     folder, weights = find_adapter(source)
     try:
         settings = json.loads((weights.parent / "adapter_config.json").read_text(encoding="utf-8"))
@@ -147,7 +146,7 @@ def _read_adapter(source: Source, layout: Layout, config: RunConfig) -> _Adapter
 
 
 def _check_factors(factors: dict[str, torch.Tensor], layout: Layout, rank: int, given: str) -> None:
-    """UserError unless `factors` are A (rank x in) and B (out x rank) of linear layers in the model's blocks."""
+    """Raise UserError unless `factors` are A (rank x in) and B (out x rank) of linear layers in the model's blocks."""
     expected = {}
     for target in layout.targets:
         expected[f"base_model.model.{target.module}.lora_A.weight"] = (rank, target.shape[1])
@@ -159,7 +158,7 @@ def _check_factors(factors: dict[str, torch.Tensor], layout: Layout, rank: int, 
             raise UserError(f"{given}: its adapter holds {name}, which belongs to no linear layer of the model's blocks; "
                             "choose the model group of its family, or set model.kind")  # fmt: skip
         if tuple(tensor.shape) != expected[name]:
-            raise UserError(f"{given}: {name} has shape {tuple(tensor.shape)}, its layer and rank {rank} mean "
+            raise UserError(f"{given}: {name} has shape {tuple(tensor.shape)}, its layer and rank {rank} need "
                             f"{expected[name]}; backbone and adapter do not belong together")  # fmt: skip
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in factors:
@@ -178,7 +177,7 @@ def _write(
     layout: Layout,
     adapter: _Adapter,
 ) -> None:
-    """The published checkpoint in the form of an initialised one."""
+    """Write the published checkpoint to `folder` in the layout of an initialised one."""
     specs = {name: TensorSpec(tensors.dtype(name), tensors.shape(name)) for name in names}
     with SafetensorsWriter(folder, specs) as out:
         for name in names:
@@ -191,7 +190,7 @@ def _write(
     model_config = json.loads(place.read_text())
     if model_config.pop(
         "quantization_config", None
-    ):  # of the model that was saved dequantized; it would be packed again
+    ):  # a leftover of a model that was saved dequantized; loading would quantize it again
         place.write_text(json.dumps(model_config, indent=2) + "\n")
     place = folder / ADAPTER / "adapter_config.json"
     ours = json.loads(place.read_text())
@@ -201,18 +200,18 @@ def _write(
 
 
 def _target_modules(layout: Layout, adapter: _Adapter) -> list[str]:
-    """The shortest names that match the adapter's modules and no other: PEFT would add factors where there are none."""
+    """The shortest names that match the adapter's modules and no others, to which PEFT would add factors."""
     whole = len(adapter.targets) == len(layout.targets)
     return list(layout.target_modules) if whole else [target.module for target in adapter.targets]
 
 
 def _dtype(tensors: CheckpointTensors, adapter: _Adapter) -> str:
-    """The type in which the published backbone is stored, as torch names it."""
+    """The torch name of the type in which the published backbone is stored."""
     return str(tensors.dtype(adapter.targets[0].tensor)).removeprefix("torch.")
 
 
 def _values_in_a_block(tensors: CheckpointTensors, adapter: _Adapter, block_size: int) -> int:
-    """The most different values found in one block of a quantized weight: at most 2^bits where it is quantized."""
+    """The largest number of distinct values in one block of a weight: at most 2^bits if it is quantized."""
     most = 0
     for target in adapter.targets:
         values = tensors.read(target.tensor).reshape(-1)[: block_size * _BLOCKS_LOOKED_AT].float()
@@ -225,7 +224,7 @@ def _values_in_a_block(tensors: CheckpointTensors, adapter: _Adapter, block_size
 def _report(
     wanted: MadeFrom, source: Source, config: RunConfig, tensors: CheckpointTensors, layout: Layout, adapter: _Adapter
 ) -> dict[str, Any]:
-    """init_report.json: as of a quantized checkpoint, with what is not known left open, and where it was taken from."""
+    """The content of init_report.json: as for a quantized checkpoint, with unknown values empty, plus the origin."""
     quant, dtype = config.quant, _dtype(tensors, adapter)
     adapted = {target.module for target in adapter.targets}
     kept = [target for target in layout.targets if target.module not in adapted]
@@ -267,14 +266,14 @@ def _report(
     }  # fmt: skip
 
 
-def _tell(final: Path, report: dict[str, Any]) -> None:
+def _log_taken(final: Path, report: dict[str, Any]) -> None:
     taken, quant = report["off_the_shelf"], report["quant"]
     commit = f" at commit {taken['commit'][:12]}" if taken["commit"] else ""
-    log.info("quantize: %s: %d weights taken off the shelf from %s%s; their errors are not known without the pre-trained weights",
+    log.info("quantize: %s: %d weights taken off the shelf from %s%s; their errors are unknown without the pre-trained weights",
              final, report["totals"]["weights"], taken["taken_from"], commit)  # fmt: skip
     if not taken["alpha_matches_rank"]:
-        log.warning("quantize: the published alpha %g does not match rank %d: training starts from Q + %g B A, not from the "
-                    "Q + B A that was fitted; kept as published", taken["lora_alpha"], quant["rank"], quant["scaling"])  # fmt: skip
+        log.warning("quantize: the published alpha %g does not match rank %d and is kept: training starts from Q + %g B A, not "
+                    "from the fitted Q + B A", taken["lora_alpha"], quant["rank"], quant["scaling"])  # fmt: skip
     if taken["values_in_a_block"] > 2 ** quant["bits"]:
-        log.warning("quantize: blocks of %d values hold up to %d different ones, which %d bits cannot: loading in 4 bits will "
+        log.warning("quantize: blocks of %d values hold up to %d distinct ones, too many for %d bits: loading in 4 bits will "
                     "change them; use train.backbone=dense", quant["block_size"], taken["values_in_a_block"], quant["bits"])  # fmt: skip

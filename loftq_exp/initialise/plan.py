@@ -1,6 +1,6 @@
-"""Which weight gets how many bits, and factors of what rank: the paper's mixed precisions, explicit patterns, a budget.
+"""Assign bits and a rank to each weight, by the paper's mixed precision, explicit patterns or a budget.
 
-A plan follows from the layout, the settings and, where a budget is spent, from the measured error of every choice.
+A plan follows from the layout and the settings. With a budget it also depends on the measured error of every choice.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from loftq_exp.source.layout import Layout, Target
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Counted up whenever the plan that the same errors lead to changes."""
+"""Increment it when the same errors lead to another plan."""
 
 
 Plan = dict[str, Precision]
 """The precision of each target by its module, in the layout's order."""
 Errors = Mapping[Precision, float]
-"""Relative errors ||W - Q - s B A|| / ||W|| of one weight with each precision that it may get."""
+"""Relative errors ||W - Q - s B A|| / ||W|| of one weight at each candidate precision."""
 
 
 def is_measured(quant: QuantConfig) -> bool:
-    """Whether the plan follows from measured errors."""
+    """Whether the plan depends on measured errors."""
     return quant.rule in ("error", "error+rank")
 
 
 def candidates(target: Target, quant: QuantConfig) -> list[Precision]:
-    """The precisions that a budget may give to a weight: every width with every rank that its shape allows."""
+    """The precisions that a budget may assign to a weight: every width with every rank that its shape allows."""
     return [Precision(bits, rank) for bits in quant.widths for rank in quant.ranks if rank <= min(target.shape)]
 
 
 def make_plan(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors] | None = None) -> Plan:
-    """The plan of the settings; where `is_measured`, from the `errors` of each module with all of its `candidates`.
+    """The plan of the settings. If `is_measured`, `errors` must give each module's errors at all its `candidates`.
 
-    Raises UserError for a pattern that matches no weight, or a weight that no pattern matches.
+    Raises UserError if a pattern matches no weight, or no pattern matches a weight.
     """
     if quant.bits_per_layer is not None:
         bits = _by_pattern(layout, quant.bits_per_layer)
@@ -59,7 +59,10 @@ def make_plan(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors] |
 
 
 def _by_paper(layout: Layout, quant: QuantConfig) -> dict[str, int]:
-    """The first k = floor(L (bits - 2) / 2) of the L layers get 4 bits, the others 2: of 32 layers 16, 8, 4 at 3, 2.5, 2.25."""
+    """Give the first k = floor(L (bits - 2) / 2) of L layers 4 bits and the others 2.
+
+    Of 32 layers, k is 16, 8 and 4 at 3, 2.5 and 2.25 bits.
+    """
     low, high = PAPER_WIDTHS
     count = math.floor(len(layout.blocks) * (quant.exact_bits - low) / (high - low))
     first = set(layout.blocks[:count])
@@ -74,8 +77,8 @@ def _by_pattern(layout: Layout, patterns: Mapping[str, int]) -> dict[str, int]:
     for target in layout.targets:
         pattern = next((name for name, matcher in matchers.items() if matcher.fullmatch(target.module)), None)
         if pattern is None:
-            raise UserError(f"quant.bits_per_layer: leaves out {target.module}; add a pattern that matches it, or *:BITS for all "
-                            "that is left")  # fmt: skip
+            raise UserError(f"quant.bits_per_layer: no pattern matches {target.module}; add one that does, or *:BITS for all "
+                            "other weights")  # fmt: skip
         used.add(pattern)
         bits[target.module] = patterns[pattern]
     for pattern, matcher in matchers.items():
@@ -83,12 +86,12 @@ def _by_pattern(layout: Layout, patterns: Mapping[str, int]) -> dict[str, int]:
             names = [target.module for target in layout.targets]
             taken = any(matcher.fullmatch(name) for name in names)
             why = "that an earlier pattern does not, and the first one counts" if taken else f"({names[0]} is one)"
-            raise UserError(f"quant.bits_per_layer.{pattern}: matches no weight {why}; mend it or leave it out")
+            raise UserError(f"quant.bits_per_layer.{pattern}: matches no weight {why}; correct or remove it")
     return bits
 
 
 def _expression(pattern: str, numbers: Iterable[str]) -> str:
-    """A pattern as a regular expression: * is any text, ? any character, and a part N-M those of the `numbers` from N to M."""
+    """A pattern as a regular expression: * is any text, ? any character, and a part N-M each of the `numbers` from N to M."""
     parts = []
     for part in pattern.split("."):
         if bounds := re.fullmatch(r"(\d+)-(\d+)", part):
@@ -100,11 +103,11 @@ def _expression(pattern: str, numbers: Iterable[str]) -> str:
 
 
 def _by_error(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors]) -> Plan:
-    """The plan of least error within the budgets: code bits as of quant.bits, and an adapter as large as of quant.rank.
+    """The plan of least error within two budgets: the code bits of quant.bits and the adapter size of quant.rank.
 
-    The error is the sum of the squared relative errors ||W - Q - s B A||^2 / ||W||^2, in which each weight counts once: the
-    small projections of attention matter like the large ones, and cost few bits. By perplexity that is better than absolute
-    errors, and than relative ones times the weights' values; docs/low-bit.md has the figures.
+    The error is the sum of the squared relative errors ||W - Q - s B A||^2 / ||W||^2, in which each weight counts once. The
+    small attention projections thus matter as much as large weights, and cost few bits. By perplexity this is better than
+    absolute errors, or relative errors times the number of values; see docs/low-bit.md.
     """
     items = [
         [Option(error**2, _sizes(target, precision)) for precision, error in errors[target.module].items()]
@@ -120,19 +123,21 @@ def _by_error(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors]) 
 
 
 def _sizes(target: Target, precision: Precision) -> tuple[int, int]:
-    """What a precision takes of the two budgets: bits of all codes, and values of both factors."""
+    """The cost of a precision in the two budgets: bits of all codes, and values of both factors."""
     return math.prod(target.shape) * precision.bits, sum(target.shape) * precision.rank
 
 
 def code_bits(layout: Layout, plan: Plan) -> float:
-    """Bits of the codes, averaged over the values of all targets. Scales come on top, the same at every width."""
+    """Bits per code, averaged over the values of all targets. Scales are not included; they cost the same at every width."""
     sizes = [_sizes(target, plan[target.module])[0] for target in layout.targets]
     return sum(sizes) / sum(math.prod(target.shape) for target in layout.targets)
 
 
 def describe_plan(layout: Layout, plan: Plan, quant: QuantConfig) -> dict[str, Any]:
-    """The plan in short, in plain containers: `rule`, mean `code_bits`, `adapter_values`, and by kind of module how many
-    weights and values have which bits, and which ranks."""
+    """A summary of the plan in plain containers: `rule`, mean `code_bits`, `adapter_values` and `kinds`.
+
+    `kinds` counts, for each kind of module, its weights and values by bits and its weights by rank.
+    """
     kinds: dict[str, dict[str, Counter[str]]] = {}
     for target in layout.targets:
         precision = plan[target.module]
@@ -153,15 +158,15 @@ def describe_plan(layout: Layout, plan: Plan, quant: QuantConfig) -> dict[str, A
     }
 
 
-def tell_plan(described: dict[str, Any]) -> None:
-    """Prints the plan, where not all weights get the same."""
+def log_plan(described: dict[str, Any]) -> None:
+    """Log the plan, unless all weights have the same precision."""
     kinds = described["kinds"].values()
     widths = sorted({int(bits) for counts in kinds for bits in counts["weights"]})
     ranks = sorted({int(rank) for counts in kinds for rank in counts["ranks"]})
     if len(widths) == len(ranks) == 1:
         return
-    log.info("quantize: %.4g bits a value by %s; weights (and millions of values) by their bits%s:", described["code_bits"],
-             described["rule"], ", weights by their rank" if len(ranks) > 1 else "")  # fmt: skip
+    log.info("quantize: %.4g bits per value by %s; weights (and millions of values) by bits%s:", described["code_bits"],
+             described["rule"], ", weights by rank" if len(ranks) > 1 else "")  # fmt: skip
     headings = [f"{bits} bits" for bits in widths] + [f"rank {rank}" for rank in ranks if len(ranks) > 1]
     rows = [
         [kind, *(f"{counts['weights'].get(str(bits), 0)} ({counts['values'].get(str(bits), 0) / 1e6:.1f})" for bits in widths),

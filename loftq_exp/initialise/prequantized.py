@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, or adapters: no pre-trained weights, so that nothing can be quantized from them."""
+"""Refuse checkpoints that are already quantized or are adapters, as they hold no pre-trained weights to quantize."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from loftq_exp.storage.format import storage_format
 from loftq_exp.storage.packing import METHOD
 
 _OTHER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-"""Files in which older tools say that they quantized, and the method where the file does not name it."""
+"""Files that older quantization tools write, with the method that each implies."""
 _PARTS = {
     "weight_scale_inv": "fp8", "weight_scale": "compressed-tensors or fp8", "weight_packed": "compressed-tensors",
     "qweight": "gptq or awq", "qzeros": "gptq or awq", "absmax": "bitsandbytes", "SCB": "bitsandbytes int8",
     "weight_format": "bitsandbytes int8", "_blocks": "mxfp4",
 }  # fmt: skip
-"""Ends of the names of tensors that stand beside, or for, a quantized weight, and the method that they are of."""
+"""Name endings of tensors that belong to a quantized weight, with the method that each implies."""
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _ADVICE = "give the 16-bit checkpoint that it was made from"
 
 
 def check_files(folder: Path) -> None:
-    """UserError where the files in `folder` say that it holds an initialised checkpoint, or weights that are quantized already."""
+    """Raise UserError if files in `folder` indicate an initialised checkpoint or already quantized weights."""
     for name in (REPORT, ADAPTER, "loft_init", "adapter_config.json"):
         if (folder / name).exists():
-            raise UserError(f"model.path={folder}: a checkpoint with an adapter ({name} is there), whose backbone Q is no pre-trained "
+            raise UserError(f"model.path={folder}: a checkpoint with an adapter (it has {name}), whose backbone Q is no pre-trained "
                             f"model; {_instead(folder)}")  # fmt: skip
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for settings in _settings(config):
@@ -45,7 +45,7 @@ def check_files(folder: Path) -> None:
 
 
 def _instead(folder: Path) -> str:
-    """What to give in place of an initialised checkpoint, which can be used as it is where it is dense with one rank."""
+    """What to give instead of an initialised checkpoint. A dense one with a single rank can be used off the shelf."""
     advice = "give the model that it was made from"
     try:
         init = read_artifact(folder)
@@ -59,15 +59,15 @@ def _instead(folder: Path) -> str:
             )
             if not beyond:
                 advice += (
-                    f", or set quant=off-the-shelf quant.path={folder} quant.rank={adapter['r']} to use it as it is"
+                    f", or set quant=off-the-shelf quant.path={folder} quant.rank={adapter['r']} to use it unchanged"
                 )
     except (OSError, ValueError, KeyError, TypeError, UserError):
-        pass  # the advice is then without what a damaged file would add
+        pass  # a damaged file only shortens the advice
     return advice
 
 
 def _settings(config: Any) -> Iterator[dict[str, Any]]:
-    """What the config, or one of those inside it, says of quantization."""
+    """The quantization settings of the config and its nested configs."""
     if not isinstance(config, dict):
         return
     for name, value in config.items():
@@ -78,7 +78,7 @@ def _settings(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def check_types(tensors: CheckpointTensors, folder: Path) -> None:
-    """UserError where tensors are those of quantized weights, whatever config.json says."""
+    """Raise UserError if a tensor belongs to a quantized weight, whatever config.json states."""
     for name in tensors.names:
         dtype = tensors.dtype(name)
         method = _method(name)

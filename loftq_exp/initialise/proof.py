@@ -1,4 +1,4 @@
-"""Proof, before the long work, that what goes into an initialised checkpoint loads from there alone."""
+"""Check, before the long work, that the files of an initialised checkpoint load on their own."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def check_surroundings(source: Path, folder: Path, modules: Iterable[str], model: ModelConfig) -> None:
-    """Raise UserError unless `folder` is enough for what was taken from `source`, weights aside.
+    """Raise UserError unless `folder` works without `source`, weights aside.
 
-    The tokenizer gives the same ids, config.json makes the model, and PEFT adapts exactly these `modules` of it.
+    The tokenizer must give the same ids, config.json must define the model, and PEFT must adapt exactly `modules`.
     """
     _check_tokenizer(source, folder, model)
     _check_adapter(folder, set(modules), model)
@@ -33,26 +33,26 @@ def check_surroundings(source: Path, folder: Path, modules: Iterable[str], model
 
 def _check_tokenizer(source: Path, folder: Path, model: ModelConfig) -> None:
     expected, found = (_ids(place, model.trust_remote_code) for place in (source, folder))
-    if expected is None:  # the stages that need one refuse
+    if expected is None:  # stages that need a tokenizer raise
         return
     pieces = llama_pieces(source)
     if found is None or (pieces is None and found != expected):
-        raise UserError(f"model.path={model.path}: the tokenizer reads other ids from the files that go along with the "
+        raise UserError(f"model.path={model.path}: the tokenizer gives other ids when loaded from the files copied with the "
                         "checkpoint than from the model's folder; save it there again with save_pretrained")  # fmt: skip
     if pieces is None:
         return
     tokens = read_tokenizer(folder, False).tokenize(_WORDS)
     if tokens != pieces.encode(_WORDS, out_type=str) and "<unk>" not in tokens:
-        raise UserError(f"model.path={model.path}: transformers reads other tokens from tokenizer.model than SentencePiece does; "
+        raise UserError(f"model.path={model.path}: transformers gives other tokens with tokenizer.model than SentencePiece does; "
                         "put a tokenizer.json beside it")  # fmt: skip
 
 
 def _ids(folder: Path, trust_remote_code: bool) -> list[int] | None:
-    """The sample in the tokenizer's ids, the number of its tokens, and its special ones; None where it cannot be used."""
+    """The sample's token ids, the vocabulary size and the special ids; None if the tokenizer cannot be used."""
     try:
         tokenizer = read_tokenizer(folder, trust_remote_code)
         return [*tokenizer(_SAMPLE)["input_ids"], len(tokenizer), *tokenizer.all_special_ids]
-    except Exception:  # of any kind, see read_tokenizer
+    except Exception:  # any type, see read_tokenizer
         return None
 
 
@@ -62,7 +62,7 @@ def _check_adapter(folder: Path, modules: set[str], model: ModelConfig) -> None:
         bare = skeleton(folder, model.kind, model.trust_remote_code)
     except (UserError, OSError, ImportError) as error:
         fault = str(error).splitlines()[0]
-        raise UserError(f"{place}: the model does not load from the files that go along with it ({fault}); "
+        raise UserError(f"{place}: the model does not load from the files copied with it ({fault}); "
                         "put all of its code into the folder, beside config.json") from error  # fmt: skip
     advice = f"a {bare.config.model_type} model cannot be fine-tuned with this version of PEFT"
     settings = PeftConfig.from_pretrained(str(folder / ADAPTER))

@@ -1,4 +1,4 @@
-"""What the method's authors published, and where: `quant=off-the-shelf` takes it instead of quantizing."""
+"""The checkpoints that the method's authors published, which `quant=off-the-shelf` uses instead of quantizing."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ PUBLISHED: dict[str, tuple[tuple[int, int], ...]] = {
     "phi-2": ((4, 64),),
     "bart-large": ((4, 8), (4, 16), (4, 32), (2, 8)),
 }
-"""(bits, rank) by the last part of the pre-trained model's path. The repository: LoftQ/{model}-{bits}bit-{rank}rank."""
+"""(bits, rank) by the last part of the pre-trained model's path. The repository is LoftQ/{model}-{bits}bit-{rank}rank."""
 OLDER_NAMES = ("bart-large",)
-"""Models of which some repositories have a name of an older form: LoftQ/{model}-bit{bits}-rank{rank}."""
+"""Models with some repositories named in an older form: LoftQ/{model}-bit{bits}-rank{rank}."""
 ADAPTER_FOLDERS = (ADAPTER, "loft_init", "")
-"""Where the adapter may lie in a published checkpoint, in the order in which it is looked for."""
+"""Folders of a published checkpoint that may hold the adapter, in search order."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def published_names(config: RunConfig) -> tuple[str, ...]:
-    """The hub ids under which the run's model, bits and rank may be published; UserError where they are not."""
+    """The hub ids of the run's model, bits and rank. Raises UserError if that combination is not published."""
     quant, basename = config.quant, config.model.basename
     model = next((name for name in PUBLISHED if name.lower() == basename.lower()), None)
     if model is None or (quant.bits, quant.rank) not in PUBLISHED[model]:
         there = "; ".join(f"{name} {_pairs(PUBLISHED[name])}" for name in ([model] if model else PUBLISHED))
         raise UserError(f"quant=off-the-shelf: {basename} with {quant.bits} bits and rank {quant.rank} is not published; "
-                        f"there is (bits/rank) {there}; use quant=loftq, or set quant.path to a checkpoint of that layout")  # fmt: skip
+                        f"available (bits/rank): {there}; use quant=loftq, or set quant.path to a checkpoint of that layout")  # fmt: skip
     newer, older = f"{model}-{quant.bits}bit-{quant.rank}rank", f"{model}-bit{quant.bits}-rank{quant.rank}"
     return tuple(f"LoftQ/{name}" for name in ((newer, older) if model in OLDER_NAMES else (newer,)))
 
 
 def check_published(config: RunConfig) -> None:
-    """UserError for a combination that is not published: told from the settings alone, before anything is downloaded."""
+    """Raise UserError for a combination that is not published. It needs only the settings, not a download."""
     if config.quant.method == "off-the-shelf" and config.quant.path is None:
         published_names(config)
 
@@ -52,9 +52,9 @@ def _pairs(pairs: tuple[tuple[int, int], ...]) -> str:
 
 
 def source_of(config: RunConfig, local_only: bool = False) -> Source:
-    """The local files of the pre-trained model or, off the shelf, of the published checkpoint.
+    """The local files of the pre-trained model, or of the published checkpoint for `quant=off-the-shelf`.
 
-    With `local_only` nothing is downloaded. Raises UserError where nothing usable is found, as NotHere where it is absent.
+    With `local_only` nothing is downloaded. Raises UserError if nothing usable is found, and NotHere if it is absent.
     """
     if config.quant.method == "off-the-shelf":
         return locate_published(config, local_only)
@@ -62,10 +62,9 @@ def source_of(config: RunConfig, local_only: bool = False) -> Source:
 
 
 def locate_published(config: RunConfig, local_only: bool = False) -> Source:
-    """The local files of the published checkpoint: `quant.path`, a folder or a hub id, or the one that is listed.
+    """The local files of the published checkpoint: of `quant.path`, a folder or hub id, or of the entry in `PUBLISHED`.
 
-    With `local_only` nothing is downloaded. Raises UserError where the combination is not published and where nothing usable
-    is found.
+    With `local_only` nothing is downloaded. Raises UserError if the combination is not published or nothing usable is found.
     """
     wanted = [
         f"{folder}/{name}".lstrip("/") for folder in ADAPTER_FOLDERS for name in ("adapter_config.json", *ADAPTER_FILES)
@@ -85,7 +84,7 @@ def locate_published(config: RunConfig, local_only: bool = False) -> Source:
 
 
 def find_adapter(source: Source) -> tuple[str, Path]:
-    """The adapter's folder inside the published checkpoint, "" for its root, and its weights; UserError for none."""
+    """The adapter's folder in the published checkpoint ("" for its root) and its weights. Raises UserError if absent."""
     given = f"quant.path={source.requested}"
     for name in ADAPTER_FOLDERS:
         place = source.folder / name
@@ -95,4 +94,4 @@ def find_adapter(source: Source) -> tuple[str, Path]:
                     return name, place / file
             raise UserError(f"{given}: {place} has no {' or '.join(ADAPTER_FILES)}; download it again")
     where = ", ".join(f"{name}/" if name else "its root" for name in ADAPTER_FOLDERS)
-    raise UserError(f"{given}: no adapter in it (looked in {where}); give a checkpoint that was published with one")
+    raise UserError(f"{given}: it has no adapter (searched {where}); give a checkpoint that was published with one")

@@ -1,7 +1,7 @@
-"""The quantize stage: a pre-trained checkpoint becomes an initialised one, one weight at a time.
+"""The quantize stage: convert a pre-trained checkpoint to an initialised one, weight by weight.
 
-Only the weight at hand is in memory. It is found in the cache or decomposed, and its backbone values and factors go
-straight to their place in the output files.
+Only the weights being processed are in memory. Each is read from the cache or decomposed, and its backbone values and
+factors are written directly to the output files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_nam
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
-from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, make_plan, tell_plan
+from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, log_plan, make_plan
 from loftq_exp.initialise.prequantized import check_files, check_types
 from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.verify import check_written
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What became of one weight: `errors[0]` is the relative error of quantization alone, `errors[t]` after step t."""
+    """The result of one weight. `errors[0]` is the relative error of quantization alone, `errors[t]` after step t."""
 
     name: str
     shape: tuple[int, int]
@@ -68,21 +68,21 @@ class WeightReport:
     cache_hit: bool
     steps_computed: int
     phases: dict[str, float]
-    """Where the seconds went: `digest` (which also reads the weight from its file), `cache`, `decompose`, `decode`, `write`."""
+    """Seconds by phase: `digest` (which also reads the weight from its file), `cache`, `decompose`, `decode`, `write`."""
 
 
 def initialise(source: Source, config: RunConfig) -> Initialised:
-    """The initialised checkpoint of `source`, in the place that `init_dir` gives it, made where it is not there yet.
+    """Return the initialised checkpoint of `source`. Create it in `init_dir` if it does not exist.
 
-    Raises UserError for a checkpoint that does not fit the settings, for a place that holds another initialisation, and for
-    one that cannot be written.
+    Raises UserError if the checkpoint does not fit the settings, or if its folder holds another initialisation or cannot be
+    written.
     """
     check_files(source.folder)
     wanted = made_from(source, config)
     final = init_dir(config, digest_of(wanted))
     with exclusive(final):
         if found := done_before(final, wanted, config):
-            log.info("quantize: done before, %s is there: %d weights, 0 computed", final, len(found.report["weights"]))
+            log.info("quantize: done before, %s exists: %d weights, 0 computed", final, len(found.report["weights"]))
             return found
         with open_tensors(source.folder) as tensors:
             check_types(tensors, source.folder)
@@ -106,7 +106,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
-    report = json.loads(text)  # the very containers that a later run reads: lists, no tuples
+    report = json.loads(text)  # the same containers that a later run reads: lists, no tuples
     totals = report["totals"]
     log.info("quantize: %s: %d weights, %d computed, %d from the cache, mean relative error %.4f (quantization alone %.4f)",
              final, len(weights), totals["computed"], totals["cache_hits"], totals["mean_error"],
@@ -115,7 +115,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
 
 
 def check_fit(layout: Layout, config: RunConfig) -> None:
-    """Raises UserError where rank, block size or storage do not fit a target's shape or class."""
+    """Raise UserError if rank, block size or storage do not fit a target's shape or class."""
     quant = config.quant
     for target in layout.targets:
         if quant.rank > min(target.shape):
@@ -168,13 +168,13 @@ def _write_weights(
         for report in side_by_side(one, names, worker.device):
             if report is not None:
                 reports.append(report)
-                _tell(advance, reports, len(targets))
+                _show(advance, reports, len(targets))
     order = {target.module: position for position, target in enumerate(layout.targets)}
     return sorted(reports, key=lambda report: order[report.name])
 
 
 class _Worker:
-    """Turns weights into backbone values and factors, by way of the cache."""
+    """Converts weights to backbone values and factors, through the cache."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -184,16 +184,16 @@ class _Worker:
         self.device = self.decomposer.device
 
     def plan(self, tensors: CheckpointTensors, layout: Layout) -> Plan:
-        """Which weight gets how many bits and what rank, told where they differ."""
+        """The bits and rank of each weight, logged if they differ."""
         quant = self.config.quant
         plan = make_plan(layout, quant, self.decomposer.measure(tensors, layout) if is_measured(quant) else None)
-        tell_plan(describe_plan(layout, plan, quant))
+        log_plan(describe_plan(layout, plan, quant))
         return plan
 
     def initialise(
         self, target: Target, precision: Precision, weight: torch.Tensor, phases: Phases
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, WeightReport]:
-        """The backbone's tensors by name, A (r x in) and B (out x r) as PEFT stores them, and the report."""
+        """Return the backbone's tensors by name, A (r x in) and B (out x r) as PEFT stores them, and the report."""
         with phases.timed("digest"):
             digest = weight_digest(weight)
         quant, rank, (rows, columns) = self.config.quant, precision.rank, target.shape
@@ -202,7 +202,7 @@ class _Worker:
         if quant.type == "none":
             values = weight.to(self.dtype)
             if not is_finite(values):
-                raise UserError(f"save_dtype={self.config.save_dtype}: {target.tensor} has values that are too large for it; "
+                raise UserError(f"save_dtype={self.config.save_dtype}: {target.tensor} has values that are too large for this type; "
                                 "give a checkpoint of smaller values")  # fmt: skip
             stored = {target.tensor: values.cpu()}
             wide = weight.double()
@@ -216,23 +216,23 @@ class _Worker:
             if quant.iter:
                 share = math.sqrt(
                     quant.scaling
-                )  # s is absorbed evenly, so that s B A is the fitted product for any alpha
+                )  # absorb s equally into both factors, so that s B A is the fitted product for any alpha
                 lora_A, lora_B = result.lora_A / share, result.lora_B / share
         report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, 0.0, hit, computed, {})
         return stored, lora_A.cpu(), lora_B.cpu(), report
 
     def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
-        """The tensors that stand for one target in the file."""
+        """The tensors that represent one target in the file."""
         codes = Codes(kept.packed, kept.scales, kept.shape, self.decomposer.quantizers[bits])
         return self.format.encode(name, codes, self.dtype)
 
     def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
-        """The types and shapes of what `initialise` gives for a target at so many bits."""
+        """The types and shapes of the backbone tensors that `initialise` returns for a target at these bits."""
         return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
-    """A as LoRA draws it, from the run's seed and the module's name alone: the order of the weights does not matter."""
+    """A as LoRA draws it, from the run's seed and the module's name alone, independent of the order of the weights."""
     stream = hashlib.blake2b(f"{seed} {module}".encode(), digest_size=8).digest()
     return kaiming_uniform_A((rank, columns), int.from_bytes(stream, "little") >> 1)
 
@@ -262,7 +262,7 @@ def _adapter_specs(layout: Layout, plan: Plan, head: dict[str, torch.Tensor]) ->
     return specs
 
 
-def _tell(advance: Advance, reports: list[WeightReport], total: int) -> None:
+def _show(advance: Advance, reports: list[WeightReport], total: int) -> None:
     mean = sum(report.errors[-1] for report in reports) / len(reports)
     hits = sum(report.cache_hit for report in reports)
     advance(len(reports), total, f"mean relative error {mean:.4f}, {hits} from the cache")

@@ -1,4 +1,4 @@
-"""What was written is what a plain load takes: every tensor, nothing else, and all that passes through unchanged."""
+"""Check a written checkpoint: a plain load uses every tensor and misses none, and tensors that are not targets are unchanged."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from loftq_exp.source.loading import load_report
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors, same_values, some
 
 VERSION = 1
-"""Part of an initialised checkpoint's key: raise it when other tensors are kept, or more is checked or counted."""
+"""Part of an initialised checkpoint's key. Increment it when other tensors are kept, or more is checked or counted."""
 Forms = Mapping[str, tuple[tuple[int, ...], Sequence[str]]]
-"""By the tensor of each target: its shape where it is dense, and the names under which it was written."""
+"""For the tensor of each target: its dense shape, and the names under which it was written."""
 
 
 def check_written(folder: Path, source: CheckpointTensors, layout: Layout, forms: Forms, config: RunConfig) -> None:
-    """UserError where a load of the checkpoint in `folder` lacks, ignores or resizes a tensor, or where one that is no
-    target is not the source's.
+    """Raise UserError if a load of `folder` would miss, ignore or resize a tensor, or if a non-target differs from `source`.
 
-    Packed targets count as the dense weights that they stand for: which modules take their parts is asked of the
-    quantizer. A new task head may be missing.
+    Packed targets are checked as the dense weights that they represent. The transformers quantizer reports which modules
+    load packed parts. A new task head may be missing.
     """
     model = skeleton(folder, config.model.kind, config.model.trust_remote_code)
     parts = {part for _, names in forms.values() for part in names}
@@ -35,7 +34,7 @@ def check_written(folder: Path, source: CheckpointTensors, layout: Layout, forms
         others = [name for name in written.names if name not in parts]
         shapes = {name: written.shape(name) for name in others} | {name: shape for name, (shape, _) in forms.items()}
         if absent := sorted(parts.difference(written.names)):
-            raise UserError(f"model.path: {some(absent)} did not get into {folder}; quantize again")
+            raise UserError(f"model.path: {some(absent)} was not written to {folder}; quantize again")
         report = load_report(model, shapes)
         check_complete(model, layout.head, report, folder)
         if report.unexpected:
@@ -44,14 +43,14 @@ def check_written(folder: Path, source: CheckpointTensors, layout: Layout, forms
         for name in others:
             if not same_values(source.read(name), written.read(name)):
                 raise UserError(
-                    f"model.path: {name} was not written as it is in the source; check the disk, and quantize again"
+                    f"model.path: {name} differs from the source after writing; check the disk, and quantize again"
                 )
     if getattr(model.config, "quantization_config", None):
         _check_modules(model, folder, layout)
 
 
 def _check_modules(model: transformers.PreTrainedModel, folder: Path, layout: Layout) -> None:
-    """UserError where the quantizer of config.json packs other modules than the targets, or finds other parts for one."""
+    """Raise UserError if the quantizer of config.json packs modules other than the targets, or finds other parts for one."""
     settings, before = model.config.quantization_config, dict(model.named_modules())
     files = sorted(str(path) for path in folder.glob("model*.safetensors"))
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)

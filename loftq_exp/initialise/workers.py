@@ -1,8 +1,7 @@
-"""Several weights at a time: while one is read, hashed or written, another is computed, and every core has work.
+"""Process several weights concurrently: while one is read, hashed or written, another is computed.
 
-Each worker takes a weight from its file to its place in the output and gives torch's operations its share of the cores.
-Two cores thus compute two weights, one each, which is faster than both on one, and a weight's bytes do not depend on
-what else is worked on.
+Each worker processes a weight from its file to the output, with its share of the cores for torch operations. Two cores
+computing one weight each are faster than two on the same weight. A weight's result does not depend on the others.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 WORKERS = 2
-"""Weights at a time: each needs about a dozen bytes a value."""
+"""Concurrent weights. Each needs about a dozen bytes per value."""
 
 
 class Phases:
-    """How long one weight spent in each phase of its way, in seconds by the phase's name."""
+    """The seconds that one weight spent in each phase, by the phase's name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @property
     def total(self) -> float:
-        """Seconds in all phases."""
+        """The sum over all phases, in seconds."""
         return sum(self.seconds.values())
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to the phase `name`."""
+        """Add the time of the block to the phase `name`."""
         began = time.perf_counter()
         try:
             yield
@@ -45,7 +44,10 @@ class Phases:
 
 
 def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.device) -> Iterator[U]:
-    """`work(item)` of every item as it gets done, on a few threads. The first error ends it once running work is done."""
+    """Yield `work(item)` for every item in order of completion, on a thread pool.
+
+    The first error is raised once running work is done.
+    """
     threads = torch.get_num_threads()
     workers = min(WORKERS, threads) if device.type == "cpu" else WORKERS
     keep_freed_memory_low()
@@ -62,11 +64,11 @@ def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.devic
             yield from (future.result() for future in done)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what threads to come start with, too
+        torch.set_num_threads(threads)  # also the default of later threads
 
 
 def keep_freed_memory_low() -> None:
-    """Has glibc (Linux) give large blocks back when they are freed. By itself it learns to keep them, up to 32 MiB each."""
+    """Make glibc (Linux) return large blocks when they are freed. By default it adapts to keep blocks of up to 32 MiB."""
     M_MMAP_THRESHOLD = -3
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has ways of its own
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not supported by other C libraries
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)

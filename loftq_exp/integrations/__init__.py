@@ -1,4 +1,4 @@
-"""What plugs into transformers and PEFT: the packed linear layer and its quantizer.
+"""Extensions of transformers and PEFT: the packed linear layer and its quantizer.
 
 Imports storage, loftq, errors.
 """

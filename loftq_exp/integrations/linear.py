@@ -1,4 +1,4 @@
-"""A linear layer whose frozen weight stays packed: at 2, 3, 4 or 8 bits a value in memory, dense only while it is used."""
+"""A linear layer whose frozen weight stays packed in memory, at 2, 3, 4 or 8 bits per value, and is dense only in use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from loftq_exp.storage.packed import PARTS, check_parts, dequantize, pack, part_
 
 
 class PackedLinear(nn.Linear):
-    """y = x Q' + bias, as `nn.Linear`, with Q (out, in) held as codes and scales (see `loftq_exp.storage.packed`).
+    """y = x Q' + bias, like `nn.Linear`, with Q (out, in) held as codes and scales (see `loftq_exp.storage.packed`).
 
-    Q is frozen. A forward and a backward pass each unpack it into one dense weight of the type that x has, and drop that when
-    they are done; nothing dense is kept from one for the other. Gradients flow to x and to the bias.
+    Q is frozen. A forward and a backward pass each unpack it into a dense weight of x's dtype, and free it afterwards. No
+    dense weight is kept for the backward pass. Gradients flow to x and to the bias.
 
-    `weight` is None: there is no dense weight to read. `dequantize` makes one.
+    `weight` is None, because there is no dense weight. `dequantize` returns one.
     """
 
     qweight: torch.Tensor
@@ -34,20 +34,20 @@ class PackedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """An empty layer; `from_quantized` or a checkpoint fills it.
+        """Create an uninitialised layer; `from_quantized` or a checkpoint fills it.
 
         Args:
-            in_features: values of an input row.
-            out_features: values of an output row.
-            quantizer: what packed the weight.
-            bias: whether there is one.
-            dtype: of the bias and, to those who ask (PEFT), of the computation; none: torch's default.
-            device: where the tensors are.
+            in_features: size of an input row.
+            out_features: size of an output row.
+            quantizer: the quantizer of the weight.
+            bias: whether the layer has a bias.
+            dtype: dtype of the bias, and the compute dtype that PEFT reads; None: torch's default.
+            device: device of the tensors.
 
         Raises:
-            UserError: where the weight's values are not whole blocks.
+            UserError: if the weight's values are not whole blocks.
         """
-        nn.Module.__init__(self)  # not nn.Linear's, which would make a dense weight
+        nn.Module.__init__(self)  # not nn.Linear's, which would create a dense weight
         self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
         self.compute_dtype = dtype or torch.get_default_dtype()
         self.register_parameter("weight", None)
@@ -64,7 +64,7 @@ class PackedLinear(nn.Linear):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> PackedLinear:
-        """The layer of a weight that `quantizer` encoded: codes (out, in), on their device."""
+        """Return the layer of a weight that `quantizer` encoded: codes (out, in), on their device."""
         rows, columns = quantized.codes.shape
         layer = cls(columns, rows, quantizer, bias is not None, dtype, quantized.codes.device)
         for name, tensor in pack(quantized, quantizer).items():
@@ -80,23 +80,23 @@ class PackedLinear(nn.Linear):
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors that stand for the weight, by name."""
+        """The tensors that represent the weight, by name."""
         return {name: tensor for name in PARTS if (tensor := self._buffers.get(name)) is not None}
 
     def quantized(self) -> Quantized:
-        """The weight's codes (out, in) and float32 scales."""
+        """Return the weight's codes (out, in) and float32 scales."""
         return unpack(self.parts, self.quantizer, self.shape)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight's values (out, in) in `dtype`: those that would be stored dense, converted."""
+        """Return the weight's values (out, in) in `dtype`: those of dense storage, converted."""
         return dequantize(self.parts, self.quantizer, self.shape, dtype)
 
     def check(self, name: str) -> None:
-        """Raises UserError where the tensors do not stand for a weight of this shape; `name` tells which it is."""
+        """Raise UserError, with the layer's `name`, if the tensors do not represent a weight of this shape."""
         check_parts(name, self.parts, self.quantizer, self.shape)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out), in the input's type or autocast's."""
+        """Map (..., in) to (..., out), in the input's dtype or autocast's."""
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
@@ -104,7 +104,7 @@ class PackedLinear(nn.Linear):
         return cast("torch.Tensor", _Product.apply(input, bias, self))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        # `.half()` and the like convert what a layer computes with. The scales are no such thing: they only change place.
+        # `.half()` and similar calls change the compute dtype. The scales keep their dtype and only change device.
         kept = {name: tensor for name, tensor in self.parts.items() if tensor.is_floating_point()}
         super()._apply(fn, recurse)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
@@ -115,14 +115,14 @@ class PackedLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        """As nn.Linear's, and how the weight is packed."""
+        """Return nn.Linear's text, and how the weight is packed."""
         quantizer = self.quantizer
         double = ", double=True" if quantizer.double else ""
         return f"{super().extra_repr()}, type={quantizer.type}, bits={quantizer.bits}, block_size={quantizer.block_size}{double}"
 
 
 class _Product(torch.autograd.Function):
-    """x Q' + bias and its gradients, with Q unpacked anew in each direction."""
+    """x Q' + bias and its gradients. Forward and backward each unpack Q."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, layer: PackedLinear) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Whether a load is whole: what transformers and PEFT report of the weights that they looked for and found."""
+"""Check that a load is complete, from what transformers and PEFT report of missing and unexpected weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loftq_exp.errors import UserError
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Hides transformers' bar for loading weights, a matter of seconds, and leaves those for downloads."""
+    """Hide transformers' progress bar for loading weights, which takes seconds. Bars for downloads stay."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -28,7 +28,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def collected_log() -> Iterator[list[str]]:
-    """Collects what transformers logs of a load, whatever its verbosity, in place of showing it: see `failed_conversion`."""
+    """Collect transformers' log of a load instead of showing it, at any verbosity; see `failed_conversion`."""
     log, lines = logging.getLogger("transformers.modeling_utils"), list[str]()
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -45,7 +45,7 @@ def collected_log() -> Iterator[list[str]]:
 
 
 def failed_conversion(lines: Iterable[str]) -> str | None:
-    """The first weight that transformers could not convert, by its load report; None where it reports no such thing."""
+    """Return the first weight that transformers could not convert, by its load report; None if there is none."""
     found = re.search(r"^(\S.*?) +\| CONVERSION", "\n".join(lines), re.MULTILINE)
     return found[1] if found else None
 
@@ -53,14 +53,14 @@ def failed_conversion(lines: Iterable[str]) -> str | None:
 def check_report(
     report: Mapping[str, Any], place: str, advice: str, head: Iterable[str] = (), resized: bool = False
 ) -> None:
-    """Raise UserError unless transformers found every weight, and had a place for every one.
+    """Raise UserError if a weight is missing, or the model has no place for one.
 
     Args:
-        report: transformers' own (`output_loading_info=True`).
-        place: what the message begins with: the setting or the folder.
-        advice: what to do.
+        report: transformers' loading info (`output_loading_info=True`).
+        place: start of the message: the setting or the folder.
+        advice: end of the message: what to do.
         head: modules whose parameters may be missing, because they come from elsewhere.
-        resized: whether they may also have other shapes.
+        resized: whether these may also have other shapes.
     """
     inside = tuple(f"{module}." for module in head)
     mismatched = {name: shapes for name, *shapes in report["mismatched_keys"]}
@@ -72,7 +72,7 @@ def check_report(
     faults |= dict.fromkeys(report["unexpected_keys"], "has no place in the model")
     faults |= dict.fromkeys(report["error_msgs"], "is what transformers reports")
     if faults:
-        name = next(iter(faults))  # missing ones come first: of a renamed tensor, that is the name to look for
+        name = next(iter(faults))  # missing ones come first: for a renamed tensor, that is the name to look for
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"{place}: {name} {faults[name]}{more}; {advice}")
 
@@ -80,8 +80,8 @@ def check_report(
 def with_adapter(
     model: transformers.PreTrainedModel, settings: PeftConfig, place: str, advice: str, **options: Any
 ) -> PeftModel:
-    """`model` with an adapter as PEFT makes it of `settings`. Raises UserError, with PEFT's reason, where PEFT cannot."""
-    base, settings.base_model_name_or_path = settings.base_model_name_or_path, None  # PEFT warns where it is another
+    """Return `model` with PEFT's adapter of these `settings`. Raise UserError, with PEFT's reason, if PEFT cannot."""
+    base, settings.base_model_name_or_path = settings.base_model_name_or_path, None  # PEFT warns if it differs
     try:
         return get_peft_model(model, settings, **options)
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""LoRA on a packed layer, for PEFT: its own linear layer, but for merging, which a packed weight cannot take."""
+"""LoRA on a packed layer: PEFT's linear layer without merging, which a packed weight does not support."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from loftq_exp.errors import UserError
 
 
 class PackedLoraLayer(Linear):
-    """y = x Q' + s x A' B' on a `PackedLinear`. PEFT makes it through its custom modules, see `loftq_exp.integrations.registration`."""
+    """y = x Q' + s x A' B' on a `PackedLinear`. PEFT creates it as a custom module, see `loftq_exp.integrations.registration`."""
 
     @property
     def weight(self) -> None:  # type: ignore[override]
-        """None, as the packed layer's own. PEFT would give the packed bytes, and t5 turn its activations into their type."""
+        """None, like the packed layer's. PEFT would return the packed bytes, and t5 would cast activations to their dtype."""
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Refuses: Q + s B A is no packed weight. Raises UserError."""
-        raise UserError("merge: a packed backbone cannot take the adapter's values; python -m loftq_exp.export writes a merged "
-                        "checkpoint, dense or bnb4")  # fmt: skip
+        """Raise UserError: Q + s B A is not a packed weight."""
+        raise UserError("merge: an adapter cannot be merged into a packed backbone; python -m loftq_exp.export writes a "
+                        "merged checkpoint, dense or bnb4")  # fmt: skip
 
     def unmerge(self) -> None:
-        """Nothing: an adapter is never merged here."""
+        """Do nothing: the adapter is never merged."""
 
     def __repr__(self) -> str:
         return f"loftq_exp.{super().__repr__()}"

@@ -1,6 +1,6 @@
-"""Makes packed backbones known to transformers and PEFT once either is imported, so that `import loftq_exp` is enough.
+"""Register packed backbones with transformers and PEFT when either is imported, so that `import loftq_exp` is enough.
 
-Importing them takes seconds, which `--help` and a typo should not cost; so wrapt calls back when they come.
+Importing them takes seconds, which `--help` and a mistyped setting should not cost. wrapt therefore calls back on import.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import wrapt
 
 
 def register() -> None:
-    """Called once, when loftq_exp is imported."""
+    """Install the import hooks. Called once, when loftq_exp is imported."""
     wrapt.register_post_import_hook(_register_with_transformers, "transformers.quantizers.auto")
     wrapt.register_post_import_hook(_register_with_peft, "peft.tuners.lora.config")
 
@@ -21,7 +21,7 @@ def _register_with_transformers(_: Any) -> None:
 
 
 def _register_with_peft(module: Any) -> None:
-    """PEFT keeps custom modules in each LoraConfig and never in a file: every new one is told of ours."""
+    """Add the packed layer to every new LoraConfig. PEFT keeps custom modules there, and never saves them."""
     wrapt.wrap_function_wrapper(module, "LoraConfig.__post_init__", _with_packed_layers)
 
 

@@ -1,7 +1,7 @@
-"""Packed checkpoints for transformers: `quant_method: loftq` in config.json, through its public registry of quantizers.
+"""Packed checkpoints in transformers: `quant_method: loftq` in config.json, through its public registry of quantizers.
 
-`import loftq_exp` registers both classes (see `loftq_exp.integrations.registration`); then `AutoModel...from_pretrained(DIR)` makes a model
-with packed layers, without a dense copy of any of them, and `save_pretrained` writes the same tensors again.
+`import loftq_exp` registers both classes (see `loftq_exp.integrations.registration`). `AutoModel...from_pretrained(DIR)`
+then creates a model with packed layers, without a dense copy of any. `save_pretrained` writes the same tensors again.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from loftq_exp.storage.packed import PARTS, check_specs
 from loftq_exp.storage.packing import METHOD, VERSION, Packing
 
 NEEDS_US = "packed by loftq_exp: pip install loftq_exp and import loftq_exp before loading"
-"""Stands in config.json as the name of the weights' file, which transformers reads only where nobody told it of our method:
-it refuses the name and shows this text. (By itself it would go on, and load random weights.)"""
+"""Stored in config.json as the name of the weights file. transformers reads it only if our method is not registered.
+It then rejects the name and shows this text, instead of loading random weights."""
 
 
 @register_quantization_config(METHOD)
 class LoftQConfig(QuantizationConfigMixin):
-    """What config.json says of a packed backbone.
+    """The `quantization_config` of a packed backbone.
 
     Args:
-        bits: of each packed module, by its name: its bits a value. All other modules are dense.
-        type: the quantizer, see `loftq_exp.loftq.quantizers`.
+        bits: bits per value of each packed module, by name. All other modules are dense.
+        type: quantizer type, see `loftq_exp.loftq.quantizers`.
         block_size: consecutive values that share scales.
         double: whether the scales are quantized themselves.
-        scale_dtype: type of the scales, and of the values that the codes stand for.
-        version: of the format.
+        scale_dtype: type of the scales and of the decoded values.
+        version: format version.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LoftQConfig(QuantizationConfigMixin):
     ) -> None:
         packing = Packing.of({"bits": bits, "type": type, "block_size": block_size, "double": double,
                               "scale_dtype": scale_dtype, "version": version} | unknown)  # fmt: skip
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration knows its own only
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration has only its own methods
         self.bits, self.type, self.block_size, self.double = (
             packing.bits,
             packing.type,
@@ -63,24 +63,24 @@ class LoftQConfig(QuantizationConfigMixin):
         self.scale_dtype, self.version = packing.scale_dtype, VERSION
 
     def quantizer(self, bits: int) -> Quantizer:
-        """The quantizer of the modules with so many bits."""
+        """Return the quantizer of the modules with `bits` bits."""
         return Packing(self.bits, self.type, self.block_size, self.double, self.scale_dtype).quantizer(bits)
 
 
 @register_quantizer(METHOD)
 class LoftQHfQuantizer(HfQuantizer):
-    """Puts empty packed layers where the checkpoint has packed weights, and checks what was loaded into them."""
+    """Creates packed layers for the packed weights of a checkpoint, and checks what was loaded into them."""
 
     quantization_config: LoftQConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UserError where a dense checkpoint is to be packed, which is not done while loading."""
+        """Raise UserError for a dense checkpoint, which is not packed while loading."""
         if not self.pre_quantized:
             raise UserError("quantization_config: LoftQConfig only reads what was packed before; "
                             "the quantize stage of loftq_exp packs a checkpoint")  # fmt: skip
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first that is told of the config: takes out what only stops readers who lack this class."""
+        """Remove `NEEDS_US` from the config. This is the first method called with it."""
         if getattr(config, "transformers_weights", None) == NEEDS_US:
             del config.transformers_weights
         return config
@@ -96,12 +96,12 @@ class LoftQHfQuantizer(HfQuantizer):
         for name, bits in self.quantization_config.bits.items():
             found = _module_name(name, model.base_model_prefix, modules)
             if found is None:
-                raise UserError(f"quantization_config.bits: {name} is no linear layer of {type(model).__name__}; "
+                raise UserError(f"quantization_config.bits: {name} is not a linear layer of {type(model).__name__}; "
                                 "load the class that the checkpoint was made for")  # fmt: skip
             layers[found] = self._packed(modules[found], bits, dtype)
             model.set_submodule(found, layers[found])
-            # Some classes draw the weights of all their layers by name (t5), and those that the file has are only then left
-            # alone; a packed layer has none to draw.
+            # Some classes initialise the weights of all their layers by name (t5), unless they are marked as loaded. A packed
+            # layer has no `weight` to initialise.
             for drawn in (layers[found], model.get_submodule(found.rpartition(".")[0])):
                 drawn._is_hf_initialized = True
         _check_files(checkpoint_files or (), model.base_model_prefix, layers)
@@ -115,45 +115,45 @@ class LoftQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                # Where a class keeps a module in float32 (t5's wo), transformers widens its scales too; exact either way.
+                # If a class keeps a module in float32 (t5's wo), transformers widens its scales too, which is exact.
                 if not module.quantizer.double:
                     module.scales = module.scales.to(module.quantizer.scale_dtype)
                 module.check(name)
         return model
 
     def is_serializable(self) -> bool:
-        """Packed tensors are written as they are."""
+        """True: packed tensors are saved unchanged."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """An adapter on top of packed layers trains."""
+        """True: an adapter on packed layers can be trained."""
         return True
 
 
 @wrapt.patch_function_wrapper("transformers.configuration_utils", "PreTrainedConfig.to_diff_dict")
 def _stop_other_readers(to_diff_dict: Callable[[], dict[str, Any]], _: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Has config.json stop readers who lack this module, whoever writes it: transformers leaves the setting out."""
+    """Add `NEEDS_US` to every config.json of a packed backbone. transformers omits the setting when it saves."""
     values = to_diff_dict(*args, **kwargs)
     quantization = values.get("quantization_config") or {}
     return values | ({"transformers_weights": NEEDS_US} if quantization.get("quant_method") == METHOD else {})
 
 
 _TYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types of packed tensors, by safetensors' names."""
+"""Dtypes of packed tensors, by safetensors' names."""
 
 
 def _check_files(files: Sequence[str], prefix: str, layers: Mapping[str, PackedLinear]) -> None:
-    """Raises UserError where the files do not have what the layers need, before transformers looks at them.
+    """Raise UserError if the files lack tensors that the layers need, before transformers reads them.
 
-    It would say so in a table, and where it is to ignore mismatched sizes, which it is for a head's sake, not at all.
+    transformers would only log a table. With `ignore_mismatched_sizes`, which a new head needs, it would report nothing.
     """
     found: dict[str, dict[str, tuple[torch.dtype | str, tuple[int, ...]]]] = {name: {} for name in layers}
-    renamed = False  # while loading, by transformers
+    renamed = False  # whether transformers renames tensors while loading
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # no dict
+                for name in tensors.keys():  # noqa: SIM118  # not a dict
                     module, _, part = name.rpartition(".")
                     owner = _module_name(module, prefix, layers)
                     if owner is not None and part in PARTS:
@@ -162,14 +162,14 @@ def _check_files(files: Sequence[str], prefix: str, layers: Mapping[str, PackedL
                         found[owner][part] = (_TYPES.get(kind, kind), tuple(header.get_shape()))
                     renamed |= owner is None and part == "qweight"
         except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); get the file again") from None
+            raise UserError(f"{file}: not a complete safetensors file ({error}); get the file again") from None
     for name, layer in layers.items() if files else ():
         if found[name] or not renamed:
             check_specs(name, found[name], layer.quantizer, layer.shape)
 
 
 def _module_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The linear module that the checkpoint calls `name`, in a class with or without a head; None: there is none."""
+    """Return the linear module that the checkpoint calls `name`, in a class with or without a head; None if none."""
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         if isinstance(modules.get(candidate), nn.Linear):
             return candidate

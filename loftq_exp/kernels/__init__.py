@@ -1,4 +1,4 @@
-"""Compiled forms (numba) of what loftq and storage define in torch, with the same bytes.
+"""Compiled (numba) versions of torch code in loftq and storage, which give the same bytes.
 
-quantize.py works on blocks of values, unpack.py on packed codes; registers.py and bfloat16.py serve both. Imports nothing.
+quantize.py processes blocks of values, unpack.py packed codes; both use registers.py and bfloat16.py. Imports nothing.
 """

@@ -1,4 +1,4 @@
-"""bfloat16 in compiled loops: numba knows no such type, so that values are float32 or the upper halves of their bits."""
+"""bfloat16 in compiled loops. numba lacks the type, so values are float32 or, as uint16, the upper half of its bits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loftq_exp.kernels.compiled import compiled
 
 
 def flat(tensor: torch.Tensor) -> Any:
-    """The tensor's values in one row for numpy, those of bfloat16 as 16 bits each."""
+    """Return the tensor's values as a flat numpy array; bfloat16 values as uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().reshape(-1)
 
 
 @functools.cache
 def rounding() -> Any:
-    """f(values, count), compiled: rounds the first float32 values in place to bfloat16's, ties to even."""
+    """Return f(values, count), compiled: round the first `count` float32 values to bfloat16 in place, ties to even."""
 
     def in_place(values: Any, count: int) -> None:
         bits = values.view(np.uint32)
@@ -31,7 +31,7 @@ def rounding() -> Any:
 
 @functools.cache
 def narrowing() -> Any:
-    """f(values, out), compiled: writes float32 values to 16 bits each, rounded to bfloat16's, ties to even."""
+    """Return f(values, out), compiled: round float32 values to bfloat16, ties to even, and write them as uint16."""
 
     def narrow(values: Any, out: Any) -> None:
         bits = values.view(np.uint32)
@@ -44,12 +44,12 @@ def narrowing() -> Any:
 
 @functools.cache
 def widening() -> Any:
-    """f(values, room), compiled: float32 values of 16 bits each, written to the float32 `room`; gives its part."""
+    """Return f(values, buffer), compiled: convert uint16 bfloat16 values to float32 in `buffer`; return the part used."""
 
-    def widen(values: Any, room: Any) -> Any:
-        bits = room.view(np.uint32)
+    def widen(values: Any, buffer: Any) -> Any:
+        bits = buffer.view(np.uint32)
         for i in range(values.size):
             bits[i] = np.uint32(values[i]) << np.uint32(16)
-        return room[: values.size]
+        return buffer[: values.size]
 
     return compiled(widen)

@@ -1,4 +1,4 @@
-"""numba, and how this package has it compile: the one place that knows whether it is there."""
+"""numba and its compiler options; the one module that checks whether numba is installed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 try:
     import numba
-except ImportError:  # said once, by loftq_exp.kernels.quantize
+except ImportError:  # loftq_exp.kernels.quantize warns once
     numba = None  # type: ignore[assignment]
 
 CPU_TYPES = (torch.float32, torch.bfloat16)
 """Types of values that the compiled passes read and write."""
 
 CHUNK_VALUES = 1024
-"""About as many values go through one loop after the other: what a loop writes is in the nearest cache for the next."""
+"""Approximate values per chunk. What one loop writes to a chunk is still in the L1 cache for the next loop."""
 
 
 def compiled(function: Any) -> Any:
-    """`function` as numba compiles it: on one thread, without Python's lock, every float32 operation as it is written."""
-    # No NaN comes in, which lets the compiler take maxima lane by lane. Nothing else of fastmath: it would change bytes.
+    """Return `function` compiled by numba: single-threaded, without the GIL, with float32 operations in the given order."""
+    # Inputs have no NaN, so "nnan" is safe; it lets the compiler vectorise maxima. Other fastmath flags would change bytes.
     return numba.njit(function, nogil=True, error_model="numpy", fastmath={"nnan"})

@@ -1,14 +1,13 @@
-"""The quantizers' inner loops as one pass over memory: numba's compiled form of `Quantizer.requantize`, `leave` and `restore`.
+"""The quantizers' inner loops as one pass over memory: `Quantizer.requantize`, `leave` and `restore` compiled by numba.
 
-`quantizing(quantizer)` gives functions that quantize blocks of W - P, that tell what Q and P leave of W, and that write Q's values,
-while the blocks are in the nearest cache, where torch's operations would go over memory some thirty times. They give the same bytes as torch does:
-the same float32 operations in the same order, and nothing that regroups a sum. They run on one thread, and let go of
-Python's lock, so that others may run beside them.
+`quantizing(quantizer)` returns functions that quantize blocks of W - P, compute W - Q - P, and write Q's values. A block
+stays in the L1 cache; torch's operations would pass over memory about thirty times. The bytes equal torch's: the same
+float32 operations in the same order, and no regrouped sums. Each function runs on one thread and releases the GIL.
 
-Without numba, or for a quantizer or type that has no kernel, `quantizing` gives None and torch's form is used.
+Without numba, or for a quantizer or type without a kernel, `quantizing` returns None, and the torch code is used.
 
-How they are written follows from what the compiler makes vector instructions of: plain loops over a few blocks' values, one
-subject each, indexed from 0 in arrays of 32-bit numbers. A loop that counts in bytes takes three times as long.
+The loops are written so that the compiler vectorises them: simple loops over the values of a few blocks, one task each,
+indexed from 0, in arrays of 32-bit numbers. A loop over bytes takes three times as long.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BlockPass = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(weight, product, unit, codes, scales, out), as the methods of `Quantizer` have them; whole blocks of them are worked on.
-An empty product is zero. `out` must not overlap the others."""
+"""f(weight, product, unit, codes, scales, out), with the arguments of the methods of `Quantizer`. It processes whole blocks.
+An empty product is zero. `out` must not overlap the other arguments."""
 
 
 class QuantizerPasses(NamedTuple):
-    """The compiled passes of one quantizer. A weight, its residual and values restored are float32 or bfloat16."""
+    """The compiled passes of one quantizer. Weights, residuals and restored values are float32 or bfloat16."""
 
     requantize: BlockPass
     leave: BlockPass
@@ -45,20 +44,20 @@ class QuantizerPasses(NamedTuple):
 
 
 LANES = 16
-"""Values compared side by side in the search for a block's extremes."""
+"""Values compared in parallel when searching for a block's extremes."""
 
 SMALLEST_ABSMAX = 1e-38
-"""bitsandbytes divides by no less than this, so that a block of zeros stays finite."""
+"""Smallest divisor, as in bitsandbytes, so that a block of zeros stays finite."""
 
 
 @functools.cache
 def quantizing(quantizer: Quantizer) -> QuantizerPasses | None:
-    """The compiled passes of `quantizer` for tensors on the CPU; None where there are none."""
+    """Return the compiled passes of `quantizer` for tensors on the CPU; None if it has none."""
     family, block = quantizer.kernel_family, quantizer.block_size
     if family is None or quantizer.double or block % (2 * LANES) or quantizer.scale_dtype not in CPU_TYPES:
         return None
     if numba is None:
-        _say_once()
+        _warn_once()
         return None
     top, rounded = 2**quantizer.bits - 1, quantizer.scale_dtype == torch.bfloat16
     if family == "levels":
@@ -77,12 +76,12 @@ def quantizing(quantizer: Quantizer) -> QuantizerPasses | None:
 
 
 @functools.cache
-def _say_once() -> None:
-    log.warning("numba is not there: quantizing takes several times as long, with the same result; pip install numba")
+def _warn_once() -> None:
+    log.warning("numba is not installed: quantizing is several times slower, with the same result; pip install numba")
 
 
 def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray, ...], block: int) -> BlockPass:
-    """The pass of what is compiled for a weight and a result that are narrow or not."""
+    """Return the pass that calls `compiled_for(whether the weight, whether the result is bfloat16)`."""
 
     def call(
         weight: torch.Tensor,
@@ -92,7 +91,7 @@ def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray,
         scales: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        # In numpy, because each operation of torch lets go of Python's lock and has to wait for it.
+        # numpy, because each torch operation releases the GIL and has to wait for it again.
         arrays = [flat(tensor) for tensor in (weight, product, codes, out)]
         run = compiled_for(weight.dtype == torch.bfloat16, out.dtype == torch.bfloat16)
         run(*arrays[:3], scales.numpy(), arrays[3], np.float32(unit), *tables, weight.numel() // block)
@@ -112,17 +111,17 @@ def _restorer(
 
 @functools.cache
 def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narrow_residual: bool) -> Any:
-    """`Quantizer.requantize` over chunks of blocks. What is narrow is bfloat16, all else float32."""
+    """Return `Quantizer.requantize` over chunks of blocks. Narrow arrays are bfloat16, all others float32."""
     most, widened, written = max(CHUNK_VALUES // block, 1), _widened(narrow_weight), _written(narrow_residual)
 
     def requantize(weights: Any, products: Any, all_codes: Any, all_scales: Any, residuals: Any, unit: Any,
                    thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
-        x, room = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
+        x, buffer = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
             weight, codes, scales = (
-                widened(weights[start:end], room),
+                widened(weights[start:end], buffer),
                 all_codes[start:end],
                 all_scales[first : first + some],
             )
@@ -144,16 +143,16 @@ def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narro
 
 @functools.cache
 def _leave(decode: Any, block: int, narrow_weight: bool) -> Any:
-    """`Quantizer.leave` over chunks of blocks, in float32 but for a narrow weight, which is bfloat16."""
+    """Return `Quantizer.leave` over chunks of blocks. A narrow weight is bfloat16, all other arrays float32."""
     most, widened = max(CHUNK_VALUES // block, 1), _widened(narrow_weight)
 
     def leave(weights: Any, products: Any, all_codes: Any, all_scales: Any, outs: Any, unit: Any,
               thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
-        x, room = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
+        x, buffer = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
-            weight, out = widened(weights[start:end], room), outs[start:end]
+            weight, out = widened(weights[start:end], buffer), outs[start:end]
             decode(all_codes[start:end], all_scales[first : first + some], levels, x, some)
             if products.size:
                 product = products[start:end]
@@ -168,7 +167,7 @@ def _leave(decode: Any, block: int, narrow_weight: bool) -> Any:
 
 @functools.cache
 def _restore(decode: Any, block: int, narrow: bool) -> Any:
-    """`Quantizer.restore` over chunks of blocks, to float32 or to bfloat16."""
+    """Return `Quantizer.restore` over chunks of blocks, to bfloat16 if `narrow`, else to float32."""
     most, written = max(CHUNK_VALUES // block, 1), _written(narrow)
 
     def restore(all_codes: Any, all_scales: Any, outs: Any, levels: Any, blocks: int) -> None:
@@ -184,13 +183,13 @@ def _restore(decode: Any, block: int, narrow: bool) -> Any:
 
 @functools.cache
 def _widened(narrow: bool) -> Any:
-    """f(values, room): the values in float32, written to `room` where they are narrow."""
-    return widening() if narrow else compiled(lambda values, room: values)
+    """Return f(values, buffer): the values in float32, converted in `buffer` if they are narrow."""
+    return widening() if narrow else compiled(lambda values, buffer: values)
 
 
 @functools.cache
 def _written(narrow: bool) -> Any:
-    """f(values, out): writes float32 values to all of `out`, rounded where that is narrow."""
+    """Return f(values, out): fill `out` with float32 values, rounded if `out` is narrow."""
 
     def whole(values: Any, out: Any) -> None:
         for i in range(out.size):
@@ -201,13 +200,13 @@ def _written(narrow: bool) -> Any:
 
 @functools.cache
 def _rounding(rounded: bool) -> Any:
-    """In-place rounding of a float32 array's first `count` values to bfloat16's; or none."""
+    """Return f(values, count): round the first `count` float32 values to bfloat16 in place if `rounded`, else do nothing."""
     return rounding() if rounded else compiled(lambda values, count: None)
 
 
 @functools.cache
 def _storing(rounded: bool) -> Any:
-    """A scale as it is stored, see `Quantizer._round`: rounded, and no infinity."""
+    """Return f(scale, scratch): the scale as it is stored, rounded and finite, see `Quantizer._round`."""
     largest = np.float32(torch.finfo(torch.bfloat16 if rounded else torch.float32).max)
     round_in_place = _rounding(rounded)
 
@@ -221,10 +220,10 @@ def _storing(rounded: bool) -> Any:
 
 @functools.cache
 def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
-    """NormalFloat's codes and scales, see `NormalFloat._encode_groups`: absmax of the block, nearest level.
+    """Return NormalFloat's encoder, see `NormalFloat._encode_groups`: absmax of each block, nearest level.
 
-    `block` is constant to the compiler, which unrolls the loops over it. Values are not clamped to [-1, 1]
-    as torch's form has it: all thresholds lie within, so that no code changes.
+    `block` is a compile-time constant, so loops over it are unrolled. Values are not clamped to [-1, 1] as in the torch
+    code. All thresholds lie inside that range, so the codes are the same.
     """
     stored, nearest, groups = _storing(rounded), _nearest(bits), block // LANES
     smallest, one = np.float32(SMALLEST_ABSMAX), np.float32(1)
@@ -253,7 +252,7 @@ def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
 
 @functools.cache
 def _nearest(bits: int) -> Any:
-    """Writes how many thresholds are below each of x's first `count` values: the code of the nearest level."""
+    """Return f(x, thresholds, codes, count): write the code of the nearest level, the number of thresholds below a value."""
     top, lanes = 2**bits - 1, registers.lanes()
     if bits in registers.REGISTER_WIDTHS and lanes:
         nearest_of_some = registers.nearest(bits, lanes)
@@ -268,7 +267,7 @@ def _nearest(bits: int) -> Any:
         indices = np.empty(count, np.uint32)
         for i in range(count):
             index = np.uint32(0)
-            for k in range(top):  # a constant to the compiler, which unrolls it
+            for k in range(top):  # a compile-time constant, so the loop is unrolled
                 index += np.uint32(x[i] > thresholds[k])
             indices[i] = index
         for i in range(count):
@@ -279,7 +278,7 @@ def _nearest(bits: int) -> Any:
 
 @functools.cache
 def _levels_of(bits: int) -> Any:
-    """Writes the levels of the first `count` codes to x."""
+    """Return f(codes, levels, x, count): write the levels of the first `count` codes to x."""
     lanes = registers.lanes()
     if bits in registers.REGISTER_WIDTHS and lanes:
         levels_of_some = registers.levels_of(bits, lanes)
@@ -299,7 +298,7 @@ def _levels_of(bits: int) -> Any:
 
 @functools.cache
 def _levels_decoder(bits: int, block: int, rounded: bool) -> Any:
-    """What codes and absmaxes stand for once stored: level times absmax."""
+    """Return NormalFloat's decoder of stored values: level times absmax."""
     round_in_place, levels_of = _rounding(rounded), _levels_of(bits)
 
     def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:
@@ -315,7 +314,7 @@ def _levels_decoder(bits: int, block: int, rounded: bool) -> Any:
 
 @functools.cache
 def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
-    """The paper's uniform quantizer, see `Uniform._encode_groups`: minimum and step of the block, nearest level."""
+    """Return the encoder of the paper's uniform quantizer, see `Uniform._encode_groups`: minimum and step, nearest level."""
     stored, groups = _storing(rounded), block // LANES
     zero, last, infinite = np.float32(0), np.float32(top), np.float32(np.inf)
 
@@ -346,7 +345,7 @@ def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
 
 @functools.cache
 def _uniform_decoder(block: int, rounded: bool) -> Any:
-    """What codes, minima and steps stand for once stored: minimum + code times step."""
+    """Return the uniform decoder of stored values: minimum + code times step."""
     round_in_place = _rounding(rounded)
 
     def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:

@@ -1,9 +1,8 @@
-"""Codes looked up in vector registers, 8 or 16 by one or two instructions of the processor, and rows multiplied by them.
+"""Look up codes in vector registers, 8 or 16 at a time with one or two CPU instructions, and multiply rows by the levels.
 
-A table of at most 16 levels fits into registers, and x86 has an instruction that takes, for each lane of one register, the lane
-of another that an index names. The compiler does not find it from a loop (it makes one memory access a code of that), so
-that what is here is written in LLVM's own terms: load the bytes of some codes, copy them to every lane, shift each lane's own
-code down, mask it, and look it up.
+A table of at most 16 levels fits in registers, and x86 has a permute instruction that indexes a register per lane. The
+compiler does not generate it from a loop, which becomes one memory access per code. This module therefore emits LLVM IR:
+load the bytes of some codes, broadcast them to all lanes, shift and mask each lane's code, and look it up.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ if numba is not None:
     from numba.extending import intrinsic
 
 REGISTER_WIDTHS = (2, 3, 4)
-"""Bits a code whose levels fit."""
+"""Bits per code for which the levels fit in registers."""
 
 TABLE_SIZE = 16
-"""Levels that `looking_up` wants a table of, whatever the bits; those that no code names may be anything."""
+"""Number of table entries that `looking_up` expects, for any number of bits. Entries without a code may hold anything."""
 
 
 @functools.cache
 def lanes() -> int:
-    """Codes that this processor looks up at a time: 16 with AVX-512, 8 with AVX2 and FMA.
+    """Return how many codes this CPU looks up at a time: 16 with AVX-512, 8 with AVX2 and FMA.
 
-    0 where it has neither, or numba is told to compile for another processor.
+    Return 0 if it has neither, or if numba is configured to compile for another CPU.
     """
     if numba is None or any(getattr(numba.config, name, None) for name in ("CPU_NAME", "CPU_FEATURES")):
         return 0
@@ -43,9 +42,9 @@ def lanes() -> int:
 
 @functools.cache
 def looking_up(bits: int, lanes: int) -> Any:
-    """f(packed, table, x), compiled: writes to x (float32) what packed codes of 2, 3 or 4 bits stand for.
+    """Return f(packed, table, x), compiled: write the levels of packed codes of 2, 3 or 4 bits to x (float32).
 
-    x.size is a multiple of 16, `packed` has as many codes, and the table TABLE_SIZE levels.
+    x.size is a multiple of 16, `packed` has as many codes, and the table has TABLE_SIZE levels.
     """
     look_up_some, size = _look_up(bits, lanes), lanes * bits // 8
 
@@ -58,10 +57,10 @@ def looking_up(bits: int, lanes: int) -> Any:
 
 @functools.cache
 def dotting(bits: int, lanes: int, block: int, affine: bool) -> Any:
-    """f(packed, scales, table, row, products), compiled: products[o] = sum_i Q[o, i] row[i], with no value of Q written anywhere.
+    """Return f(packed, scales, table, row, products), compiled: products[o] = sum_i Q[o, i] row[i].
 
-    Rows are whole blocks of a multiple of 16 values. `scales` are float32, or the bits of bfloat16; `affine`: they are a minimum
-    and a step.
+    No value of Q is written to memory. Rows are whole blocks of a multiple of 16 values. `scales` are float32 or the bits of
+    bfloat16. If `affine`, they are a minimum and a step.
     """
     dot_some = _dot(bits, lanes, block, affine)
 
@@ -74,7 +73,7 @@ def dotting(bits: int, lanes: int, block: int, affine: bool) -> Any:
 
 
 def _look_up(bits: int, lanes: int) -> Any:
-    """f(packed, first byte, table, x, first value): looks up `lanes` codes."""
+    """Return f(packed, first byte, table, x, first value), which looks up `lanes` codes."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, table, x = (_data(context, builder, signature, arguments, at) for at in (0, 2, 3))
@@ -91,9 +90,9 @@ def _look_up(bits: int, lanes: int) -> Any:
 
 
 def nearest(bits: int, lanes: int) -> Any:
-    """f(x, thresholds, codes, first), for compiled functions: the codes of `lanes` values from there on.
+    """Return f(x, thresholds, codes, first) for compiled functions: write the codes of `lanes` values from `first` on.
 
-    A code is the number of thresholds below the value. Of 2**bits - 1 ascending thresholds it is found by halving.
+    A code is the number of thresholds below the value. It is found by bisection of the 2**bits - 1 ascending thresholds.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -117,7 +116,7 @@ def nearest(bits: int, lanes: int) -> Any:
 
 
 def levels_of(bits: int, lanes: int) -> Any:
-    """f(codes, table, x, first), for compiled functions: the levels of `lanes` codes, a byte each, from there on."""
+    """Return f(codes, table, x, first) for compiled functions: write the levels of `lanes` byte codes from `first` on."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, table, x = (_data(context, builder, signature, arguments, at) for at in range(3))
@@ -136,7 +135,7 @@ def levels_of(bits: int, lanes: int) -> Any:
 
 
 def _dot(bits: int, lanes: int, block: int, affine: bool) -> Any:
-    """f(packed, scales, table, row, first block, blocks): the sum over the row of what these blocks stand for, times it."""
+    """Return f(packed, scales, table, row, first block, blocks): the dot product of these decoded blocks and the row."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, scales, table, row = (_data(context, builder, signature, arguments, at) for at in range(4))
@@ -172,25 +171,25 @@ def _dot(bits: int, lanes: int, block: int, affine: bool) -> Any:
 
 
 def _data(context: Any, builder: Any, signature: Any, arguments: Any, at: int) -> Any:
-    """A pointer to the values of an argument that is an array."""
+    """Return a pointer to the values of an array argument."""
     return context.make_array(signature.args[at])(context, builder, arguments[at]).data
 
 
 def _levels(builder: Any, table: Any, bits: int, lanes: int) -> list[Any]:
-    """The registers that hold the levels."""
+    """Load the levels into registers."""
     kind = ir.VectorType(ir.FloatType(), lanes)
     return [_load(builder, builder.gep(table, [_long(at)]), kind, 4) for at in range(0, 2**bits, lanes)]
 
 
 def _looked_up(builder: Any, source: Any, levels: list[Any], bits: int, lanes: int) -> Any:
-    """What the packed codes that begin at `source` stand for, one a lane."""
+    """Return the levels of the packed codes that begin at `source`, one per lane."""
     words, shifts = _words(builder, source, bits, lanes)
     indices = builder.and_(builder.lshr(words, _constant(shifts)), _constant([2**bits - 1] * lanes))
     return _named(builder, levels, indices, lanes)
 
 
 def _named(builder: Any, levels: list[Any], indices: Any, lanes: int) -> Any:
-    """The level that each lane's index names, of 8 or 16 in a register or two."""
+    """Return the level at each lane's index. The 8 or 16 levels are in one or two registers."""
     found = [_permuted(builder, some, indices, lanes) for some in levels]
     if len(found) == 1:
         return found[0]
@@ -199,7 +198,7 @@ def _named(builder: Any, levels: list[Any], indices: Any, lanes: int) -> Any:
 
 
 def _scale(builder: Any, scales: Any, at: Any, lanes: int) -> Any:
-    """One scale in every lane, from float32 or from the upper half of one."""
+    """Broadcast one scale, float32 or bfloat16 bits, to every lane."""
     value = builder.load(builder.gep(scales, [at]))
     if value.type != ir.FloatType():
         word = builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16))
@@ -210,7 +209,7 @@ def _scale(builder: Any, scales: Any, at: Any, lanes: int) -> Any:
 
 
 def _summed(builder: Any, vector: Any, lanes: int) -> Any:
-    """The sum of the lanes, halves added to halves."""
+    """Return the sum of the lanes, by adding halves."""
     while lanes > 1:
         lanes //= 2
         low, high = (
@@ -221,11 +220,11 @@ def _summed(builder: Any, vector: Any, lanes: int) -> Any:
 
 
 def _words(builder: Any, source: Any, bits: int, lanes: int) -> tuple[Any, list[int]]:
-    """A word of 32 bits a lane that has its code, and by how much it must be shifted down. Reads the codes' own bytes only."""
+    """Return a 32-bit word per lane that contains its code, and the shift of each lane. Read only the codes' own bytes."""
     own = [bits * lane for lane in range(lanes)]
     if bits * lanes == 64:
         return _spread(builder, [_word(builder, source, 0, 32), _word(builder, source, 4, 32)], lanes), own[:8] * 2
-    if bits * lanes == 48:  # the second half of the codes begins with the last byte but two; a word must not go beyond
+    if bits * lanes == 48:  # the second half is bytes 3 to 5: a word at 3 would read past the end
         halves = [_word(builder, source, 0, 32), _word(builder, source, 2, 32)]
         return _spread(builder, halves, lanes), own[:8] + [shift + 8 for shift in own[:8]]
     if bits * lanes == 24:
@@ -235,13 +234,13 @@ def _words(builder: Any, source: Any, bits: int, lanes: int) -> tuple[Any, list[
 
 
 def _word(builder: Any, source: Any, byte: int, bits: int) -> Any:
-    """So many bits from there on, as a word of 32."""
+    """Load `bits` bits at `byte` as a 32-bit word."""
     value = _load(builder, builder.gep(source, [_long(byte)]), ir.IntType(bits), 1)
     return value if bits == 32 else builder.zext(value, ir.IntType(32))
 
 
 def _spread(builder: Any, words: list[Any], lanes: int) -> Any:
-    """The words, each in its share of the lanes."""
+    """Distribute the words over the lanes, in equal shares."""
     kind = ir.VectorType(ir.IntType(32), 2)
     pair = ir.Constant(kind, ir.Undefined)
     for position, word in enumerate(words):
@@ -250,18 +249,18 @@ def _spread(builder: Any, words: list[Any], lanes: int) -> Any:
 
 
 def _permuted(builder: Any, levels: Any, indices: Any, lanes: int) -> Any:
-    """levels[index] in each lane; of an index only the low bits count."""
+    """Return levels[index] in each lane. Only the low bits of an index are used."""
     name = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}[lanes]
     return _called(builder, name, [levels, indices])
 
 
 def _multiplied(builder: Any, one: Any, other: Any, total: Any) -> Any:
-    """one * other + total, rounded once."""
+    """Return one * other + total, rounded once."""
     return _called(builder, f"llvm.fma.v{total.type.count}f32", [one, other, total])
 
 
 def _called(builder: Any, name: str, arguments: list[Any]) -> Any:
-    """One of LLVM's own functions, whose result has the type of its first argument."""
+    """Call an LLVM intrinsic whose result has the type of its first argument."""
     kind = ir.FunctionType(arguments[0].type, [argument.type for argument in arguments])
     return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
 
@@ -285,5 +284,5 @@ def _constant(values: list[int]) -> Any:
 
 
 def padded(levels: np.ndarray) -> np.ndarray:
-    """Levels as a table of TABLE_SIZE."""
+    """Pad the levels to TABLE_SIZE entries."""
     return np.pad(levels, (0, TABLE_SIZE - levels.size))

@@ -1,14 +1,14 @@
-"""Unpacking and what follows it in one pass over memory, in numba's compiled form.
+"""Unpack, decode and multiply in one pass over memory, compiled by numba.
 
-`unpacking(quantizer, dtype)` gives a function that writes a packed weight's values, with the same bytes as torch's form in
-`loftq_exp.storage.packed`: the same float32 operations in the same order. `multiplying(quantizer)` gives one that multiplies
-a few rows by the weight and never writes its values: in generation, writing them would take longer than all else.
+`unpacking(quantizer, dtype)` returns a function that writes a packed weight's values. The bytes equal those of the torch
+code in `loftq_exp.storage.packed`: the same float32 operations in the same order. `multiplying(quantizer)` returns a
+function that multiplies a few rows by the weight without writing its values. In generation, writing them would dominate.
 
-Codes of 2, 3 and 4 bits are looked up in vector registers where the processor can, see `loftq_exp.kernels.registers`. Else
-codes of 2, 4 and 8 bits are taken from words of 32 bits, and of 3-bit codes, which cross words, a table has what 12 bits stand
-for, so that one load brings four levels.
+Codes of 2, 3 and 4 bits are looked up in vector registers if the CPU can, see `loftq_exp.kernels.registers`. Otherwise
+codes of 2, 4 and 8 bits are extracted from 32-bit words. Codes of 3 bits cross words; a table indexed by 12 bits gives
+four levels per load.
 
-Without numba, or for a quantizer or type that has no kernel, both give None and torch's form is used.
+Without numba, or for a quantizer or type without a kernel, both return None, and the torch code is used.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from loftq_exp.loftq.quantizer import Quantizer
 
 UnpackPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(packed, scales, values): whole blocks; scales float32 (blocks, numbers); values flat, of the kernel's type, written."""
+"""f(packed, scales, values): whole blocks; scales float32 (blocks, numbers); values (output) flat, of the kernel's type."""
 
 ProductPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""f(packed, scales, rows, products): scales of any float type, rows (n, in) float32, products (n, out) float32, written."""
+"""f(packed, scales, rows, products): scales of any float type, rows (n, in) float32, products (output) (n, out) float32."""
 
 PACKED_WIDTHS = (2, 3, 4, 8)
-"""Bits a packed code that there are kernels for."""
+"""Bits per packed code that have a kernel."""
 
 
 @functools.cache
 def unpacking(quantizer: Quantizer, dtype: torch.dtype) -> UnpackPass | None:
-    """The compiled pass for packed codes of `quantizer` on the CPU into `dtype`; None where there is none."""
+    """Return the compiled pass from packed codes of `quantizer` to `dtype` on the CPU; None if there is none."""
     if not _has_kernel(quantizer) or dtype not in CPU_TYPES or quantizer.scale_dtype not in CPU_TYPES:
         return None
     bits, table = quantizer.bits, _table(quantizer)
@@ -54,9 +54,9 @@ def unpacking(quantizer: Quantizer, dtype: torch.dtype) -> UnpackPass | None:
 
 @functools.cache
 def multiplying(quantizer: Quantizer) -> ProductPass | None:
-    """The compiled product of a few rows with a packed weight on the CPU; None where there is none. Rows must be whole blocks.
+    """Return the compiled product of a few rows with a packed weight on the CPU; None if there is none.
 
-    Sums are in float32, of values that are not rounded to the type that they would be stored in.
+    Rows must be whole blocks. Sums are in float32, of values that are not rounded to the storage type.
     """
     if not _has_kernel(quantizer):
         return None
@@ -86,7 +86,7 @@ def _in_registers(bits: int) -> bool:
 
 
 def _table(quantizer: Quantizer) -> np.ndarray:
-    """What a code stands for before scaling; of 3 bits, for every content of 12 bits what its four codes stand for."""
+    """Return the unscaled value of each code. Without registers, 3-bit codes get a table of four values per 12 bits."""
     bits = quantizer.bits
     levels = quantizer.kernel_family == "levels"
     of_code = (quantizer.levels() if levels else torch.arange(2**bits, dtype=torch.float32)).numpy()
@@ -99,9 +99,9 @@ def _table(quantizer: Quantizer) -> np.ndarray:
 
 @functools.cache
 def _unpack_kernel(bits: int, block: int, affine: bool, stored_rounded: bool, rounded: bool) -> Any:
-    """The pass over whole blocks; all but the arrays is constant to the compiler, which unrolls the loops.
+    """Return the pass over whole blocks. Everything but the arrays is a compile-time constant, so loops are unrolled.
 
-    `stored_rounded`: values are stored in bfloat16; `rounded`: they are wanted in bfloat16.
+    `stored_rounded`: values are stored in bfloat16; `rounded`: the output is bfloat16.
     """
     look_up, write = _looking_up(bits), _writing(stored_rounded, rounded)
     most = max(CHUNK_VALUES // block, 1)
@@ -130,7 +130,7 @@ def _unpack_kernel(bits: int, block: int, affine: bool, stored_rounded: bool, ro
 
 @functools.cache
 def _looking_up(bits: int) -> Any:
-    """Writes what packed codes stand for to x."""
+    """Return f(packed, table, x): write the unscaled values of packed codes to x."""
     if _in_registers(bits):
         return registers.looking_up(bits, registers.lanes())
     if bits == 3:
@@ -163,7 +163,7 @@ def _looking_up(bits: int) -> Any:
 
 @functools.cache
 def _product_kernel(bits: int, block: int, affine: bool) -> Any:
-    """y[n, o] = sum_i Q[o, i] x[n, i], a row of Q at a time in the nearest cache."""
+    """Return the product y[n, o] = sum_i Q[o, i] x[n, i], computed one row of Q at a time in the L1 cache."""
     look_up = _looking_up(bits)
 
     def run(packed: Any, scales: Any, table: Any, rows: Any, products: Any) -> None:
@@ -186,13 +186,13 @@ def _product_kernel(bits: int, block: int, affine: bool) -> Any:
                     total += x[i] * row[i]
                 products[n, o] = total
 
-    # The sums may be taken in any order, which is what lets them be vectors; it is the same order each time.
+    # Sums may be reordered, so that the compiler vectorises them. The order is the same every time.
     return numba.njit(run, nogil=True, error_model="numpy", fastmath={"nnan", "reassoc", "contract"})
 
 
 @functools.cache
 def _writing(stored_rounded: bool, rounded: bool) -> Any:
-    """Writes float32 values, rounded to bfloat16's 16 bits or as they would be stored."""
+    """Return f(x, values): write float32 values, rounded to the output type or to the storage type."""
     if rounded:
         return narrowing()
     round_in_place = rounding()

@@ -1,13 +1,13 @@
-"""LoftQ on one weight: W in, (Q, A, B) out. Knows nothing of models, files or settings.
+"""LoftQ on one weight: W in, (Q, A, B) out. Independent of models, files and settings.
 
-One module a family of quantizers, the alternation with its solver, and the allocation of bits. Imports kernels, schemes,
-device, errors.
+Has one module per family of quantizers, the alternation with its solver, and the allocation of bits. Imports kernels,
+schemes, device, errors.
 """
 
 from loftq_exp.loftq.alternation import Decomposition, Factors
 from loftq_exp.loftq.decompose import decompose, first_rank, kaiming_uniform_A, loftq_init
 from loftq_exp.loftq.lowrank import SOLVER_VERSION, truncated_svd
-from loftq_exp.loftq.memory import Rooms
+from loftq_exp.loftq.memory import Workspace
 from loftq_exp.loftq.quantizer import QUANTIZER_VERSION, Quantized, Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
 
@@ -18,7 +18,7 @@ __all__ = [
     "Factors",
     "Quantized",
     "Quantizer",
-    "Rooms",
+    "Workspace",
     "decompose",
     "first_rank",
     "kaiming_uniform_A",

@@ -1,4 +1,4 @@
-"""One option for each item, of least cost in sum within budgets: a multiple-choice knapsack, solved as an integer programme."""
+"""Choose one option per item so that the total cost is least within budgets: a multiple-choice knapsack, solved by MILP."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 GAP = 1e-6
-"""How far, relative to itself, the cost found may be from the least one: far below what an error can be told from."""
+"""Relative gap allowed between the cost found and the least cost. It is far below the accuracy of a measured error."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What one weight gets: bits a code, and the rank of its factors."""
+    """Bits per code of one weight, and the rank of its factors."""
 
     bits: int
     rank: int
@@ -25,24 +25,24 @@ class Precision:
 
 @dataclass(frozen=True)
 class Option:
-    """What an item may be given."""
+    """One choice for an item."""
 
     cost: float
-    """What it costs: finite, not negative."""
+    """Finite, not negative."""
     sizes: tuple[int, ...]
-    """How much of each budget it takes."""
+    """Amount taken from each budget."""
 
 
 def allocate(items: Sequence[Sequence[Option]], budgets: Sequence[Fraction | int]) -> list[int]:
-    """Which option each item gets: the index into its options.
+    """Return the index of the chosen option for each item.
 
-        minimise  sum_i sum_o cost[i, o] x[i, o]
-        so that   sum_o x[i, o] = 1 for each i,   sum_i sum_o size_b[i, o] x[i, o] <= budget_b for each b,   x in {0, 1}
+        minimise    sum_i sum_o cost[i, o] x[i, o]
+        subject to  sum_o x[i, o] = 1 for each i,   sum_i sum_o size_b[i, o] x[i, o] <= budget_b for each b,   x in {0, 1}
 
-    by HiGHS, to within `GAP` of the least cost; budgets hold exactly.
+    HiGHS solves this to within `GAP` of the least cost. Budgets hold exactly.
 
     Raises:
-        ValueError: where no choice is within the budgets.
+        ValueError: if no choice is within the budgets.
     """
     costs = np.array([option.cost for options in items for option in options])
     owners = np.repeat(np.arange(len(items)), [len(options) for options in items])
@@ -51,7 +51,7 @@ def allocate(items: Sequence[Sequence[Option]], budgets: Sequence[Fraction | int
     constraints = [LinearConstraint(one_each, 1, 1)]
     for number, budget in enumerate(budgets):
         sizes = [option.sizes[number] for options in items for option in options]
-        # In units of their greatest common divisor sizes are small whole numbers, which the solver's tolerance cannot blur.
+        # Dividing by the greatest common divisor gives small integers, which the solver's tolerance cannot blur.
         unit = math.gcd(*sizes) or 1
         row = np.array([[size // unit for size in sizes]], dtype=np.float64)
         constraints.append(LinearConstraint(row, -np.inf, math.floor(Fraction(budget) / unit)))

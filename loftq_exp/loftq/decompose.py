@@ -1,4 +1,4 @@
-"""LoftQ on one weight: alternate between quantizing what the factors leave and fitting what the quantizer leaves."""
+"""LoftQ on one weight: alternate between quantizing W - B A and fitting B A to W - Q."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.alternation import Alternation, Decomposition, Factors
 from loftq_exp.loftq.lowrank import check_svd_settings
-from loftq_exp.loftq.memory import Rooms
-from loftq_exp.loftq.pieces import conducted
+from loftq_exp.loftq.memory import Workspace
+from loftq_exp.loftq.pieces import in_thread_pool
 from loftq_exp.loftq.quantizer import Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
 
 SHARED_RANK = 64
-"""Rank of the first step's factors for all smaller ranks, see `first_rank`."""
+"""Minimum rank at which the first step is solved, see `first_rank`."""
 
 
 def first_rank(rank: int, shape: tuple[int, ...], solver: str) -> int:
-    """The rank at which the first step is solved; its factors are truncated to `rank`.
+    """Return the rank at which the first step is solved; its factors are truncated to `rank`.
 
-    The first step's backbone does not depend on the rank, so that one solution serves every smaller one: a sweep over
-    ranks solves once.
+    The first step's backbone does not depend on the rank, so one solution serves every smaller rank. A sweep over ranks
+    therefore solves once.
     """
     return rank if solver == "exact" else max(rank, min(SHARED_RANK, *shape))
 
@@ -36,16 +36,16 @@ def decompose(
     solver: str = "randomized",
     start: Factors | None = None,
     measure: bool = True,
-    rooms: Rooms | None = None,
+    workspace: Workspace | None = None,
 ) -> Decomposition:
     """Minimise ||W - Q - B A||_F over quantized Q and rank-r B A by alternating steps (the paper's algorithm 1).
 
         A_0 = B_0 = 0
         Q_t = quantize(W - B_{t-1} A_{t-1});    U S V' = svd_r(W - Q_t);    B_t = U sqrt(S),  A_t = sqrt(S) V'
 
-    Q_t is taken as it will be stored, rounded to the quantizer's `scale_dtype`, so the factors are fitted to the very
-    values that a reader of the checkpoint gets. A step lowers the error as a rule, not always: nearest levels under
-    an absmax scale do not minimise the norm, and at 2 bits the error may rise again after a few steps.
+    Q_t is rounded to the quantizer's `scale_dtype`, so the factors are fitted to exactly the values stored in the
+    checkpoint. A step usually lowers the error, but not always. Nearest levels under an absmax scale do not minimise the
+    norm, and at 2 bits the error may rise again after a few steps.
 
     Args:
         weight: W, (out, in), finite, any floating type and device. Not changed.
@@ -53,24 +53,24 @@ def decompose(
         rank: r, from 1 to min(out, in).
         num_iter: steps T. 0 is QLoRA's backbone with zero factors.
         solver: `randomized` or `exact`, see `truncated_svd` and `leading_factors`.
-        start: the factors of the same weight with the same settings and fewer steps, on any device. They are
-            continued from, and the result has the same bytes as one from scratch.
-        measure: whether to tell the error after each step, which takes about a fifth of the time. Else it is NaN.
-        rooms: memory to work in, for who decomposes many weights: the codes are good until the next decomposition in it.
+        start: factors of the same weight with the same settings and fewer steps, on any device, to continue from. The
+            result has the same bytes as one from scratch.
+        measure: whether to measure the error after each step, which takes about a fifth of the time. If not, it is NaN.
+        workspace: memory to reuse across weights. The next decomposition in it overwrites the codes of this one.
 
     Returns:
-        The decomposition after T steps, its tensors on the weight's device. An all-zero weight has errors 0.
+        The decomposition after T steps, with tensors on the weight's device. An all-zero weight has errors of 0.
 
     Raises:
-        UserError: for a weight that is not a finite floating-point matrix, or a setting that does not exist or fit.
-        ValueError: for a `start` of another shape or rank, or of as many steps.
+        UserError: if the weight is not a finite floating-point matrix, or a setting is unknown or out of range.
+        ValueError: if `start` has another shape or rank, or not fewer steps.
     """
-    return conducted(
-        lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure, rooms), weight.device
+    return in_thread_pool(
+        lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure, workspace), weight.device
     )
 
 
-@torch.no_grad()  # which is a setting of each thread
+@torch.no_grad()  # here, because gradient mode is set per thread
 def _decompose(
     weight: torch.Tensor,
     quantizer: Quantizer,
@@ -79,11 +79,11 @@ def _decompose(
     solver: str,
     start: Factors | None,
     measure: bool,
-    rooms: Rooms | None,
+    workspace: Workspace | None,
 ) -> Decomposition:
     if num_iter < 0:
         raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
-    alternation = Alternation(weight, quantizer, measure, start.unit if start else None, rooms)
+    alternation = Alternation(weight, quantizer, measure, start.unit if start else None, workspace)
     check_svd_settings(weight.shape, rank, solver)
     if start is not None and (start.shape != weight.shape or len(start.lora_A) != rank or start.steps >= num_iter):
         raise ValueError("start has another shape or rank, or no fewer steps than num_iter")
@@ -149,43 +149,43 @@ def loftq_init(
 ) -> (
     tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, ...]]
 ):
-    """The backbone and LoRA factors to start fine-tuning from; PEFT's function of this name, on any device.
+    """Return the backbone and LoRA factors to start fine-tuning from, like PEFT's function of this name, on any device.
 
     The paper's objective is
 
         min over Q, A, B of ||W - Q - s B A||_F
 
-    and its Algorithm 1 alternates, with q the quantizer and B_0 A_0 = 0, for t = 1 ... num_iter:
+    and its Algorithm 1 alternates for t = 1 ... num_iter, where q is the quantizer and B_0 A_0 = 0:
 
         Q_t = q(W - s B_{t-1} A_{t-1})
         s B_t A_t = the best approximation of rank r of W - Q_t, by its singular value decomposition
 
-    Here s = alpha / reduced_rank is the factor that a LoRA layer puts before B A. It is absorbed, half into each factor, so
-    that any alpha starts at the same function. (PEFT ignores s.) The paper writes A B^T for what LoRA calls s B A.
+    The factor s = alpha / reduced_rank is LoRA's scaling of B A. Each factor absorbs sqrt(s), so any alpha starts at the
+    same function. (PEFT ignores s.) The paper writes A B^T for what LoRA calls s B A.
 
     Args:
         weight: W, (out, in), finite, any floating type and device.
-        num_bits: bits a value, 2 to 8; which of them exist depends on quant_type. 8 with quant_type `nf` is int8 a row, as in PEFT.
+        num_bits: bits per value, 2 to 8; the allowed ones depend on quant_type. 8 with quant_type `nf` is row-wise int8, as in PEFT.
         reduced_rank: rank r of the factors, from 1 to min(out, in).
-        num_iter: alternating steps. 0 is QLoRA: B is zero and A drawn as LoRA draws it, Kaiming uniform from `seed`.
+        num_iter: alternating steps. 0 is QLoRA: B is zero, and A is Kaiming uniform from `seed`, as in LoRA.
         quant_type: `nf`, `nf-symmetric`, `uniform`, `uniform-clipped`, `uniform-sigma` or `int`, see `make_quantizer`.
-        block_size: consecutive values (row-major) that share scales; the last block is short where it does not divide.
-        alpha: LoRA's alpha; none: the rank, that is s = 1.
+        block_size: consecutive values (row-major) that share scales. The last block may be shorter.
+        alpha: LoRA's alpha; None: the rank, that is s = 1.
         solver: `randomized` or `exact` (a full SVD), see `truncated_svd`.
-        seed: seed of A where num_iter is 0; without effect otherwise.
-        return_errors: whether the relative errors ||W - Q - s B A|| / ||W|| follow as a fourth result: of quantization
+        seed: seed of A if num_iter is 0; otherwise without effect.
+        return_errors: whether to return the relative errors ||W - Q - s B A|| / ||W|| as a fourth result: of quantization
             alone, then after each step.
 
     Returns:
         (dequantized_weight, lora_A, lora_B): Q (out, in) in the weight's type and on its device, A (r, in) and
-        B (out, r) in float32. For bfloat16 and float16 weights, scales are rounded to that type and the factors fitted
-        to the rounded Q that is returned.
+        B (out, r) in float32. For bfloat16 and float16 weights, scales are rounded to that type, and the factors are
+        fitted to the rounded Q that is returned.
 
     Raises:
-        UserError: for a weight that is not a finite floating-point matrix, or a setting that does not exist or fit.
+        UserError: if the weight is not a finite floating-point matrix, or a setting is unknown or out of range.
     """
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise UserError(f"alpha={alpha}: not a scale; choose a positive number, or none for the rank")
+        raise UserError(f"alpha={alpha}: not a positive number; choose one, or None for the rank")
     quantizer_type = "int" if (quant_type, num_bits) == ("nf", 8) else quant_type
     scale_dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else torch.float32
     quantizer = make_quantizer(quantizer_type, num_bits, block_size, scale_dtype)
@@ -200,6 +200,6 @@ def loftq_init(
 
 
 def kaiming_uniform_A(shape: torch.Size | tuple[int, int], seed: int) -> torch.Tensor:
-    """LoRA's random A (rank, in), float32 on the CPU: Kaiming uniform with a = sqrt(5), within +- 1 / sqrt(in)."""
+    """Return LoRA's random A (rank, in), float32 on the CPU: Kaiming uniform with a = sqrt(5), within +- 1 / sqrt(in)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -1,4 +1,4 @@
-"""The truncated singular value decomposition: the best product of rank r near a matrix, as balanced factors."""
+"""The truncated singular value decomposition: the best rank-r approximation of a matrix, as balanced factors."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ SOLVER_VERSION = "3"
 """Part of every cache key: change it when a solver's results change."""
 
 OVERSAMPLING = 16
-"""Directions iterated beyond the rank; they make the last wanted ones converge."""
+"""Directions iterated beyond the rank, so that the last wanted ones converge."""
 
 PASSES = 8
-"""Subspace iterations, each two products with the matrix, from a random start."""
+"""Subspace iterations from a random start, each two products with the matrix."""
 
 WARM_PASSES = 4
 """Subspace iterations from the factors of a nearby matrix."""
 
 LEAST_GAIN = 0.005
-"""`leading_factors` goes on from a random start while a sweep captures more than this share of what is left, in squares.
-From the factors of the step before, one sweep does."""
+"""From a random start, `leading_factors` sweeps until a sweep captures less than this share of the remaining squared norm.
+From the previous step's factors, one sweep is enough."""
 
 MOST_SWEEPS = 10
-"""Where `leading_factors` stops at the latest."""
+"""Maximum number of sweeps of `leading_factors`."""
 
 PIECE = 1024
-"""Rows or columns of a matrix whose product with a thin one is one piece of work on a processor."""
+"""Rows or columns per piece of work, in a product of a matrix with a thin one on a CPU."""
 
 SHIFT = 0.3
 """Share of the smallest squared singular value by which `leading_factors` shifts the spectrum."""
 
 STEEPEST = 64.0
-"""Largest quotient of two leading singular values that products in bfloat16 and float32 squares are trusted with."""
+"""Largest ratio of leading singular values for which bfloat16 products and float32 squares are accurate enough."""
 
 
 def truncated_svd(
@@ -46,28 +46,28 @@ def truncated_svd(
     solver: str = "randomized",
     start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors (B, A) with B A the best approximation of that rank: B = U_r sqrt(S_r), A = sqrt(S_r) V_r'.
+    """Return factors (B, A) whose product B A is the best rank-r approximation: B = U_r sqrt(S_r), A = sqrt(S_r) V_r'.
 
-    The same input gives the same bytes on the same machine, and no global random state is touched. Signs are fixed: the
-    entry of largest magnitude in each row of A is positive. A matrix of zeros gives zeros.
+    The same input gives the same bytes on the same machine. No global random state is used. Signs are fixed: the entry of
+    largest magnitude in each row of A is positive. A matrix of zeros gives zeros.
 
     Args:
         matrix: (m, n), finite, float32, any device.
         rank: r, from 1 to min(m, n).
-        solver: `exact` takes the full decomposition, and is the reference. `randomized` iterates a subspace of
-            r + OVERSAMPLING directions, which costs a small part of it. On a flat spectrum, the hardest case and what
-            a quantization residual has, its Frobenius error stays within 1 % of the exact one. Where those directions
-            are more than half of all min(m, n), little is to be saved and the full decomposition is taken.
-        start: factors (B, A) of a nearby matrix, (m, r) and (r, n), to iterate from; `exact` has no use for them.
+        solver: `exact` computes the full decomposition, and is the reference. `randomized` iterates a subspace of
+            r + OVERSAMPLING directions, at a fraction of the cost. The hardest case is a flat spectrum, as a quantization
+            residual has; there its Frobenius error stays within 1 % of the exact one. If these directions are more than
+            half of min(m, n), the full decomposition is used, because iterating would save little.
+        start: factors (B, A) of a nearby matrix, (m, r) and (r, n), to iterate from; `exact` ignores them.
 
     Returns:
         B (m, r) and A (r, n): float32, contiguous, on the matrix's device.
 
     Raises:
-        UserError: for an unknown solver or a rank that does not fit.
+        UserError: for an unknown solver or a rank out of range.
     """
     check_svd_settings(matrix.shape, rank, solver)
-    # To about 1, because squares of very large or small float32 values leave the range.
+    # Scale to about 1, because squares of very large or small float32 values leave the range.
     peak = matrix.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     relative = matrix / peak
     if solver == "exact" or 2 * (rank + OVERSAMPLING) > min(matrix.shape):
@@ -87,24 +87,24 @@ def leading_factors(
     solver: str,
     start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors (B, A) as `truncated_svd` has them, at the price that one step of an alternation is worth.
+    """Return factors (B, A) like `truncated_svd`, with only the accuracy that one step of an alternation needs.
 
-    What a quantizer leaves has a flat spectrum, on which no few iterations find the singular vectors to many digits, and the
-    next step moves them anyway. So this takes few products, in bfloat16 where that is fast, and gets more out of each:
+    A quantization residual has a flat spectrum, so finding its singular vectors accurately takes many iterations; the next
+    step changes them anyway. This function therefore computes few products, in bfloat16 where that is fast, and shifts:
 
         V = M' U,   U <- orth(M V - c U),   c = SHIFT * (smallest squared singular value in V)
 
-    The shift c takes away the same amount of every squared singular value, so that the quotients, by which the iteration
-    converges, grow. From a warm start it also steps beyond the last solution. On a spectrum that is too steep for
-    bfloat16 and a Cholesky factor, on a small matrix and for `exact`, this is `truncated_svd`.
+    The shift c subtracts the same amount from every squared singular value. This increases their ratios, which determine
+    the rate of convergence. From a warm start it also extrapolates beyond the last solution. For `exact`, for a small
+    matrix, and for a spectrum too steep for bfloat16 and a Cholesky factor, this is `truncated_svd`.
 
     Args:
-        matrix: M (m, n), finite, near 1 in magnitude, in the type that products are taken in, any device.
-        squares: the sum of squares of M, for the search from a random start.
-        in_float32: gives M in float32 where it is needed, in pieces: some rows and their values, which the next overwrite.
+        matrix: M (m, n), finite, near 1 in magnitude, in the dtype of the products, any device.
+        squares: sum of squares of M; used with a random start.
+        in_float32: yields M in float32 in pieces: a slice of rows and their values. Each yield overwrites the one before.
         rank: r, from 1 to min(m, n).
         solver: `randomized` or `exact`.
-        start: B (m, r) of a nearby matrix; none: random.
+        start: B (m, r) of a nearby matrix; None: random.
     """
     if solver != "exact" and 2 * (rank + OVERSAMPLING) <= min(matrix.shape):
         if start is None:
@@ -113,7 +113,7 @@ def leading_factors(
             left = start / torch.linalg.vector_norm(start, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
         found = None if left is None else _sweep(matrix, left, squares if start is None else None)
         if found is not None and start is None:
-            # In float32, because the first step's factors may be truncated, and what is dropped is told from them.
+            # In float32, because the first step's factors may be truncated, and the error is then computed from them.
             right = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float32)
             for rows, values in in_float32():
                 _add_product(right, found[0][rows].T, values)
@@ -133,9 +133,9 @@ _Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _sweep(matrix: torch.Tensor, left: torch.Tensor, total: float | None) -> _Triplets | None:
-    """The leading triplets after a few sweeps from the orthonormal `left`; None where the spectrum is too steep.
+    """Return the leading triplets after a few sweeps from the orthonormal `left`; None if the spectrum is too steep.
 
-    `total` is the sum of squares of the matrix, by which the sweeps are told to be enough; none: one sweep is.
+    `total` is the sum of squares of the matrix, which the stopping criterion needs; None: do one sweep.
     """
     found = _ritz(matrix, left)
     captured = 0.0
@@ -155,15 +155,15 @@ def _sweep(matrix: torch.Tensor, left: torch.Tensor, total: float | None) -> _Tr
 
 
 def _ritz(matrix: torch.Tensor, left: torch.Tensor) -> _Triplets | None:
-    """The matrix's triplets within the subspace of the orthonormal `left`; None where their spectrum is too steep.
+    """Return the matrix's triplets within the subspace of the orthonormal `left`; None if their spectrum is too steep.
 
-    Turning to them in each sweep keeps the rounding of a large component from drowning the small ones.
+    Rotating to them in each sweep keeps rounding errors of a large component from swamping the small ones.
     """
-    return _turned(left, _thin_times(left.T.contiguous(), matrix))  # by rows: a transposed matrix would be copied first
+    return _turned(left, _thin_times(left.T.contiguous(), matrix))  # contiguous: a transposed matrix would be copied
 
 
 def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
-    """The triplets of the product of the orthonormal `left` (m, r) and `right` (r, n); None where they are too steep."""
+    """Return the triplets of the product of the orthonormal `left` (m, r) and `right` (r, n); None if too steep."""
     squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(right @ right.T))
     if not squares[0] <= STEEPEST**2 * squares[-1]:
         return None
@@ -172,19 +172,19 @@ def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
 
 
 def _times_thin(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
-    """matrix @ thin, taken in the matrix's type, in float32."""
+    """Return matrix @ thin, computed in the matrix's dtype, as float32."""
     thin = thin.to(matrix.dtype)
     return torch.cat(spread(lambda rows: (matrix[rows] @ thin).to(torch.float32), _pieces(matrix, 0)))
 
 
 def _thin_times(thin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """thin @ matrix, taken in the matrix's type, in float32."""
+    """Return thin @ matrix, computed in the matrix's dtype, as float32."""
     thin = thin.to(matrix.dtype)
     return torch.cat(spread(lambda some: (thin @ matrix[:, some]).to(torch.float32), _pieces(matrix, 1)), dim=1)
 
 
 def _add_product(total: torch.Tensor, thin: torch.Tensor, matrix: torch.Tensor) -> None:
-    """total += thin @ matrix."""
+    """Add thin @ matrix to `total` in place."""
     spread(lambda some: total[:, some].addmm_(thin, matrix[:, some]), _pieces(matrix, 1))
 
 
@@ -194,7 +194,7 @@ def _pieces(matrix: torch.Tensor, dim: int) -> list[slice]:
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor | None:
-    """An orthonormal basis of the columns by way of the Cholesky factor of their products; None where they are dependent."""
+    """Return an orthonormal basis of the columns, by Cholesky of their Gram matrix; None if they are dependent."""
     factor, failed = torch.linalg.cholesky_ex((columns.T @ columns).to(torch.float64))
     if failed:
         return None
@@ -208,7 +208,7 @@ def _random(rows: int, columns: int) -> torch.Tensor:
 
 
 def check_svd_settings(shape: torch.Size, rank: int, solver: str) -> None:
-    """Raise UserError for an unknown solver or a rank that does not fit a matrix of this shape."""
+    """Raise UserError for an unknown solver or a rank out of range for a matrix of this shape."""
     if solver not in SOLVERS:
         raise UserError(f"solver={solver!r}: unknown; choose {' or '.join(SOLVERS)}")
     if not 1 <= rank <= min(shape):
@@ -223,11 +223,11 @@ def _full_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _subspace_svd(
     matrix: torch.Tensor, rank: int, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading singular triplets of a wide matrix (m <= n) by subspace iteration on its short side.
+    """Return the leading singular triplets of a wide matrix (m <= n), by subspace iteration on its short side.
 
-    U = orth(M orth(M' U)) is repeated, which raises each singular value's weight to its square; the decomposition
-    inside the subspace is that of the small triangle T in M' U = V T. Orthonormal bases between the products keep
-    directions apart that float32 would let collapse into the largest one.
+    U = orth(M orth(M' U)) is repeated; each iteration amplifies directions by their squared singular values. The
+    decomposition inside the subspace is that of the small triangle T in M' U = V T. The orthonormal bases between products
+    prevent the directions from collapsing into the largest one in float32.
     """
     width = rank + OVERSAMPLING
     random = _random(matrix.shape[0], width).to(matrix.device)
@@ -243,7 +243,7 @@ def _subspace_svd(
 def _balanced(
     left: torch.Tensor, singular: torch.Tensor, right: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B = U sqrt(scale S) and A = sqrt(scale S) V', with the sign that makes each row of A's largest entry positive."""
+    """Return B = U sqrt(scale S) and A = sqrt(scale S) V', signed so that each row of A has a positive largest entry."""
     peaks = right.gather(0, right.abs().argmax(dim=0, keepdim=True))
     roots = singular.sqrt() * scale.sqrt() * torch.where(peaks < 0, -1.0, 1.0)
     return (left * roots).contiguous(), (right * roots).T.contiguous()

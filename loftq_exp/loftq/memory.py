@@ -1,7 +1,6 @@
-"""Room for much data on a processor. What takes a pass over memory in a few milliseconds takes as long again to be given memory.
+"""Large buffers on a CPU. Allocating one takes as long as a pass over it, a few milliseconds.
 
-Linux clears memory when it is first written to, page by page of 4 KiB. In huge pages that takes less, and in memory that was
-written to before it takes nothing.
+Linux clears memory at the first write, in pages of 4 KiB. Huge pages make that faster; reused memory avoids it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 
 ALIGNMENT = 64
-"""Bytes that an address is a multiple of, as torch's own are: matrix products may round differently at others."""
+"""Alignment of buffers in bytes, the same as torch's. Matrix products may round differently at other alignments."""
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An empty tensor, on a processor in huge pages where the system gives them to who asks: numpy does, torch does not."""
+def empty_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised tensor, in huge pages on a CPU that offers them. numpy asks for them, torch does not."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
@@ -26,23 +25,23 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> to
     return torch.from_numpy(whole[start : start + size]).view(dtype).view(shape)
 
 
-class Rooms:
-    """Memory that one decomposition after the other works in, and leaves its codes in until the next. For one thread."""
+class Workspace:
+    """Buffers that successive decompositions of one thread reuse. A decomposition's codes are valid until the next."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
         self._of_threads = threading.local()
 
-    def of_thread(self) -> Rooms:
-        """Rooms of the calling thread's own, which last as long as these and the thread."""
-        rooms: Rooms = self._of_threads.__dict__.setdefault("rooms", Rooms())
-        return rooms
+    def of_thread(self) -> Workspace:
+        """Return the calling thread's own workspace, which lives as long as this one and the thread."""
+        workspace: Workspace = self._of_threads.__dict__.setdefault("workspace", Workspace())
+        return workspace
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """An empty tensor, which takes the place of the one that was taken for the same purpose before."""
+        """Return an uninitialised tensor. It reuses the memory of the previous tensor of the same purpose."""
         size = math.prod(shape) * dtype.itemsize
         held = self._held.get(purpose)
         if held is None or len(held) < size or held.device != device:
             self._held.pop(purpose, None)
-            held = self._held[purpose] = room((size,), torch.uint8, device)
+            held = self._held[purpose] = empty_buffer((size,), torch.uint8, device)
         return held[:size].view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""NormalFloat: levels at the quantiles of a normal distribution, scaled by the absmax of a block."""
+"""NormalFloat: levels at the quantiles of a normal distribution, scaled by the absmax of each block."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from loftq_exp.kernels.quantize import SMALLEST_ABSMAX
 from loftq_exp.loftq.quantizer import Quantizer
 
 NORMAL_OFFSET = 0.9677083
-"""Probability of the outermost normal quantile of NormalFloat; bitsandbytes' and the paper's value."""
+"""Probability of the outermost normal quantile of NormalFloat, as in bitsandbytes and the paper."""
 
 
 class NormalFloat(Quantizer):
-    """NF2, NF3, NF4 (type `nf`) and symmetric NF2 (`nf-symmetric`): absmax a block, nearest level.
+    """NF2, NF3, NF4 (type `nf`) and symmetric NF2 (`nf-symmetric`): one absmax per block, nearest level.
 
     NF4 with float32 scales equals `bitsandbytes.functional.quantize_4bit(..., quant_type="nf4")` bit for bit in codes,
-    absmax and values, ties (to the lower level) and a short last block included.
+    absmax and values. This includes ties (to the lower level) and a short last block.
     """
 
     kernel_family = "levels"
@@ -30,8 +30,8 @@ class NormalFloat(Quantizer):
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = groups.abs().amax(dim=1, keepdim=True)
         if groups.shape[1] < self.block_size:
-            # bitsandbytes treats the short last block apart: it bounds the absmax itself, and divides by it where full
-            # blocks are multiplied by the reciprocal. A last-bit difference here could move a value over a threshold.
+            # bitsandbytes handles the short last block differently: it clamps the absmax and divides by it, while full
+            # blocks are multiplied by the reciprocal. A last-bit difference could move a value across a threshold.
             absmax = self._round(absmax.clamp(min=SMALLEST_ABSMAX))
             scaled = groups / absmax.clamp(min=SMALLEST_ABSMAX)
         else:
@@ -45,11 +45,11 @@ class NormalFloat(Quantizer):
 
 @functools.cache
 def normal_float_levels(type: str, bits: int) -> torch.Tensor:
-    """The ascending levels of a NormalFloat type in [-1, 1]: float32, (2**bits,).
+    """Return the ascending levels of a NormalFloat type in [-1, 1]: float32, (2**bits,).
 
-    `nf`: the normal quantiles of 2**(bits-1) probabilities from NORMAL_OFFSET towards 1/2, zero, and minus the
+    `nf`: the normal quantiles of 2**(bits-1) probabilities from NORMAL_OFFSET towards 1/2, zero, and the negated
     quantiles of 2**(bits-1) - 1 such probabilities. `nf-symmetric`: midpoints of the quantiles that bound bins of equal
-    probability, and no zero. Both divided by the largest. Every NF2 level is an NF4 level.
+    probability, without zero. Both are divided by the largest level. Every NF2 level is an NF4 level.
     """
     count = 2**bits
     if type == "nf-symmetric":
@@ -64,6 +64,6 @@ def normal_float_levels(type: str, bits: int) -> torch.Tensor:
 
 
 def _normal_quantiles(start: float, end: float, count: int) -> list[float]:
-    """Standard normal quantiles (float64) of `count` evenly spaced probabilities."""
-    # Probabilities in float32, because bitsandbytes' table was made so; in float64 some levels differ in the last bit.
+    """Return the standard normal quantiles (float64) of `count` evenly spaced probabilities."""
+    # Probabilities are float32, as for bitsandbytes' table. In float64 some levels differ in the last bit.
     return [NormalDist().inv_cdf(p) for p in torch.linspace(start, end, count, dtype=torch.float32).tolist()]

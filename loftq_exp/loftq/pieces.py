@@ -1,8 +1,8 @@
-"""A weight's work cut into pieces that run side by side, each on one core.
+"""Split a weight's work into pieces that run in parallel, one core each.
 
-torch's own threads share out every single operation, wait for each other in each, and keep spinning in between, which
-costs the small operations of a decomposition more than they take. Here torch takes one thread and whole pieces go side by
-side. How a weight is cut depends on its shape alone, so that the bytes do not depend on the number of threads.
+torch's own threads split every single operation, synchronise in each, and spin in between. For the small operations of a
+decomposition this overhead exceeds the work. Here torch uses one thread per piece, and a thread pool runs whole pieces in
+parallel. The split depends on the weight's shape alone, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ T = TypeVar("T")
 _local = threading.local()
 
 
-def conducted(work: Callable[[], T], device: torch.device) -> T:
-    """`work()`, with torch's threads for `spread` instead of for torch. On another device than the processor just `work()`."""
+def in_thread_pool(work: Callable[[], T], device: torch.device) -> T:
+    """Return `work()`, run so that `spread` uses torch's threads as a pool. On other devices than the CPU, just call it."""
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu":
         return work()
 
-    def conduct() -> T:
+    def run() -> T:
         _local.threads = threads
         return work()
 
-    # On a thread of its own, because the number of torch's threads is one of each thread's.
-    with ThreadPoolExecutor(1, "conductor", torch.set_num_threads, (1,)) as thread:
+    # On a thread of its own, because torch's number of threads is set per thread.
+    with ThreadPoolExecutor(1, "decompose", torch.set_num_threads, (1,)) as thread:
         try:
-            return thread.submit(conduct).result()
+            return thread.submit(run).result()
         finally:
-            torch.set_num_threads(threads)  # what threads to come start with
+            torch.set_num_threads(threads)  # the initial value of new threads
 
 
 def spread(work: Callable[[S], T], pieces: Sequence[S]) -> list[T]:
-    """`work` on every piece, in order; within `conducted` side by side."""
+    """Return `work(piece)` for every piece, in order. Within `in_thread_pool` the pieces run in parallel."""
     threads = min(getattr(_local, "threads", 1), len(pieces))
     return list(map(work, pieces) if threads == 1 else _pool(threads).map(work, pieces))
 
 
 @contextlib.contextmanager
 def torchs_own_threads() -> Iterator[None]:
-    """Gives torch its threads back for an operation that cannot be cut into pieces."""
+    """Restore torch's threads for an operation that cannot be split into pieces."""
     usual = torch.get_num_threads()
     torch.set_num_threads(getattr(_local, "threads", usual))
     try:
@@ -59,13 +59,13 @@ def torchs_own_threads() -> Iterator[None]:
 
 
 def slices(length: int, size: int) -> list[slice]:
-    """0 to `length` in pieces of `size`, but for the last."""
+    """Split 0 to `length` into slices of `size`; the last may be shorter."""
     return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operations take one thread each."""
+    """Return a thread pool in which each thread's torch operations use one thread."""
     pool = ThreadPoolExecutor(threads, "pieces", torch.set_num_threads, (1,))
     list(pool.map(lambda _: time.sleep(0.01), range(threads)))
     return pool

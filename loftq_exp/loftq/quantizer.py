@@ -1,15 +1,14 @@
-"""What a quantizer is: a weight becomes small integer codes and a few numbers per group of values, and comes back.
+"""The quantizer interface: encode a weight as integer codes and a few numbers per group of values, and decode it.
 
-Every quantizer here works on groups of values and keeps one row of `scales` a group. A group is a block of
-`block_size` consecutive values of the flattened row-major weight (`nf`, `nf-symmetric`, `uniform`, `uniform-sigma`),
-the whole weight (`uniform-clipped`) or a row (`int`). Blocks run across rows, as in bitsandbytes, and where
-`block_size` does not divide the number of values the last block is short.
+A group has one row of `scales`. It is a block of `block_size` consecutive values of the flattened row-major weight (`nf`,
+`nf-symmetric`, `uniform`, `uniform-sigma`), the whole weight (`uniform-clipped`) or a row (`int`). Blocks run across
+rows, as in bitsandbytes. The last block is short if `block_size` does not divide the number of values.
 
-Scales are rounded to `scale_dtype`, the type they will be stored in, *before* codes are chosen and values decoded.
-A backbone of type `nf` with 4 or 2 bits and blocks of 64, decoded and stored in that type (bfloat16 or float32),
-therefore comes back value for value when bitsandbytes quantizes it again to NF4 on load.
+Scales are rounded to `scale_dtype`, the type they are stored in, *before* codes are chosen and values decoded. Consider a
+backbone of type `nf` with 4 or 2 bits and blocks of 64, stored in that type (bfloat16 or float32). bitsandbytes, which
+quantizes it to NF4 again on load, therefore reproduces every value.
 
-Arithmetic is float32 whatever comes in, on whatever device the weight is.
+Arithmetic is float32 for every input type, on the weight's device.
 """
 
 from __future__ import annotations
@@ -26,45 +25,45 @@ from loftq_exp.kernels.quantize import QuantizerPasses, quantizing
 from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
 
 QUANTIZER_VERSION = 1
-"""Part of every cache key: raise it when a quantizer's results change."""
+"""Part of every cache key: increment it when a quantizer's results change."""
 
 
 class Quantized(NamedTuple):
-    """A quantized weight; with the quantizer that made it, enough to decode it."""
+    """A quantized weight. The quantizer that made it can decode it."""
 
     codes: torch.Tensor
-    """uint8, the weight's shape: one code a value, unpacked."""
+    """uint8, the weight's shape: one code per value, unpacked."""
     scales: torch.Tensor
-    """float32, (groups, numbers a group): absmax or scale alone, or minimum and step."""
+    """float32, (groups, numbers per group): absmax or scale, or minimum and step."""
 
 
 @dataclass(frozen=True)
 class Quantizer(ABC):
-    """Turns a weight into codes and scales and back; `make_quantizer` makes one.
+    """Encodes a weight as codes and scales, and decodes it; `make_quantizer` makes one.
 
-    A subclass says how large a group is and how a matrix of groups, one a row, is encoded and decoded.
+    A subclass defines the group size, and how a matrix with one group per row is encoded and decoded.
     """
 
     type: str
     """Name in `loftq_exp.schemes.BITS_OF_TYPE`."""
     bits: int
-    """Bits a code; codes are below 2**bits."""
+    """Bits per code; codes are below 2**bits."""
     block_size: int = 64
-    """Consecutive values that share scales, for the types that work on blocks."""
+    """Consecutive values that share scales, for block-wise types."""
     scale_dtype: torch.dtype = torch.float32
-    """Type that scales, and the decoded backbone, are stored in."""
+    """Type in which scales and the decoded backbone are stored."""
     double: bool = False
     """Whether the scales are quantized themselves, see `loftq_exp.loftq.scales`, instead of stored in `scale_dtype`."""
 
     def encode(self, weight: torch.Tensor) -> Quantized:
-        """Codes and scales of a finite weight of any shape, floating type and device."""
+        """Return codes and scales of a finite weight of any shape, floating type and device."""
         size = self._group_size(weight.shape)
         parts = [self._encode_groups(groups) for groups in _split(weight.detach().to(torch.float32), size)]
         codes = torch.cat([codes.reshape(-1) for codes, _ in parts])
         return Quantized(codes.reshape(weight.shape), torch.cat([scales for _, scales in parts]))
 
     def decode(self, quantized: Quantized) -> torch.Tensor:
-        """The values that codes and scales stand for: float32, the weight's shape."""
+        """Return the values that codes and scales represent: float32, the weight's shape."""
         codes, scales = quantized
         groups = _split(codes, self._group_size(codes.shape))
         rows = torch.split(scales, [len(group) for group in groups])
@@ -72,23 +71,25 @@ class Quantizer(ABC):
         return torch.cat(values).reshape(codes.shape)
 
     def decode_stored(self, quantized: Quantized) -> torch.Tensor:
-        """What `decode` gives once it was stored in `scale_dtype` and read again: float32, the weight's shape."""
+        """Return the result of `decode`, rounded to `scale_dtype` as if stored and read again: float32, the weight's shape."""
         return self.decode(quantized).to(self.scale_dtype).to(torch.float32)
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Groups of a weight of this shape, and the numbers that `Quantized.scales` has for each."""
+        """Return the shape of `Quantized.scales` for a weight of this shape: groups, and numbers per group."""
         return -(-math.prod(shape) // self._group_size(shape)), self.numbers
 
     def aligned_rows(self, shape: tuple[int, ...]) -> int:
-        """The fewest rows of a matrix of this shape that are whole groups; all of them where no fewer are.
+        """Return the smallest number of rows of a matrix of this shape that is whole groups; at most all rows.
 
-        Groups whose scales are quantized together count as one.
+        Groups whose scales are quantized together count as one group.
         """
         size = self._group_size(shape) * (SCALES_PER_STEP if self.double else 1)
         return min(size // math.gcd(size, shape[1]), shape[0])
 
     def groups_of(self, shape: tuple[int, ...], rows: slice) -> slice:
-        """Which rows of `Quantized.scales` belong to these rows of the weight, a multiple of `aligned_rows` or its end."""
+        """Return the rows of `Quantized.scales` for these rows of the weight. They begin at a multiple of `aligned_rows`
+        and end at one or at the end of the weight.
+        """
         size = self._group_size(shape)
         return slice(rows.start * shape[1] // size, -(-rows.stop * shape[1] // size))
 
@@ -101,15 +102,15 @@ class Quantizer(ABC):
         scales: torch.Tensor,
         residual: torch.Tensor,
     ) -> None:
-        """Q = encode(W - P), and what it leaves of the weight: (W - decode_stored(Q)) * unit.
+        """Compute Q = encode(W - P) and the residual (W - decode_stored(Q)) * unit.
 
         Args:
-            weight: W, float32 or bfloat16, contiguous: whole blocks, or all of a weight.
+            weight: W, float32 or bfloat16, contiguous: whole blocks, or a whole weight.
             product: P, of the same shape, or None for zero.
             unit: a power of two.
-            codes: written: uint8, W's shape.
-            scales: written: the rows of these blocks.
-            residual: written: float32 or bfloat16, W's shape.
+            codes: output, uint8, W's shape.
+            scales: output, the rows of these blocks.
+            residual: output, float32 or bfloat16, W's shape.
         """
         whole, kernels = self._fused_part(weight)
         if kernels:
@@ -131,15 +132,15 @@ class Quantizer(ABC):
         scales: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """What Q and P leave of the weight: (W - decode_stored(Q) - P) * unit.
+        """Compute (W - decode_stored(Q) - P) * unit.
 
         Args:
-            weight: W, float32 or bfloat16, contiguous: whole blocks, or all of a weight.
+            weight: W, float32 or bfloat16, contiguous: whole blocks, or a whole weight.
             product: P, of the same shape, or None for zero.
             unit: a power of two.
             codes: of Q, uint8, W's shape.
             scales: of Q, the rows of these blocks.
-            out: written: float32, W's shape.
+            out: output, float32, W's shape.
         """
         whole, kernels = self._fused_part(weight)
         if kernels:
@@ -152,11 +153,11 @@ class Quantizer(ABC):
             out.view(-1)[whole:] = left.mul_(unit).view(-1)
 
     def restore(self, quantized: Quantized, out: torch.Tensor) -> None:
-        """Writes what `decode_stored` gives.
+        """Write the values of `decode_stored` to `out`.
 
         Args:
-            quantized: codes and scales, contiguous: whole blocks, or all of a weight.
-            out: written: of the codes' shape, in `scale_dtype` or a wider type, contiguous.
+            quantized: codes and scales, contiguous: whole blocks, or a whole weight.
+            out: output, the codes' shape, in `scale_dtype` or a wider type, contiguous.
         """
         codes, scales = quantized
         whole, kernels = self._fused_part(codes) if out.dtype in CPU_TYPES else (0, None)
@@ -168,7 +169,7 @@ class Quantizer(ABC):
             out.view(-1)[whole:] = stored.view(-1)
 
     def _fused_part(self, values: torch.Tensor) -> tuple[int, QuantizerPasses | None]:
-        """How many leading values the compiled passes take, whole blocks, and these passes."""
+        """Return the number of leading values that the compiled passes process (whole blocks), and these passes."""
         whole = values.numel() - values.numel() % self.block_size
         kernels = quantizing(self) if values.device.type == "cpu" and whole else None
         return (whole if kernels else 0), kernels
@@ -177,32 +178,32 @@ class Quantizer(ABC):
     def _rest(
         done: int, weight: torch.Tensor, product: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the compiled passes leave to torch: the short last block, or all."""
+        """Return the part that torch processes after the compiled passes: the short last block, or everything."""
         rest = (weight.view(-1)[done:] if done else weight).to(torch.float32)
         return rest, None if product is None else product.view(-1)[done:].view(rest.shape)
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight's stored quantized values, decode_stored(encode(weight)): float32, the weight's shape."""
+        """Return decode_stored(encode(weight)): float32, the weight's shape."""
         return self.decode_stored(self.encode(weight))
 
     numbers: ClassVar[int] = 1
-    """Numbers a group in `Quantized.scales`."""
+    """Numbers per group in `Quantized.scales`."""
     signed: ClassVar[tuple[bool, ...]] = (False,)
-    """Which of these numbers may be negative."""
+    """For each of these numbers, whether it may be negative."""
     kernel_family: ClassVar[str | None] = None
-    """Which of `loftq_exp.kernels.quantize` do this quantizer's arithmetic: `levels`, `uniform`, or none."""
+    """The kernels in `loftq_exp.kernels.quantize` for this quantizer: `levels`, `uniform`, or None."""
 
     def levels(self) -> torch.Tensor:
-        """The ascending levels in [-1, 1] of a quantizer that has a table of them: float32, (2**bits,)."""
+        """Return the ascending levels in [-1, 1] of a quantizer with a table of levels: float32, (2**bits,)."""
         raise NotImplementedError(f"{self.type} has no table of levels")
 
     def thresholds(self) -> torch.Tensor:
-        """Where the next level becomes the nearest, the middle of two: float32, (2**bits - 1,)."""
+        """Return the midpoints between adjacent levels: float32, (2**bits - 1,)."""
         levels = self.levels()
         return (levels[:-1] + levels[1:]) / 2
 
     def _nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Index (uint8) of the nearest level; a value halfway between two takes the lower, as in bitsandbytes."""
+        """Return the index (uint8) of the nearest level. A tie takes the lower level, as in bitsandbytes."""
         return torch.bucketize(scaled, self.thresholds().to(scaled.device), out_int32=True).to(torch.uint8)
 
     def _look_up(self, codes: torch.Tensor) -> torch.Tensor:
@@ -211,7 +212,7 @@ class Quantizer(ABC):
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """All that shapes the result, for cache keys."""
+        """Everything that determines the result, for cache keys."""
         return {
             "type": self.type,
             "bits": self.bits,
@@ -225,7 +226,7 @@ class Quantizer(ABC):
         return self.block_size
 
     def _round(self, scales: torch.Tensor, number: int = 0) -> torch.Tensor:
-        """One number of each group as it is stored; beyond the type's range the largest value instead of infinity."""
+        """Round one number of each group as it is stored. Values out of range become the largest finite value."""
         if self.double:
             signed = self.signed[number : number + 1]
             return dequantize_scales(quantize_scales(scales, signed), signed)
@@ -234,15 +235,15 @@ class Quantizer(ABC):
 
     @abstractmethod
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (n, size) uint8 and scales (n, k) float32 of `groups` (n, size) float32."""
+        """Return codes (n, size) uint8 and scales (n, k) float32 of `groups` (n, size) float32."""
 
     @abstractmethod
     def _decode_groups(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Values (n, size) float32 of codes (n, size) and scales (n, k)."""
+        """Return values (n, size) float32 of codes (n, size) and scales (n, k)."""
 
 
 def _split(values: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """The flattened values as matrices with one group a row: the full groups, and a short last one if there is one."""
+    """Return the flattened values as matrices with one group per row: the full groups, and the short last one, if any."""
     flat = values.reshape(-1)
     full = flat.numel() - flat.numel() % size
     return [part for part in (flat[:full].reshape(-1, size), flat[full:].reshape(1, -1)) if part.numel()]

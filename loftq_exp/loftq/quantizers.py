@@ -1,6 +1,6 @@
 """The quantizers by type.
 
-One is added as a class of `Quantizer` in a module of its own, with its type here and its bits in `loftq_exp.schemes`.
+To add one, write a subclass of `Quantizer` in its own module, and list its type here and its bits in `loftq_exp.schemes`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _CLASS_OF_TYPE: dict[str, type[Quantizer]] = {
 def make_quantizer(
     type: str, bits: int, block_size: int = 64, scale_dtype: torch.dtype = torch.float32, double: bool = False
 ) -> Quantizer:
-    """The quantizer of this type.
+    """Return the quantizer of this type.
 
     Args:
         type: nf, nf-symmetric, uniform (paper's equation 1), uniform-clipped, uniform-sigma or int.
-        bits: bits a value; which are allowed depends on the type, see `loftq_exp.schemes.BITS_OF_TYPE`.
-        block_size: consecutive values (row-major) that share scales; uniform-clipped and int take no notice of it.
-        scale_dtype: float32, bfloat16 or float16, the type the scales and decoded values will be stored in.
-        double: whether the scales of blocks are quantized to 8 bits themselves.
+        bits: bits per value; the allowed ones depend on the type, see `loftq_exp.schemes.BITS_OF_TYPE`.
+        block_size: consecutive values (row-major) that share scales; uniform-clipped and int ignore it.
+        scale_dtype: type in which scales and decoded values are stored: float32, bfloat16 or float16.
+        double: whether the block scales are quantized to 8 bits themselves.
 
     Raises:
-        UserError: for a type, bits, block size or scale type that does not exist or does not fit.
+        UserError: for an unknown type, or bits, block size or scale type that it does not support.
     """
     if type not in _CLASS_OF_TYPE:
         raise UserError(f"quantizer type {type!r}: unknown; choose one of {', '.join(_CLASS_OF_TYPE)}")

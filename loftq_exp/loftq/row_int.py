@@ -1,4 +1,4 @@
-"""Integers of 8 bits with one scale a row."""
+"""8-bit integers with one scale per row."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from loftq_exp.loftq.quantizer import Quantizer
 
 
 class RowInt(Quantizer):
-    """Symmetric int8 a row (`int`): round(127 w / absmax), stored as code - 128; absmax over the last dimension.
+    """Row-wise symmetric int8 (`int`): round(127 w / absmax) = code - 128, with absmax over the last dimension.
 
-    Equals `bitsandbytes.functional.int8_vectorwise_quant` without outlier threshold, except for a row of zeros, which
-    is undefined there and zero here.
+    Equals `bitsandbytes.functional.int8_vectorwise_quant` without outlier threshold. A row of zeros, undefined there, gives
+    zeros here.
     """
 
     @property
@@ -24,7 +24,7 @@ class RowInt(Quantizer):
 
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = self._round(groups.abs().amax(dim=1, keepdim=True))
-        # Below SMALLEST_ABSMAX the factor would overflow, and a row of zeros turn into 0 * inf.
+        # Below SMALLEST_ABSMAX the factor would overflow, and a row of zeros would give 0 * inf.
         values = (groups * (127.0 / absmax.clamp(min=SMALLEST_ABSMAX))).round_().clamp_(-127, 127)
         return values.add_(128).to(torch.uint8), absmax
 

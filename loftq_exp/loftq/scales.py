@@ -1,8 +1,8 @@
-"""Scales quantized themselves ("double" quantization): one byte a scale, and one step for every 256 of them.
+"""Double quantization: the scales are quantized to one byte each, with one step for every 256 of them.
 
-A scale becomes a whole multiple of its group's step. The step keeps 16 significant bits, so that each multiple is exact in
-float32 and the largest comes back to the very step that it was made with: what was quantized once stays as it is, and the
-bytes can be had from the rounded scales at any time.
+A scale becomes an integer multiple of its group's step. The step keeps 16 significant bits, so each multiple is exact in
+float32, and the largest multiple reproduces the step. Quantizing again therefore changes nothing, and the bytes can be
+recomputed from the rounded scales at any time.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ SCALES_PER_STEP = 256
 
 
 class QuantizedScales(NamedTuple):
-    """Scales (groups, numbers) as bytes and steps; each column by itself."""
+    """Scales (groups, numbers) as bytes and steps; each column is quantized by itself."""
 
     codes: torch.Tensor
-    """uint8 (groups, numbers); of a column with signs, 128 more than the multiple."""
+    """uint8 (groups, numbers). In a signed column, the multiple plus 128."""
     steps: torch.Tensor
     """float32 (groups / 256 rounded up, numbers)."""
 
 
 def quantize_scales(scales: torch.Tensor, signed: tuple[bool, ...]) -> QuantizedScales:
-    """The nearest multiples, with step = max |scale| / 255, or / 127 in the columns with signs.
+    """Return the nearest multiples, with step = max |scale| / 255, or / 127 in signed columns.
 
     Args:
         scales: (groups, numbers), finite, float32.
-        signed: of each column whether it may hold negative values.
+        signed: for each column, whether it may hold negative values.
     """
     groups, numbers = scales.shape
     most, offset = _most(signed, scales.device), _offset(signed, scales.device)
@@ -43,7 +43,7 @@ def quantize_scales(scales: torch.Tensor, signed: tuple[bool, ...]) -> Quantized
 
 
 def dequantize_scales(quantized: QuantizedScales, signed: tuple[bool, ...]) -> torch.Tensor:
-    """The scales that bytes and steps stand for: float32 (groups, numbers)."""
+    """Return the scales that bytes and steps represent: float32 (groups, numbers)."""
     codes, steps = quantized
     multiples = codes.to(torch.float32)
     if any(signed):

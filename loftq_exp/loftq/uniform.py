@@ -1,4 +1,4 @@
-"""Uniform quantizers: evenly spaced levels over a block's range, in the three variants that were published."""
+"""Uniform quantizers: evenly spaced levels over a block's range, in the three published variants."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loftq_exp.loftq.quantizer import Quantizer
 class Uniform(Quantizer):
     """Uniform quantization of the paper's equation 1 (`uniform`, the default of the three published variants).
 
-    Of each block X, with F(X) = (X - min X) / (max X - min X):  codes = round((2**bits - 1) F(X)).
-    Scales hold the minimum and the step, (max X - min X) / (2**bits - 1). A constant block has step 0 and comes back
-    as its minimum.
+    For each block X, with F(X) = (X - min X) / (max X - min X):  codes = round((2**bits - 1) F(X)).
+    Scales hold the minimum and the step, (max X - min X) / (2**bits - 1). A constant block has step 0 and decodes to its
+    minimum.
     """
 
     numbers = 2
@@ -25,8 +25,8 @@ class Uniform(Quantizer):
     def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self._range(groups)
         top = 2**self.bits - 1
-        minimum = self._round(low) + 0.0  # which of two zeros is the smaller one is left open: take the positive one
-        # From the rounded minimum, so that the topmost level still reaches the maximum.
+        minimum = self._round(low) + 0.0  # aminmax may return either zero: make it the positive one
+        # From the rounded minimum, so that the highest level still reaches the maximum.
         step = self._round(((high - minimum) / top).clamp_(min=0), 1)
         codes = ((groups - minimum) / torch.where(step == 0, torch.inf, step)).round_().clamp_(0, top)
         return codes.to(torch.uint8), torch.cat([minimum, step], dim=1)
@@ -43,8 +43,8 @@ class Uniform(Quantizer):
 class UniformClipped(Uniform):
     """Uniform quantization of the official GLUE code (`uniform-clipped`): the whole weight, clipped to mean +- 2 sigma.
 
-    As `Uniform` with the weight as its only block, over the range that is left after clipping (the deviation is the
-    unbiased one). The official code adds 1e-8 to the range against a division by zero; here the range is not changed.
+    Like `Uniform` with the whole weight as one block, over the range after clipping. The standard deviation is unbiased.
+    The official code adds 1e-8 to the range to avoid a division by zero; here the range is unchanged.
     """
 
     kernel_family = None
@@ -65,8 +65,8 @@ class UniformClipped(Uniform):
 class UniformSigma(Quantizer):
     """Uniform levels of early official code and PEFT (`uniform-sigma`): levels linspace(-1, 1, 2**bits) times a scale.
 
-    The scale of a block is mean + 2.5 standard deviations of its signed values (the deviation is the unbiased one).
-    That may be negative, which only turns the levels round. Values beyond the scale take the outermost level.
+    The scale of a block is mean + 2.5 unbiased standard deviations of its signed values. A negative scale only reverses the
+    levels. Values beyond the scale take the outermost level.
     """
 
     signed = (True,)
@@ -85,8 +85,8 @@ class UniformSigma(Quantizer):
 
 
 def _mean_and_deviation(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased standard deviation of each row, (n, 1) each; a single value deviates by 0."""
-    # Relative to the row's absmax, because squares of very large or small float32 values leave the range.
+    """Return mean and unbiased standard deviation of each row, (n, 1) each. For a single value the deviation is 0."""
+    # Divide by the row's absmax, because squares of very large or small float32 values leave the range.
     absmax = groups.abs().amax(dim=1, keepdim=True)
     relative = groups / torch.where(absmax == 0, 1.0, absmax)
     deviation, mean = torch.std_mean(relative, dim=1, keepdim=True, correction=min(1, groups.shape[1] - 1))

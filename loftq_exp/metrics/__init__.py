@@ -1,6 +1,6 @@
-"""The tasks' official metrics as `evaluate.Metric` modules over scikit-learn, scipy and rouge-score; none needs a network.
+"""The tasks' official metrics as `evaluate.Metric` modules, based on scikit-learn, scipy and rouge-score. No network is needed.
 
-Each is a class of its own: `Accuracy().compute(predictions=..., references=...)` works as with any metric of `evaluate`.
+Each is a class: `Accuracy().compute(predictions=..., references=...)` works as with any metric of `evaluate`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ METRICS: dict[str, type[Module]] = {
     "squad": Squad,
     "rouge": Rouge,
 }
-"""The metric of each name that a task may ask for."""
+"""The metric class of each name that a task may use."""
 
 
 def compute(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """All scores of the metrics of these names, by the score's own name: `rouge` gives four."""
+    """Return all scores of the named metrics, by the score's own name. `rouge` has four."""
     scores: dict[str, float] = {}
-    # In memory and with a folder of its own, or evaluate would leave folders and files under the home folder.
+    # In memory and in a temporary folder, because evaluate would leave files under the home folder.
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             metric = METRICS[name](keep_in_memory=True, cache_dir=folder)

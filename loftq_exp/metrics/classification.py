@@ -13,7 +13,7 @@ SCIKIT_LEARN = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR
 
 
 class Accuracy(Module):
-    """`accuracy`: the share of predicted labels that are the gold ones, from 0 to 1."""
+    """`accuracy`: the share of predicted labels that equal the gold labels, from 0 to 1."""
 
     prediction = reference = datasets.Value("int64")
     citation = SCIKIT_LEARN
@@ -23,7 +23,7 @@ class Accuracy(Module):
 
 
 class F1(Module):
-    """`f1` of label 1: 2 P R / (P + R), from 0 to 1; 0 where neither side has a 1."""
+    """`f1` of label 1: 2 P R / (P + R), from 0 to 1; 0 if neither side has a 1."""
 
     prediction = reference = datasets.Value("int64")
     citation = SCIKIT_LEARN
@@ -33,12 +33,12 @@ class F1(Module):
 
 
 class Matthews(Module):
-    """`matthews`: the Matthews correlation coefficient, from -1 to 1; 0 where all labels of one side are the same."""
+    """`matthews`: the Matthews correlation coefficient, from -1 to 1; 0 if all labels of one side are equal."""
 
     prediction = reference = datasets.Value("int64")
     citation = SCIKIT_LEARN
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         if len(set(predictions)) == 1 or len(set(references)) == 1:
-            return {"matthews": 0.0}  # scikit-learn gives the same, and a warning where it is the same label throughout
+            return {"matthews": 0.0}  # as scikit-learn, without its warning
         return {"matthews": float(matthews_corrcoef(references, predictions))}

@@ -1,4 +1,4 @@
-"""Correlations of predicted with gold numbers, as scipy defines them; 0 where either side is constant and none is defined."""
+"""Correlations of predicted and gold numbers, as defined by scipy. 0 if either side is constant (undefined in scipy)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCIPY = "Virtanen et al., SciPy 1.0: Fundamental Algorithms for Scientific Compu
 
 
 class Pearson(Module):
-    """`pearson`: the linear correlation, from -1 to 1."""
+    """`pearson`: the linear correlation coefficient, from -1 to 1."""
 
     prediction = reference = datasets.Value("float64")
     citation = SCIPY
@@ -24,7 +24,7 @@ class Pearson(Module):
 
 
 class Spearman(Module):
-    """`spearman`: the correlation of the ranks, from -1 to 1; equal values share the mean of their ranks."""
+    """`spearman`: the rank correlation coefficient, from -1 to 1; ties get the mean of their ranks."""
 
     prediction = reference = datasets.Value("float64")
     citation = SCIPY

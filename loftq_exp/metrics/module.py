@@ -1,4 +1,4 @@
-"""What the metrics share: how each tells `evaluate` what it is and what it compares."""
+"""The base class of the metrics, which declares a metric's inputs and description to `evaluate`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import evaluate
 
 INPUTS = """
 Args:
-    predictions: what the model answered
+    predictions: the model's answers
     references: the gold answers, in the same order
 """
 
 
 class Module(evaluate.Metric):
-    """A metric. A subclass says what it compares and, in `_compute`, how; its docstring describes it."""
+    """A metric. A subclass declares the types that it compares and implements `_compute`. Its docstring is the description."""
 
     prediction: datasets.features.features.FeatureType
-    """One prediction's type."""
+    """The type of one prediction."""
     reference: datasets.features.features.FeatureType
-    """One reference's type."""
+    """The type of one reference."""
     citation: str
 
     def _info(self) -> evaluate.MetricInfo:

@@ -17,9 +17,9 @@ NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 class Rouge(Module):
     """`rouge1`, `rouge2`, `rougeL` and `rougeLsum`: mean F-measures, from 0 to 1, of Porter-stemmed words.
 
-    Both sides are split into sentences first, one a line: `rougeLsum` compares sentence by sentence. Scores of ASCII texts
-    are rouge-score's own. Letters that it drops make words here: those with accents, and all other scripts. A text without
-    any word scores 0, against itself too.
+    Both sides are first split into sentences, one per line, since `rougeLsum` compares by sentence. Scores of ASCII texts
+    equal those of rouge-score. Letters that rouge-score drops form words here: accented letters and all other scripts. A
+    text without any word scores 0, even against itself.
     """
 
     prediction = reference = datasets.Value("string")

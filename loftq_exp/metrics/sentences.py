@@ -1,7 +1,7 @@
-"""Sentences of a text.
+"""Sentence splitting.
 
-nltk's Punkt finds those of an English text. Its trained English model would have to be downloaded; its rules with a list of
-abbreviations, given here, do without. Of the scores, only ROUGE-Lsum and Lead-3 depend on where sentences end.
+It uses the rules of nltk's Punkt with the list of abbreviations below, because Punkt's trained English model needs a
+download. Only the scores ROUGE-Lsum and Lead-3 depend on sentence boundaries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ABBREVIATIONS = (
     "bros fig vol pp ed eds al i.e e.g cf u.s u.k u.n e.u d.c a.m p.m ph.d b.a m.a jan feb mar apr jun jul aug sep sept oct "
     "nov dec"
 )
-"""In lower case, without the last full stop, separated by blanks."""
+"""In lower case, without the last full stop, separated by spaces."""
 
 
 _PARAMETERS = PunktParameters()
@@ -24,14 +24,14 @@ _SPLITTER = PunktSentenceTokenizer(_PARAMETERS)
 
 
 _FULL_STOPS = "\u0964\u0965。！？｡．؟۔።፧།။៕"
-"""Of scripts other than Latin, each the end of a sentence without a doubt: Punkt looks for none of them."""
+"""Full stops of other scripts, which always end a sentence. Punkt does not know them."""
 _UP_TO_FULL_STOP = re.compile(rf"[^{_FULL_STOPS}]*[{_FULL_STOPS}]+[\"'”’»」』）)\]]*|[^{_FULL_STOPS}]+")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of `text` in order, without blanks around them; a line end also ends one.
+    """Return the sentences of `text` in order, stripped. A line end also ends a sentence.
 
-    Thai and other scripts without a full stop have one a line.
+    In Thai and other scripts without a full stop, each line is one sentence.
     """
     parts = (part.strip() for line in text.splitlines() for part in _UP_TO_FULL_STOP.findall(line))
     return [sentence for part in parts for sentence in _SPLITTER.tokenize(part)]

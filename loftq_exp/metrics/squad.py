@@ -16,7 +16,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Squad(Module):
-    """`exact_match` and `f1`, from 0 to 1: for each question the best over its gold answers, then the mean."""
+    """`exact_match` and `f1`, from 0 to 1: the best over each question's gold answers, averaged over questions."""
 
     prediction = datasets.Value("string")
     reference = datasets.List(datasets.Value("string"))
@@ -31,23 +31,23 @@ class Squad(Module):
 
 
 def normalised(text: str) -> str:
-    """`text` in lower case, without punctuation and articles, its words one blank apart."""
+    """Return `text` in lower case, without punctuation and articles, words separated by single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def best_exact_match(prediction: str, gold: Sequence[str]) -> float:
-    """1 if the prediction equals one of the gold answers after normalisation, else 0."""
+    """Return 1 if the prediction equals one of the gold answers after normalisation, else 0."""
     return float(any(normalised(prediction) == normalised(answer) for answer in gold))
 
 
 def best_f1(prediction: str, gold: Sequence[str]) -> float:
-    """The greatest F1 of the prediction's words with those of a gold answer; 1 where neither has any, as in SQuAD 2."""
+    """Return the largest word F1 of the prediction with a gold answer. It is 1 if neither has words, as in SQuAD 2."""
     return max(_f1(normalised(prediction).split(), normalised(answer).split()) for answer in gold)
 
 
 def _f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
     if not predicted and not gold:
-        return 1.0  # as exact match has it: an answer may be a lone article or sign
+        return 1.0  # consistent with exact match: an answer may be only an article or punctuation
     common = sum((Counter(predicted) & Counter(gold)).values())
     if not common:
         return 0.0

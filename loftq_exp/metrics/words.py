@@ -1,6 +1,6 @@
-"""The words that ROUGE compares: rouge-score's own in ASCII text, and those of every other script beside them.
+"""Tokenization for ROUGE: rouge-score's own words in ASCII text, and words of all other scripts.
 
-rouge-score takes everything but a-z and 0-9 for a separator, so that texts in most scripts have no word at all and score 0
+rouge-score treats everything but a-z and 0-9 as a separator. Texts in most scripts would have no words and would score 0
 against themselves.
 """
 
@@ -13,19 +13,19 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score import tokenize, tokenizers
 
 _WITHOUT_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI SYLLABLE")
-"""How Unicode's names of the letters begin in scripts that put no blank between words: each letter counts as a word."""
+"""Prefixes of Unicode letter names in scripts without spaces between words. Each such letter is a word."""
 _NO_WIDTH = dict.fromkeys([0x200C, 0x200D, *range(0xFE00, 0xFE10)])
-"""Joiners and variation selectors: they shape the letters of one word."""
+"""Joiners and variation selectors, which may occur inside a word."""
 
 
 class Words(tokenizers.Tokenizer):
-    """Words in lower case. Those of ASCII letters and digits are Porter-stemmed, as rouge-score stems them."""
+    """Tokenizes into lower-case words. Words of ASCII letters and digits are Porter-stemmed as in rouge-score."""
 
     def __init__(self) -> None:
         self._stemmer = PorterStemmer()
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of `text` in order: runs of letters, the marks on them and digits."""
+        """Return the words of `text` in order: runs of letters, their combining marks and digits."""
         if text.isascii():
             return list(tokenize.tokenize(text, self._stemmer))
         words: list[str] = []
@@ -35,16 +35,16 @@ class Words(tokenizers.Tokenizer):
 
 
 def has_words(text: str) -> bool:
-    """Whether ROUGE finds a word in `text`: without one it is undefined, and rouge-score gives 0."""
+    """Return whether `text` has a word for ROUGE. Without one ROUGE is undefined, and rouge-score returns 0."""
     return any(_kind(character) in ("letter", "alone") for character in text)
 
 
 def _runs(text: str) -> list[str]:
-    """The words of `text` unstemmed. A letter and its accent have one form, however the text spells them."""
+    """Return the unstemmed words of `text`, in NFC, so that composed and decomposed accents are equal."""
     pieces, previous = [], ""
     for character in unicodedata.normalize("NFC", text.lower().translate(_NO_WIDTH)):
         kind = _kind(character)
-        if kind == "mark":  # belongs to what stands before it
+        if kind == "mark":  # belongs to the preceding letter
             pieces.append(character if previous else " ")
             continue
         apart = kind == "alone" or previous == "alone"
@@ -55,7 +55,7 @@ def _runs(text: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 14)
 def _kind(character: str) -> str:
-    """`letter` (digits too), `alone` for a letter that is a word, `mark`, or nothing for what separates words."""
+    """Return `letter` (also for digits), `alone` for a letter that is a word, `mark`, or an empty string for a separator."""
     if character.isascii():
         return "letter" if character.isalnum() else ""
     category = unicodedata.category(character)

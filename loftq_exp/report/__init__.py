@@ -1,1 +1,1 @@
-"""What a run says: progress while it works, then metrics.json, a table, plots and TensorBoard."""
+"""Reports of a run or sweep: metrics.json, a table, plots and TensorBoard."""

@@ -1,4 +1,4 @@
-"""`python -m loftq_exp.report`: see loftq_exp.commands.write_report."""
+"""`python -m loftq_exp.report`. See loftq_exp.commands.write_report."""
 
 import sys
 

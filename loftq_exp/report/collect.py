@@ -1,4 +1,4 @@
-"""The metrics of the runs and sweeps in a folder."""
+"""Collecting the metrics of the runs and sweeps in folders."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NEEDED = ("label", "config", "scores", "table", "init", "seconds", "published",
 
 @dataclass(frozen=True)
 class Found:
-    """A run's metrics, and the file that holds them."""
+    """A run's metrics and the file that holds them."""
 
     path: Path
     metrics: dict[str, Any]
 
 
 def collect(folders: Iterable[Path]) -> list[Found]:
-    """The metrics in `folders` and below, each run once: its own metrics.json before what a sweep noted of it.
+    """Return the metrics in `folders` and their subfolders, each run once. A run's metrics.json precedes a sweep's record.
 
-    A file that holds no metrics is left out with a warning, a sweep's job that failed with none.
+    A file without valid metrics is skipped with a warning. A failed job of a sweep is skipped without one.
     """
     folders = list(folders)
     runs: dict[str, Found] = {}
@@ -39,7 +39,7 @@ def _runs(folders: list[Path]) -> Iterator[Found]:
         if _is_metrics(metrics := _read(path)):
             yield Found(path, metrics)
         else:
-            log.warning("%s: not the metrics of a run; left out", path)
+            log.warning("%s: not the metrics of a run; skipped", path)
 
 
 def _jobs(folders: list[Path]) -> Iterator[Found]:
@@ -49,7 +49,7 @@ def _jobs(folders: list[Path]) -> Iterator[Found]:
         if _is_metrics(metrics):
             yield Found(path, metrics)
         elif not (isinstance(job, dict) and job.get("error")):
-            log.warning("%s: not a job of a sweep; left out", path)
+            log.warning("%s: not a job of a sweep; skipped", path)
 
 
 def _files(folders: list[Path], name: str) -> list[Path]:

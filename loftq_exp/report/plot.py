@@ -1,4 +1,4 @@
-"""Plots, drawn without a display."""
+"""Plots. No display is needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def plot_losses(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Training loss against optimiser steps, one line a run; `losses` maps a label to (step, loss) pairs."""
+    """Plot training loss over optimiser steps, one line per run. `losses` maps a label to (step, loss) pairs."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for label, pairs in losses.items():
@@ -17,7 +17,7 @@ def plot_losses(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -
             steps, values = zip(*pairs, strict=True)
             axes.plot(steps, values, label=label, linewidth=1.8)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("training loss (nats a token)")
+    axes.set_ylabel("training loss (nats per token)")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")

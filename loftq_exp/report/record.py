@@ -1,4 +1,4 @@
-"""metrics.json: one run in one file, from its settings to its scores, with all that is needed to trust them."""
+"""metrics.json: the settings, results and provenance of one run in one file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loftq_exp.tasks.base import Column
 from loftq_exp.whole import write_whole
 
 FORMAT = 2
-"""Of the records in a run's folder: config.json, finetune.json, evaluate.json, metrics.json. Those of version 0.1 have none."""
+"""Version of the records in a run's folder: config.json, finetune.json, evaluate.json, metrics.json. Version 0.1 wrote none."""
 
 
 def assemble(
@@ -25,9 +25,9 @@ def assemble(
     evaluated: dict[str, Any] | None,
     table: Sequence[Column],
 ) -> dict[str, Any]:
-    """The run's metrics from what each stage left; a stage that was not run again keeps the figures of when it was.
+    """Return the run's metrics from the records of its stages. A stage that was skipped keeps its earlier times and memory.
 
-    `table` is how the task shows its scores; it is kept, so that a sweep's table can be made from the metrics alone.
+    `table` holds the task's columns. It is stored, so that a sweep's table can be built from the metrics alone.
     """
     totals = init.report["totals"]
     stages = {"quantize": totals, "finetune": finetuned, "evaluate": evaluated}
@@ -56,5 +56,5 @@ def assemble(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside its place and renames it there. Raises ValueError for NaN and infinities, which JSON lacks."""
+    """Write JSON atomically. Raises ValueError for NaN and infinities, which JSON does not allow."""
     write_whole(path, json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")

@@ -1,6 +1,6 @@
-"""A multirun: what became of each job, one table of all, one plot of the losses.
+"""A multirun: the outcome of each job, one table of all jobs and one plot of the losses.
 
-Each job leaves a small file in the sweep's folder, so that the table does not depend on which process ran it.
+Each job writes a small file to the sweep's folder, so that the table does not depend on the process that ran it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Callable[[RunResult], None]]:
-    """Keeps one job's outcome in `folder`: its metrics, handed to the function given, or why it failed.
+    """Record one job's outcome in `folder`: the metrics of the result passed to the yielded function, or the error.
 
-    A failure ends here: it is logged in one line (with a traceback where it is our own bug) and the sweep goes on.
+    A failure is logged in one line (with a traceback if it is not a UserError) and the sweep continues.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outcome: dict[str, Any] = {"number": number, "overrides": overrides, "error": None, "metrics": None}
@@ -51,9 +51,9 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Call
 
 
 def report_sweep(folder: Path) -> bool:
-    """Prints the table of all jobs in `folder`, writes table.md and losses.png there; whether every job succeeded.
+    """Print the table of all jobs in `folder`, and write table.md and losses.png. Returns whether every job succeeded.
 
-    Raises UserError where there was no job at all.
+    Raises UserError if there was no job.
     """
     jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
     if not jobs:
@@ -76,7 +76,7 @@ def report_sweep(folder: Path) -> bool:
         log.info("%s", failure)
     write_whole(folder / "table.md", markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures))
     if any(losses.values()):
-        told_apart = len(set(names.values())) == len(names)  # else by what was overridden
-        plot_losses(folder / "losses.png", {names[own] if told_apart else own: pairs for own, pairs in losses.items()})
-    log.info("table, plot and one file a job: %s", folder)
+        unique = len(set(names.values())) == len(names)  # otherwise the overrides are the labels
+        plot_losses(folder / "losses.png", {names[own] if unique else own: pairs for own, pairs in losses.items()})
+    log.info("table, plot and one file per job: %s", folder)
     return not failures

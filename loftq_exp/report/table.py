@@ -1,4 +1,4 @@
-"""The table at the end of a run or a sweep, on the terminal and as Markdown."""
+"""The results table of a run or a sweep, on the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.table import Table
 
 BEFORE = ("run", "bits", "rank", "weight error")
 QUANTIZED = "quantized"
-"""The share of the values in blocks that are quantized; a column only where it is not all of them."""
+"""Heading of the share of quantized values in the blocks. The column appears only if the share is below 1."""
 AFTER = ("init s", "train s", "backbone MB", "adapter MB")
 
 
 def columns(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The headings for the metrics of these runs: the scores of every task among them stand in the middle."""
+    """Return the headings for the metrics of these runs, with the scores of all their tasks in the middle."""
     scores = dict.fromkeys(column["title"] for metrics in runs for column in metrics["table"])
     shares = [_quantized(metrics) for metrics in runs]
     partial = [QUANTIZED] if any(share is not None and share < 1 for share in shares) else []
@@ -24,7 +24,7 @@ def columns(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
-    """One run's row, in the order of `headings`; a score of another task is left out."""
+    """Return one run's row, in the order of `headings`. Scores of other tasks are "-"."""
     seconds, init = metrics["seconds"], metrics["init"]
     row = {
         "run": _name(metrics["config"]),
@@ -42,16 +42,16 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
 
 
 def _quantized(metrics: dict[str, Any]) -> float | None:
-    """The quantized share of the values in blocks; None where nothing is to be quantized, or an older run did not count."""
+    """Return the quantized share of the values in the blocks. None if nothing is quantized or an older run has no count."""
     init = metrics["init"]
     quantized = init.get("quantized_values", 0)
     return quantized / init["linear_values"] if quantized else None
 
 
 def _scores(metrics: dict[str, Any], column: dict[str, Any]) -> str:
-    """The scores of one column, as "90.4/90.5", and beside them those of its names that were published."""
+    """Return the scores of one column, as "90.4/90.5", followed by the published scores of the same names."""
     measured = _together(metrics["scores"], column)
-    # Published numbers are already as they are written, so that they are brought to the unit of the scores first.
+    # Published numbers are in the units of the table and are converted to those of the scores first.
     unit = column["scale"] * (100 if column["form"].endswith("%}") else 1)
     published = {name: value / unit for name, value in (metrics["published"] or {}).items()}
     known = any(name in published for name in column["scores"])
@@ -81,7 +81,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table, wide enough for its cells where the output is no terminal."""
+    """Print a table. It is wide enough for its cells if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -92,7 +92,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same table as Markdown."""
+    """Return the table as Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""TensorBoard: errors of every weight and step, losses, rate, scores, the resolved settings, hparams."""
+"""TensorBoard: errors of every weight and step, losses, learning rate, scores, resolved settings, hparams."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loftq_exp.config import RunConfig
 
 
 class Recorder:
-    """A run's TensorBoard log. It is opened by the first thing written, so that a run with nothing to do adds no file."""
+    """A run's TensorBoard log. It is opened at the first write, so that a run with nothing to do adds no file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been written for this run yet, by this process or an earlier one."""
+        """Whether nothing has been written for this run, by this process or an earlier one."""
         return not self._folder.exists()
 
     @cached_property
@@ -29,16 +29,16 @@ class Recorder:
         return SummaryWriter(str(self._folder))
 
     def close(self) -> None:
-        """Writes out what is pending."""
+        """Flush and close the log."""
         if "_writer" in vars(self):
             self._writer.close()
 
     def config(self, config: RunConfig) -> None:
-        """The resolved settings as text."""
+        """Write the resolved settings as text."""
         self._writer.add_text("config", "    " + json.dumps(config.to_dict(), indent=2).replace("\n", "\n    "))
 
     def errors(self, init: Initialised) -> None:
-        """Relative weight errors: step 0 is quantization alone, step t after t alternating steps."""
+        """Write the relative weight errors: step 0 after quantization alone, step t after t alternating steps."""
         weights = init.report["weights"]
         for weight in weights:
             for step, error in enumerate(weight["errors"]):
@@ -47,13 +47,13 @@ class Recorder:
             self._writer.add_scalar("init_error_mean", sum(w["errors"][step] for w in weights) / len(weights), step)
 
     def training(self, step: int, values: dict[str, float]) -> None:
-        """What the trainer logs: loss, rate, gradient norm."""
+        """Write what the trainer logs: loss, learning rate, gradient norm."""
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
         self._writer.flush()
 
     def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float]) -> None:
-        """The scores, and hparams with them, so that runs can be compared in the HPARAMS tab."""
+        """Write the scores with hparams, so that runs can be compared in the HPARAMS tab."""
         quant, train, plan = config.quant, config.train, init.report.get("bits_plan", {})
         hparams: dict[str, Any] = {
             "model": config.model.basename, "method": quant.method, "type": quant.type, "bits": plan.get("code_bits", quant.bits),

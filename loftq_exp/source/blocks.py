@@ -1,4 +1,4 @@
-"""The blocks of a model, and which of their weights are no `nn.Linear`: what quantization leaves out is counted, or refused."""
+"""The blocks of a model and the weights in them that are not `nn.Linear`: they are counted, or the model is refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from loftq_exp.errors import UserError
 
 MOST_LEFT_OUT = 0.1
-"""The largest share of the values of linear weights that may be left out. Beyond it no figure of the run means the model."""
+"""The largest share of linear weight values that may stay unquantized. Beyond it a run's figures do not describe the model."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A matrix in a block that stays as it is: its name in the model, its tensor in the checkpoint, its shape.
+    """A matrix in a block that is not quantized: its name in the model, its tensor in the checkpoint, its shape.
 
-    A matrix that is cut from a larger tensor while it loads has no tensor of its own, and its name stands for it.
+    A matrix that loading slices from a larger tensor has no tensor of its own; `tensor` is then its name.
     """
 
     name: str
@@ -29,28 +29,27 @@ class LeftOut:
 
     @property
     def values(self) -> int:
-        """How many numbers it holds."""
+        """The number of values in the matrix."""
         return math.prod(self.shape)
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Names of the outermost module lists: the stacks of blocks (of encoder and decoder, where there are both)."""
+    """Names of the outermost module lists, which hold the blocks. A model may have one each for encoder and decoder."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return [name for name in lists if not any(name.startswith(outer + ".") for outer in lists)]
 
 
 def block_of(module: str, stacks: Iterable[str]) -> str | None:
-    """The name of the block in one of the `stacks` that the module lies in; None where it lies in none."""
+    """The name of the block in `stacks` that contains the module; None if no block does."""
     stack = next((stack for stack in stacks if module.startswith(stack + ".")), None)
     return None if stack is None else f"{stack}.{module.removeprefix(stack + '.').split('.')[0]}"
 
 
 def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str], folder: Path) -> tuple[LeftOut, ...]:
-    """The matrices in blocks that are neither a linear layer's nor an embedding's, such as a router's or a convolution's.
+    """The matrices in blocks that belong to neither a linear layer nor an embedding, such as a router or a convolution.
 
-    `tensors` has the checkpoint's name of each parameter. Raises UserError for models of which a part that matters would
-    be left out or would not train: experts and Conv1D layers, state-space and RWKV layers, and any other beyond
-    `MOST_LEFT_OUT`.
+    `tensors` maps each parameter to its name in the checkpoint. Raises UserError if an essential part of the model would
+    not be quantized or trained: experts, Conv1D, state-space and RWKV layers, or any share beyond `MOST_LEFT_OUT`.
     """
     stacks = list(stacks)
     found: list[LeftOut] = []
@@ -74,7 +73,7 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
 
 
 def _recurrent(module: nn.Module) -> str | None:
-    """What kind of recurrent layer it is, by the parameters that such layers have alone; None for any other module."""
+    """The kind of recurrent layer, recognised by parameters that only such layers have; None for any other module."""
     if hasattr(module, "A_log") and hasattr(module, "D"):
         return "state-space"
     return "RWKV" if hasattr(module, "time_decay") else None
@@ -99,7 +98,7 @@ def _refuse_parts(model: nn.Module, found: list[LeftOut], linear: int, folder: P
 
 
 def _is_expert(model: nn.Module, name: str) -> bool:
-    """Whether it is a weight of a mixture's experts, not of what chooses among them."""
+    """Whether it is a weight of a mixture's experts rather than of its router."""
     owner = name.rpartition(".")[0]
     words = f"{owner} {type(model.get_submodule(owner)).__name__}".lower()
     return "expert" in words and not any(word in words for word in ("router", "gating"))

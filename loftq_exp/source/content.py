@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, in a few digests: the same wherever they lie, whatever their dates are."""
+"""Digests of a checkpoint's content, independent of the location and dates of its files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from loftq_exp.source.files import carried_files
 from loftq_exp.source.tensors import find_weights
 
 Content = dict[str, str]
-"""Digests by what they are of: see CONTENT. One that has no files is absent."""
+"""Digests by group of files, see CONTENT. A group without files is absent."""
 CONTENT = {
     "weights": "weights",
     "config": "settings in config.json",
     "files": "tokenizer or other files",
     "adapter": "factors",
 }
-"""What of a checkpoint is digested, in words; `files` are those that go along with it."""
+"""The groups that are digested, as messages name them. `files` are the small files copied with a checkpoint."""
 
 
 def content_of(folder: Path, given: str, trust_remote_code: bool, cache: Path, adapter: Sequence[Path] = ()) -> Content:
-    """The content of the checkpoint in `folder` and, where one is named, of its `adapter`.
+    """The content digests of the checkpoint in `folder` and of the `adapter` files, if any.
 
-    Only what an initialised checkpoint is made from counts: a README beside it does not. Digests of large files are
-    remembered in `cache`. Raises UserError, which begins with the setting `given`, for a file that cannot be read.
+    Only files that shape an initialised checkpoint count; a README does not. Digests of large files are cached in
+    `cache`. Raises UserError, prefixed with the setting `given`, if a file cannot be read.
     """
     groups = {
         "weights": _weight_files(folder),
@@ -45,7 +45,7 @@ def content_of(folder: Path, given: str, trust_remote_code: bool, cache: Path, a
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, an index first. A damaged index is refused where the tensors are opened."""
+    """The weight files, an index first. `open_tensors` refuses a damaged index."""
     weights = find_weights(folder)
     if weights is None or weights.suffix != ".json":
         return [weights] if weights else []

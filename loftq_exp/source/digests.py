@@ -1,8 +1,8 @@
-"""Digests of files, remembered as git's index remembers them: by path, size, inode and dates.
+"""File digests, cached as in git's index: by path, size, inode and timestamps.
 
-A file whose dates were put back after a change is noticed by its time of change, which no program can set. A file that
-changed less than `_SETTLED_NS` before it was read could change again within the clock's resolution and look the same.
-Such a digest is not remembered: the file is read again next time.
+A program can reset a file's modification time but not its ctime, so the ctime reveals a change. A file that changed less
+than `_SETTLED_NS` before it was read could change again within the clock's resolution and look the same. Its digest is
+not cached, and the file is read again next time.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from loftq_exp.whole import whole_file
 
 _FORMAT = 1
 _SETTLED_NS = 2_000_000_000
-"""Two seconds: the coarsest resolution of a file system's clock (FAT's)."""
+"""Two seconds, the coarsest timestamp resolution of a file system (FAT)."""
 REMEMBERED_BYTES = 1 << 22
-"""Smaller files are read each time, which takes no longer than looking them up."""
+"""Smaller files are read each time, which is as fast as a lookup."""
 _THREADS = 2
 _PIECE = 1 << 22
 _ATTEMPTS = 3
 
 
 class FileDigests:
-    """Digests of files, remembered below the folder of a cache. Any number of processes may share it."""
+    """File digests, cached below the folder `cache`. Any number of processes may share it."""
 
     def __init__(self, cache: Path) -> None:
         self.folder = cache / "digests"
 
     def of(self, paths: Iterable[Path]) -> list[str]:
-        """A hex digest of each file's bytes, in order. Raises OSError for one that cannot be read.
+        """A hex digest of each file's bytes, in order. Raises OSError if a file cannot be read.
 
-        Files are read in pieces on two threads, so that memory stays flat. 128 bits by XXH3: they tell apart any two
-        files that nobody made to collide.
+        Two threads read files in pieces, so memory use stays constant. The digest is 128-bit XXH3, which distinguishes
+        any two files that were not made to collide.
         """
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(self._one, paths))
 
     def entries(self) -> Iterator[Path]:
-        """The file of every digest that is remembered, sorted."""
+        """The paths of all cached digests, sorted."""
         yield from sorted(self.folder.glob("*.json"))
 
     def verify(self, entry: Path) -> str | None:
-        """Reads the file behind an `entry` again; why the digest is wrong, or None where it is right.
+        """Recompute the digest of an `entry`. Return what is wrong, or None if the digest is right.
 
-        The entry of a file that is gone, or that has changed visibly, is never used: it is removed.
+        The entry of a file that is gone or visibly changed is never used, so it is removed.
         """
         found = _read(entry)
         path = Path(str(found.get("path")))
@@ -61,7 +61,7 @@ class FileDigests:
             if _dates(path) != found.get("dates"):
                 entry.unlink(missing_ok=True)
             elif _digest(path) != found.get("digest"):
-                return f"the bytes of {path} are others, and its size and dates are those that were recorded"
+                return f"the bytes of {path} changed, but its size and dates are those that were recorded"
         except OSError:
             entry.unlink(missing_ok=True)
         return None
@@ -94,7 +94,7 @@ def _digest(path: Path) -> str:
 
 
 def _dates(path: Path) -> dict[str, int]:
-    """What a change of the file changes."""
+    """The size, inode and timestamps, at least one of which differs after a change."""
     stat = path.stat()
     return {"size": stat.st_size, "inode": stat.st_ino, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
 
@@ -108,7 +108,7 @@ def _read(entry: Path) -> dict[str, object]:
 
 
 def _write(entry: Path, value: dict[str, object]) -> None:
-    """Keeps an entry. Where that fails the file is read again next time, which is slower and just as right."""
+    """Store an entry. If that fails, the file is read again next time, which is slower but still correct."""
     with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(entry, shared=True) as beside:

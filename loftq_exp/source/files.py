@@ -1,7 +1,7 @@
-"""The small files that go along with a checkpoint: all that its tokenizer and its own code need, and nothing else.
+"""The small files copied with a checkpoint: those that its tokenizer and its own code need, and nothing else.
 
-A source folder may hold anything, such as a `.env`, and artifacts are pushed to the hub: a file goes along because a
-tokenizer class, a piece of the checkpoint's code or a name that is known asks for it.
+A source folder may hold anything, such as a `.env`, and artifacts are pushed to the hub. A file is therefore copied only
+if its name is well known or a tokenizer class or the checkpoint's code refers to it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from loftq_exp.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Part of the initialised checkpoint's key: raise it when other files go along."""
+"""Part of the initialised checkpoint's key. Increment it when the set of copied files changes."""
 _KNOWN = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
           "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _QUOTED = re.compile(r"""["']([\w.-]+\.\w+)["']""")
-"""What stands in code as the name of a file."""
+"""A quoted file name in Python code."""
 
 
 def carry_files(source: Path, folder: Path, trust_remote_code: bool = False) -> None:
-    """Copy what a checkpoint keeps beside weights and config: tokenizer, generation config, licence.
+    """Copy the files beside weights and config: tokenizer, generation config, licence.
 
-    Where its own code is trusted, that goes along with the files that it names, and is what the copies point at.
+    With `trust_remote_code` the checkpoint's own code and the files that it names are copied too. The copied configs
+    then refer to that local code.
     """
     going = carried_files(source, trust_remote_code)
     for path in going:
@@ -53,10 +54,10 @@ def carried_files(source: Path, trust_remote_code: bool = False) -> list[Path]:
 
 
 def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:
-    """Llama's SentencePiece model `tokenizer.model`, where no tokenizer.json says the same; None for any other tokenizer.
+    """Llama's SentencePiece model `tokenizer.model` if there is no tokenizer.json; None for any other tokenizer.
 
-    transformers 4 knew its class from the model's type (mistral's too). transformers 5 reads it by a generic class, which
-    leaves out the blank before a text, and <s> where no setting asks for it, without a word.
+    transformers 4 took its class from the model type (also for mistral). transformers 5 reads it with a generic class. That
+    class silently omits the blank before a text, and <s> unless a setting asks for it.
     """
     config, settings = (_read_json(source / name) for name in ("config.json", "tokenizer_config.json"))
     own_class = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or _class_of_model_type(config))
@@ -66,26 +67,26 @@ def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:
         return None
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(place))
-    except (RuntimeError, OSError):  # tiktoken's may have the same name
+    except (RuntimeError, OSError):  # a tiktoken file may have the same name
         return None
 
 
 def _convert_llama(source: Path, folder: Path) -> None:
-    """Write tokenizer.json of llama's class, which any class then reads as it is."""
-    log.info("tokenizer.model: kept as tokenizer.json too, because transformers 5 reads the former by a generic class")
+    """Write tokenizer.json with llama's class, so that any class reads the same tokenizer."""
+    log.info("tokenizer.model: also saved as tokenizer.json, because transformers 5 reads it with a generic class")
     add_bos_token = _read_json(source / "tokenizer_config.json").get("add_bos_token", True)
     transformers.LlamaTokenizer.from_pretrained(source, add_bos_token=add_bos_token).save_pretrained(folder)
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer in `folder`. Raises UserError, in one line, where there is none or it cannot be read."""
+    """The tokenizer in `folder`. Raises a one-line UserError if there is none or it cannot be read."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (
         Exception
-    ) as error:  # of any kind: the tokenizers package raises bare ones, and so may a checkpoint's own code
+    ) as error:  # any type: the tokenizers package and a checkpoint's own code may raise a bare Exception
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no tokenizer to be read in {folder} ({first})") from error
+        raise UserError(f"no readable tokenizer in {folder} ({first})") from error
 
 
 def _carried(source: Path, trust_remote_code: bool) -> set[Path]:
@@ -97,14 +98,14 @@ def _carried(source: Path, trust_remote_code: bool) -> set[Path]:
 
 
 def _vocabulary_names(source: Path) -> Iterator[str]:
-    """The files that the tokenizer's class reads, and that of its fast or slow counterpart."""
+    """The file names that the tokenizer's class and its fast or slow counterpart read."""
     config, own = (_read_json(source / name) for name in ("config.json", "tokenizer_config.json"))
     classes = (own.get("tokenizer_class"), config.get("tokenizer_class"), _class_of_model_type(config))
     for name in {str(name).removesuffix("Fast") for name in classes if name}:
         for variant in (name, f"{name}Fast"):
             try:
                 yield from getattr(tokenizer_class_from_name(variant), "vocab_files_names", {}).values()
-            except ImportError:  # it needs a package that is not here
+            except ImportError:  # the class needs a package that is not installed
                 continue
 
 
@@ -113,7 +114,7 @@ def _class_of_model_type(config: dict[str, Any]) -> str | None:
 
 
 def named_in_code(folder: Path) -> set[str]:
-    """Names of files, weights and config aside, that the Python files in `folder` hold as a text, such as a vocabulary's."""
+    """File names quoted in the Python files of `folder`, such as a vocabulary's. Weights and config.json are omitted."""
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("*.py"))
     names = {name for text in texts for name in _QUOTED.findall(text)}
     return {
@@ -122,13 +123,13 @@ def named_in_code(folder: Path) -> set[str]:
 
 
 def _lies_in(source: Path, path: Path) -> bool:
-    """Whether the file is in the folder itself, or linked from there into the hub's cache, which keeps all files that way."""
+    """Whether the file is in the folder itself or is a link into the hub's cache, which stores all files that way."""
     place = path.resolve().parent
     return place == source.resolve() or (place.name == "blobs" and (place.parent / "snapshots").is_dir())
 
 
 def _point_at_local_code(folder: Path, name: str) -> None:
-    """Strip the repository from each `auto_map` entry (`OWNER/NAME--module.Class`) whose module is in `folder`."""
+    """Remove the repository from each `auto_map` entry (`OWNER/NAME--module.Class`) whose module is in `folder`."""
     settings = _read_json(folder / name)
     entries = settings.get("auto_map")
     if not isinstance(entries, dict):

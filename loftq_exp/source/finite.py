@@ -1,4 +1,4 @@
-"""NaN and Inf in weights: found before anything is made of them."""
+"""Detect NaN and Inf in weights before they are used."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from loftq_exp.errors import UserError
 from loftq_exp.source.tensors import CheckpointTensors
 
 _CHUNK = 1 << 22
-"""Values that are looked at together: memory stays flat, however large a tensor is."""
+"""Values checked at a time. It bounds memory use for tensors of any size."""
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value of the tensor is NaN or infinite."""
+    """Whether all values of the tensor are finite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     flat = tensor.reshape(-1)
-    # NaN spreads to both ends, so that they tell of every value.
+    # aminmax propagates NaN, so checking the minimum and maximum checks every value.
     return all(bool(torch.stack(torch.aminmax(chunk)).isfinite().all()) for chunk in flat.split(_CHUNK))
 
 
 def check_finite(tensors: CheckpointTensors, names: Iterable[str]) -> None:
-    """UserError that names the first of these tensors that holds NaN or Inf."""
+    """Raise UserError for the first of these tensors that holds NaN or Inf."""
     for name in names:
         tensor = tensors.read(name)
         if not is_finite(tensor):

@@ -1,8 +1,7 @@
-"""The head of a model that classifies or answers questions. It is trained, so it is kept with the adapter.
+"""The head of a classification or question-answering model. It is trained, so it is stored with the adapter.
 
-Where the checkpoint brings a trained head, the adapter starts with it. Where it brings none (an encoder as it was
-pre-trained), the head is drawn as transformers would draw it, but from the run's seed, so that the same run starts from
-the same values wherever it is loaded.
+If the checkpoint has a trained head, the adapter starts from it. A pre-trained encoder has none: its head is then
+initialised as transformers would do it, but from the run's seed. The same run thus always starts from the same values.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Part of the initialised checkpoint's key: raise it when a head comes out with other values."""
+"""Part of the initialised checkpoint's key. Increment it when the values of a head change."""
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of the model."""
+"""The prefix that PEFT adds to the names of the model."""
 
 
 def head_tensors(
@@ -33,8 +32,8 @@ def head_tensors(
 ) -> dict[str, torch.Tensor]:
     """Every parameter of `layout.head` in float32, by its name in an adapter file; empty for a language model.
 
-    From `tensors`, those of the checkpoint in `folder`, where it has them, else drawn from `config.seed`. Raises UserError
-    for a stored head of another shape than config.json means.
+    Values come from `tensors`, the checkpoint in `folder`. A parameter that it lacks is drawn from `config.seed`. Raises
+    UserError if a stored head does not have the shape that config.json expects.
     """
     if not layout.head:
         return {}
@@ -47,7 +46,7 @@ def head_tensors(
             drawn.append(name)
             continue
         if tensors.shape(stored) != tuple(value.shape):
-            raise UserError(f"model.path={config.model.path}: {stored} has shape {tensors.shape(stored)}, config.json means "
+            raise UserError(f"model.path={config.model.path}: {stored} has shape {tensors.shape(stored)}, config.json expects "
                             f"{tuple(value.shape)}; correct num_labels (id2label) in config.json")  # fmt: skip
         values[name] = tensors.read(stored).float()
     if drawn:
@@ -58,7 +57,7 @@ def head_tensors(
 def draws_head(folder: Path, config: RunConfig) -> bool:
     """Whether `head_tensors` would draw a parameter for the checkpoint in `folder`.
 
-    True for one that cannot be read, which is refused where its tensors are asked for.
+    True if it cannot be read; opening its tensors raises the error later.
     """
     kind, trusted = config.model.kind, config.model.trust_remote_code
     if kind not in HEAD_KINDS:
@@ -73,10 +72,10 @@ def draws_head(folder: Path, config: RunConfig) -> bool:
 
 
 def draw_head(model: transformers.PreTrainedModel, modules: Iterable[str], seed: int) -> dict[str, torch.Tensor]:
-    """New float32 values for every parameter of these `modules` of a model on the meta device, by its name in the model.
+    """New float32 values for every parameter of `modules` of a model on the meta device, by its name in the model.
 
-    The model class itself initialises them: as a rule normal(0, initializer_range), biases zero. The random stream follows
-    from the seed and the module's name. The modules come to the CPU.
+    The model class itself initialises them: usually normal(0, initializer_range) with zero biases. The seed and the
+    module's name determine the random stream. The modules are moved to the CPU.
     """
     values: dict[str, torch.Tensor] = {}
     for name in modules:

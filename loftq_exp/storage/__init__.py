@@ -1,4 +1,4 @@
-"""How a quantized weight is stored: `StorageFormat` in format.py, and one module a format: dense, bnb4, packed.
+"""Storage of quantized weights: `StorageFormat` in format.py, and one module per format: dense, bnb4, packed.
 
-A new format is a new module here, with a line in `loftq_exp.schemes.FORMATS`. Imports loftq, kernels, schemes, errors.
+To add a format, add a module here and a line in `loftq_exp.schemes.FORMATS`. Imports loftq, kernels, schemes, errors.
 """

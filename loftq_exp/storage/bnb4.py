@@ -1,6 +1,6 @@
-"""bitsandbytes' packed form of a weight: NF4 in blocks of 64, two codes a byte, and the state that tells how to read them.
+"""bitsandbytes' packed form of a weight: NF4 in blocks of 64, two codes per byte, and the state needed to decode them.
 
-From our own codes it is a matter of moving bits. Values that are no quantizer's own are quantized by bitsandbytes.
+Codes of our quantizers are only repacked. Values without codes are quantized by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TYPE = "nf4"
 
 
 class Bnb4(StorageFormat):
-    """bitsandbytes' NF4 layers. transformers loads them as such, or makes them of dense weights of the same values."""
+    """bitsandbytes' NF4 layers. transformers loads them directly, or creates them from dense weights of the same values."""
 
     name = "bnb4"
     method = "bitsandbytes"
@@ -51,7 +51,7 @@ class Bnb4(StorageFormat):
         try:
             values = values_of_four_bit(tensors[name], state)
         except (ValueError, KeyError, AssertionError, RuntimeError) as error:
-            raise DamagedWeight(f"{name} is no packed 4-bit weight") from error
+            raise DamagedWeight(f"{name} is not a packed 4-bit weight") from error
         if tuple(values.shape) != shape or not values.is_floating_point():
             raise DamagedWeight(f"{name} is {values.dtype} {tuple(values.shape)}, not {shape}")
         return values.float()
@@ -62,9 +62,9 @@ class Bnb4(StorageFormat):
         return bnb4_config(other_linears, dtype)
 
     def cannot_hold(self, columns: int, device: torch.device) -> str | None:
-        # bitsandbytes 0.50 reads other rows wrongly with AVX-512, so that no CPU is trusted with them.
+        # bitsandbytes 0.50 gives wrong results for other rows with AVX-512, so they are refused on every CPU.
         if device.type == "cpu" and columns % BLOCK:
-            return f"on a processor bitsandbytes reads only whole blocks of {BLOCK} right"
+            return f"on a CPU bitsandbytes computes correctly only with whole blocks of {BLOCK}"
         return None
 
     def settle(self, model: Any, modules: Iterable[str], dtype: torch.dtype) -> None:
@@ -72,14 +72,14 @@ class Bnb4(StorageFormat):
 
         for name in modules:
             module = model.get_submodule(name)
-            if type(module) is nn.Linear:  # kept in float32 by its model class, which reads its type: t5's wo
+            if type(module) is nn.Linear:  # kept in float32 by its model class, which reads its dtype: t5's wo
                 continue
-            if not isinstance(module, Linear4bit):  # transformers leaves subclasses of nn.Linear dense (falcon's)
+            if not isinstance(module, Linear4bit):  # transformers keeps subclasses of nn.Linear dense (falcon's)
                 module = _as_four_bit_layer(module, dtype)
                 model.set_submodule(name, module)
             module.compute_dtype = dtype
             if dtype != torch.bfloat16:
-                # On a processor with AVX512_BF16 the layer would compute in bfloat16 while scoring, whatever it was told.
+                # On a CPU with AVX512_BF16 the layer would ignore compute_dtype in evaluation and use bfloat16.
                 module.support_avx512bf16_for_cpu = False
 
     def load_code(self, other_linears: Sequence[str], dtype: str) -> LoadCode:
@@ -89,7 +89,7 @@ class Bnb4(StorageFormat):
             "bnb_4bit_use_double_quant=False",
             f"bnb_4bit_compute_dtype={dtype}",
         ]
-        # transformers packs every linear layer but a language model's output.
+        # transformers packs every linear layer except a language model's output layer.
         if set(other_linears) - {"lm_head"}:
             settings.append(f"llm_int8_skip_modules={other_linears}")
         lines = ("four_bit = BitsAndBytesConfig(", *(f"    {setting}," for setting in settings), ")")
@@ -100,20 +100,20 @@ FORMAT = Bnb4()
 
 
 def bnb4_config(other_linears: Sequence[str], compute_dtype: torch.dtype) -> Any:
-    """transformers.BitsAndBytesConfig that loads all linear layers but `other_linears` as bitsandbytes NF4 layers."""
+    """Return a BitsAndBytesConfig that loads all linear layers except `other_linears` as bitsandbytes NF4 layers."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=TYPE,
-        bnb_4bit_use_double_quant=False,  # a second quantization of the scales would move the values
+        bnb_4bit_use_double_quant=False,  # quantizing the scales would change the values
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=list(other_linears) or ["lm_head"],
     )
 
 
 def _as_four_bit_layer(linear: nn.Linear, dtype: torch.dtype) -> Any:
-    """A dense linear layer as a 4-bit one of the same values."""
+    """Return a 4-bit layer with the values of a dense linear layer."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     has_bias = linear.bias is not None
@@ -129,12 +129,12 @@ def _as_four_bit_layer(linear: nn.Linear, dtype: torch.dtype) -> Any:
 def four_bit_of_codes(
     name: str, packed: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], quantizer: Quantizer
 ) -> dict[str, torch.Tensor]:
-    """The same values as `quantizer` decodes, by the names that bitsandbytes gives to its parts.
+    """Return bitsandbytes' tensors, by name, for the values that `quantizer` decodes.
 
     Args:
-        name: of the weight, whose shape is (out, in), with a multiple of 64 values.
-        packed: its codes as `pack_codes` packs them.
-        scales: one number a block.
+        name: name of the weight. It has a multiple of 64 values.
+        packed: its codes, packed by `pack_codes`.
+        scales: one number per block.
         shape: (out, in).
         quantizer: NF4 or NF2 with blocks of 64.
     """
@@ -147,7 +147,7 @@ def four_bit_of_codes(
 
 
 def four_bit_of_values(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Values quantized to NF4 by bitsandbytes, by the names that it gives to their parts."""
+    """Return bitsandbytes' tensors, by name, for values that it quantizes to NF4."""
     from bitsandbytes.functional import quantize_4bit
 
     codes, state = quantize_4bit(values, blocksize=BLOCK, quant_type=TYPE)
@@ -155,9 +155,9 @@ def four_bit_of_values(name: str, values: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def values_of_four_bit(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The values of packed codes, whose state is given by the names that bitsandbytes gives to its parts.
+    """Return the values of packed codes, given the state by bitsandbytes' names.
 
-    Raises ValueError, KeyError, AssertionError or RuntimeError where the state does not fit, as bitsandbytes does.
+    If the state does not match, raise ValueError, KeyError, AssertionError or RuntimeError, as bitsandbytes does.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -168,7 +168,7 @@ def values_of_four_bit(codes: torch.Tensor, state: dict[str, torch.Tensor]) -> t
 
 
 def four_bit_specs(name: str, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Types and shapes of the parts of a weight of this shape and type."""
+    """Return dtypes and shapes of bitsandbytes' tensors for a weight of this shape and dtype."""
     values = math.prod(shape)
     parts = _state(name, torch.empty(-(-values // BLOCK)), shape, dtype)
     specs = {part: TensorSpec(tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
@@ -176,7 +176,7 @@ def four_bit_specs(name: str, shape: tuple[int, int], dtype: torch.dtype) -> dic
 
 
 def _as_nf4(codes: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """The codes that stand in NF4 for the levels that these stand for."""
+    """Return the NF4 codes of the levels that these codes represent."""
     there, nf4 = torch.zeros_like(codes), _levels()
     for code, level in enumerate(quantizer.levels()):
         there.masked_fill_(codes == code, int((nf4 == level).nonzero().item()))

@@ -1,10 +1,10 @@
-"""Codes packed tight: codes of b bits take b bits each, whatever b is.
+"""Bit-packed codes: a code of b bits takes b bits, for any b.
 
-Eight codes fill b bytes. They lie in the order of the flattened row-major weight, the first in the lowest bits of the first
-byte (a little-endian stream of bits); what is left of the last b bytes is zero.
+Eight codes fill b bytes. They have the order of the flattened row-major weight. The first code is in the lowest bits of the
+first byte (a little-endian bit stream). Unused bits of the last b bytes are zero.
 
-Packing codes of at most 4 bits makes one code of twice the bits of each pair, which are packed in turn; unpacking goes the
-other way. Eight wider codes, a byte each, are one word of 64 bits, whose gaps are halved three times.
+To pack codes of at most 4 bits, each pair becomes one code of twice the bits, recursively; unpacking reverses this. Eight
+wider codes, a byte each, form a 64-bit word, from which three steps remove the gaps.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from loftq_exp.errors import UserError
 CODES_PER_GROUP = 8
 
 CHUNK_CODES = 2**18
-"""Codes that are worked on at a time, in a processor's cache."""
+"""Codes processed at a time, to fit a CPU's cache."""
 
 
 def packed_bytes(values: int, bits: int) -> int:
-    """Bytes that `values` codes of `bits` bits take."""
+    """Return the size in bytes of `values` codes of `bits` bits."""
     return -(-values // CODES_PER_GROUP) * bits
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes (any shape, uint8) of 1 to 8 bits as one row of bytes: uint8, (packed_bytes(codes.numel(), bits),).
+    """Pack codes (any shape, uint8) of 1 to 8 bits into bytes: uint8, (packed_bytes(codes.numel(), bits),).
 
-    Raises UserError for a code that does not fit into so many bits.
+    Raise UserError if a code does not fit into `bits` bits.
     """
     flat = codes.reshape(-1)
     if flat.numel() and int(flat.max()) >= 2**bits:
@@ -44,7 +44,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, values: int) -> torch.Tensor:
-    """The first `values` codes of what `pack_codes` made: uint8, (values,)."""
+    """Unpack the first `values` codes from the bytes of `pack_codes`: uint8, (values,)."""
     if bits == 8:
         return packed[:values]
     codes = packed.new_empty(len(packed) // bits * CODES_PER_GROUP)
@@ -56,7 +56,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, values: int) -> torch.Tensor:
 
 
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The bytes of codes whose number is even, and bytes of zeros after them where they are no whole groups."""
+    """Return the bytes of an even number of codes, followed by zero bytes if the codes are not whole groups."""
     if bits == 8:
         return codes
     if bits <= 4:
@@ -70,7 +70,7 @@ def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes in these bytes, and zeros after them where the bytes are no whole groups."""
+    """Return the codes in these bytes, followed by zeros if the bytes are not whole groups."""
     if bits == 8:
         return packed
     if bits <= 4:
@@ -86,5 +86,5 @@ def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _fields(width: int, stride: int, first: int = 0) -> int:
-    """A mask of 64 bits with `width` ones at every multiple of `stride`, all of them `first` bits higher."""
+    """Return a 64-bit mask with `width` ones at every multiple of `stride`, shifted left by `first` bits."""
     return sum((2**width - 1) << (at + first) for at in range(0, 64, stride))

@@ -1,4 +1,4 @@
-"""Dense storage: the values that codes and scales stand for, one tensor a weight, which any reader takes."""
+"""Dense storage: the decoded values, one tensor per weight, which any reader accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loftq_exp.storage.specs import TensorSpec
 
 
 class Dense(StorageFormat):
-    """Values in the type of the checkpoint."""
+    """Values in the dtype of the checkpoint."""
 
     name = "dense"
     plain = True

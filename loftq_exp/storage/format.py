@@ -1,7 +1,7 @@
-"""What a storage format does, and the formats by name.
+"""The interface of a storage format, and the formats by name.
 
-A format is one module of `loftq_exp.storage` that has a `FORMAT`. Its name and what it can hold stand in
-`loftq_exp.schemes.FORMATS`, from which the setting `save_format` takes its choices.
+A format is a module of `loftq_exp.storage` that defines `FORMAT`. `loftq_exp.schemes.FORMATS` lists its name and what it can
+hold; these names are the choices of the setting `save_format`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class DamagedWeight(ValueError):
-    """Tensors that do not stand for a weight."""
+    """Stored tensors that do not represent a weight."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized weight: what a quantizer made of it."""
+    """A quantized weight: the packed codes and the scales of a quantizer."""
 
     packed: torch.Tensor
-    """uint8, one row of bytes, as `loftq_exp.storage.codes.pack_codes` gives it."""
+    """uint8, (bytes,), from `loftq_exp.storage.codes.pack_codes`."""
     scales: torch.Tensor
-    """float32, (groups, numbers a group)."""
+    """float32, (groups, numbers per group)."""
     shape: tuple[int, int]
     """(out, in)."""
     quantizer: Quantizer
@@ -41,117 +41,117 @@ class Codes:
 
 @dataclass(frozen=True)
 class LoadCode:
-    """Python that has transformers load a dense checkpoint in another form: what the model card shows."""
+    """Python code for the model card that loads a dense checkpoint in another format."""
 
     imports: tuple[str, ...] = ()
-    """Names from transformers."""
+    """Names to import from transformers."""
     lines: tuple[str, ...] = ()
     argument: str = ""
-    """Of from_pretrained."""
+    """Argument of from_pretrained."""
 
 
 class StorageFormat(ABC):
-    """How a backbone is stored, and held in memory. An instance has no state."""
+    """How a backbone is stored in files and held in memory. Instances have no state."""
 
     name: ClassVar[str]
-    """As `save_format` has it."""
+    """Value of `save_format`."""
     method: ClassVar[str | None] = None
-    """Its `quant_method` in config.json; None: there is none."""
+    """`quant_method` in config.json; None: no quantization config."""
     first_part: ClassVar[str] = "weight"
-    """The tensor of a module that is there for every weight."""
+    """Name of the tensor that every stored module has."""
     plain: ClassVar[bool] = False
-    """Whether a stored backbone is a checkpoint like any other: one dense tensor a weight, no quantization in config.json."""
+    """Whether a stored backbone is an ordinary checkpoint: one dense tensor per weight, no quantization in config.json."""
     takes_values: ClassVar[bool] = True
-    """Whether it stores any values, such as merged ones, and not just codes that a quantizer chose."""
+    """Whether it can store arbitrary values, such as merged ones, and not only a quantizer's codes."""
     needs_plain_linears: ClassVar[bool] = False
-    """Whether transformers loads it into layers whose class is exactly nn.Linear alone."""
+    """Whether transformers loads it only into layers whose class is exactly nn.Linear."""
     card_imports: ClassVar[tuple[str, ...]] = ()
-    """Lines of Python without which a stored backbone cannot be loaded."""
+    """Python imports needed to load a stored backbone, for the model card."""
     export_note: ClassVar[str] = ""
-    """How an export has stored the merged weights, where that is not as all else."""
+    """How an export stores the merged weights, if differently from all other tensors."""
 
     @property
     def capacity(self) -> Capacity:
-        """What it can hold."""
+        """What the format can hold."""
         return FORMATS[self.name]
 
     @abstractmethod
     def specs(
         self, name: str, shape: tuple[int, int], quantizer: Quantizer | None, dtype: torch.dtype
     ) -> dict[str, TensorSpec]:
-        """Types and shapes of the tensors that stand for a weight, by name.
+        """Return dtypes and shapes of the tensors that represent a weight, by name.
 
         Args:
-            name: of the weight where it is dense.
+            name: name of the dense weight.
             shape: (out, in).
-            quantizer: what made its codes; None for values that no quantizer made.
-            dtype: of the values.
+            quantizer: the quantizer of its codes; None for values without codes.
+            dtype: dtype of the values.
         """
 
     @abstractmethod
     def encode(self, name: str, codes: Codes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors that stand for a quantized weight, by name: those of `specs`. No value moves."""
+        """Return the tensors that represent a quantized weight, by name: those of `specs`. Values are unchanged."""
 
     def encode_values(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `encode`, of values (out, in) in the type that they are stored in. Only where it `takes_values`."""
+        """Like `encode`, for values (out, in) in their storage dtype. Only for formats that have `takes_values`."""
         raise NotImplementedError(f"{self.name} stores no values without codes")
 
     @abstractmethod
     def parts(self, name: str, names: Collection[str]) -> tuple[str, ...]:
-        """Which of the `names` in a file stand for the weight `name`."""
+        """Return those of the `names` in a file that represent the weight `name`."""
 
     @abstractmethod
     def values(
         self, module: str, name: str, tensors: Tensors, shape: tuple[int, int], quantizer: Quantizer | None
     ) -> torch.Tensor:
-        """The values of a stored weight: (out, in), float32.
+        """Return the values of a stored weight: (out, in), float32.
 
         Args:
-            module: which the weight is of.
-            name: of the weight where it is dense.
-            tensors: what stands for it, by the names of `parts`.
+            module: name of the weight's module.
+            name: name of the dense weight.
+            tensors: the tensors that represent it, by the names of `parts`.
             shape: (out, in).
             quantizer: from `quantizer_of`.
 
         Raises:
-            DamagedWeight, UserError: where the tensors do not stand for a weight of this shape.
+            DamagedWeight, UserError: if the tensors do not represent a weight of this shape.
         """
 
     def quantization_config(
         self, scheme: Scheme | None, bits: Mapping[str, int], other_linears: Sequence[str], dtype: torch.dtype
     ) -> Any:
-        """`quantization_config` for transformers; None: there is none.
+        """Return the `quantization_config` for transformers; None if the format has none.
 
         Args:
-            scheme: how the backbone is quantized; None: its values are no quantizer's own.
-            bits: of each target, by module.
-            other_linears: linear layers that are no targets.
-            dtype: of the values.
+            scheme: how the backbone is quantized; None: values without codes.
+            bits: bits of each target module, by name.
+            other_linears: linear layers that are not targets.
+            dtype: dtype of the values.
         """
         return None
 
     def modules(self, settings: Mapping[str, Any]) -> Collection[str] | None:
-        """The modules that the `quantization_config` of a checkpoint names; None where it does not name them."""
+        """Return the modules listed in the `quantization_config` of a checkpoint; None if it does not list them."""
         return None
 
     def quantizer_of(self, module: str, settings: Mapping[str, Any]) -> Quantizer | None:
-        """What made the codes of a module, by the `quantization_config` of a checkpoint; None where that does not say."""
+        """Return the quantizer of a module by the `quantization_config` of a checkpoint; None if it does not specify one."""
         return None
 
     def cannot_hold(self, columns: int, device: torch.device) -> str | None:
-        """Why layers of this form do not compute right with rows of so many values on `device`; None: they do."""
+        """Return why layers of this format compute wrongly on `device` with rows of `columns` values; None if they do not."""
         return None
 
     def settle(self, model: Any, modules: Iterable[str], dtype: torch.dtype) -> None:  # noqa: B027  # most have nothing to do
-        """What is left to do on a loaded model whose `modules` are held so and compute in `dtype`."""
+        """Finish a loaded model whose `modules` are held in this format and compute in `dtype`."""
 
     def load_code(self, other_linears: Sequence[str], dtype: str) -> LoadCode:
-        """How to load a dense checkpoint in this form; `dtype` as Python writes it."""
+        """Return code that loads a dense checkpoint in this format. `dtype` is a Python expression."""
         return LoadCode()
 
 
 def storage_format(name: str) -> StorageFormat:
-    """The format of this name. Raises UserError where there is none."""
+    """Return the format of this name. Raise UserError if it is unknown."""
     if name not in FORMATS:
         raise UserError(f"storage format {name!r}: unknown; choose one of {', '.join(FORMATS)}")
     found: StorageFormat = importlib.import_module(f"loftq_exp.storage.{name}").FORMAT
@@ -159,7 +159,7 @@ def storage_format(name: str) -> StorageFormat:
 
 
 def format_of(settings: Mapping[str, Any]) -> StorageFormat:
-    """The format of a checkpoint with this `quantization_config` (empty: it has none)."""
+    """Return the format of a checkpoint by its `quantization_config`, which may be empty."""
     formats = [storage_format(name) for name in FORMATS]
     method = settings.get("quant_method")
     plain = next(one for one in formats if one.plain)

@@ -1,11 +1,11 @@
-"""What stands for a packed weight in a file and in memory, and its way back to values.
+"""The tensors of a packed weight, in files and in memory, and how to decode them.
 
-    qweight      uint8, one row of bytes: the codes, packed tight (see `loftq_exp.storage.codes`)
-    scales       (groups, numbers): of type scale_dtype or, quantized themselves, uint8
-    scale_steps  float32 (groups / 256 rounded up, numbers): only where the scales are quantized themselves
+    qweight      uint8 (bytes,): the bit-packed codes, see `loftq_exp.storage.codes`
+    scales       (groups, numbers): scale_dtype, or uint8 with double quantization
+    scale_steps  float32 (groups / 256 rounded up, numbers): only with double quantization
 
-Groups and numbers are those of the quantizer, see `loftq_exp.loftq.quantizer`. Values come back exactly as
-`Quantizer.decode_stored` gives them, rounded to the type that they would be stored in.
+Groups and numbers are those of the quantizer, see `loftq_exp.loftq.quantizer`. Decoded values equal those of
+`Quantizer.decode_stored`, which are rounded to the storage dtype.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from loftq_exp.storage.packing import METHOD, Packing
 from loftq_exp.storage.specs import TensorSpec
 
 PARTS = ("qweight", "scales", "scale_steps")
-"""Names of the tensors that stand for one weight."""
+"""Names of the tensors that represent one weight."""
 
 TORCH_CHUNK_VALUES = 2**20
-"""Values that torch's form works on at a time: what it needs beside the result."""
+"""Values that the torch code decodes at a time. This bounds its memory besides the result."""
 
 
 class Packed(StorageFormat):
-    """Codes at their own bits. `loftq_exp.integrations` has transformers load them into packed layers."""
+    """Bit-packed codes. `loftq_exp.integrations` makes transformers load them into packed layers."""
 
     name = "packed"
     method = METHOD
@@ -82,14 +82,14 @@ FORMAT = Packed()
 
 
 def packed_name(tensor: str, part: str) -> str:
-    """The name in the file of a part of a packed weight, whose name is `tensor` where it is dense."""
+    """Return the stored name of a part of a packed weight. `tensor` is the name of the dense weight."""
     return tensor.removesuffix("weight") + part
 
 
 def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of each tensor that stands for a weight of this shape.
+    """Return dtype and shape of each tensor that represents a weight of this shape.
 
-    Raises UserError where the weight's values are not whole blocks.
+    Raise UserError if the weight's values are not whole blocks.
     """
     values = math.prod(shape)
     _check_whole_blocks(quantizer, shape)
@@ -104,13 +104,13 @@ def part_specs(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, tuple[
 
 
 def pack(quantized: Quantized, quantizer: Quantizer) -> dict[str, torch.Tensor]:
-    """The tensors that stand for a weight that `quantizer` encoded. Nothing is lost: its scales are rounded already."""
+    """Return the packed tensors of a weight that `quantizer` encoded. Packing is lossless: the scales are already rounded."""
     _check_whole_blocks(quantizer, tuple(quantized.codes.shape))
     return parts_of(pack_codes(quantized.codes, quantizer.bits), quantized.scales, quantizer)
 
 
 def parts_of(packed: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer) -> dict[str, torch.Tensor]:
-    """What `pack` gives, of codes that are packed already and float32 scales."""
+    """Like `pack`, for codes that are already packed, and float32 scales."""
     if quantizer.double:
         codes, steps = quantize_scales(scales, quantizer.signed)
         return {"qweight": packed, "scales": codes, "scale_steps": steps}
@@ -125,14 +125,14 @@ def _check_whole_blocks(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
 
 
 def float_scales(parts: Mapping[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
-    """The scales in float32, (groups, numbers)."""
+    """Return the scales in float32, (groups, numbers)."""
     if quantizer.double:
         return dequantize_scales(QuantizedScales(parts["scales"], parts["scale_steps"]), quantizer.signed)
     return parts["scales"].to(torch.float32)
 
 
 def unpack(parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> Quantized:
-    """Codes and scales of a packed weight of this shape: what `pack` was given."""
+    """Return codes and scales of a packed weight of this shape, as they were passed to `pack`."""
     codes = unpack_codes(parts["qweight"], quantizer.bits, math.prod(shape)).reshape(shape)
     return Quantized(codes, float_scales(parts, quantizer))
 
@@ -140,9 +140,9 @@ def unpack(parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple
 def dequantize(
     parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The values of a packed weight, (out, in) in `dtype`: those that would be stored dense, converted.
+    """Return the values of a packed weight, (out, in) in `dtype`: those of dense storage, converted.
 
-    Beside the result only a chunk of it is held, on a processor one block.
+    Besides the result only a chunk of values is in memory.
     """
     qweight, scales = parts["qweight"], float_scales(parts, quantizer)
     values = torch.empty(shape, dtype=dtype, device=qweight.device)
@@ -157,7 +157,7 @@ def dequantize(
         some = qweight[start // CODES_PER_GROUP * quantizer.bits : packed_bytes(stop, quantizer.bits)]
         rows = slice(start // shape[1], -(-stop // shape[1]))
         codes = unpack_codes(some, quantizer.bits, stop - start)
-        if quantizer.type in BLOCKLESS_TYPES:  # groups are rows, or all of the weight
+        if quantizer.type in BLOCKLESS_TYPES:  # groups are rows, or the whole weight
             codes, part = codes.reshape(-1, shape[1]), scales[quantizer.groups_of(shape, rows)]
         else:
             part = scales[start // quantizer.block_size : stop // quantizer.block_size]
@@ -166,21 +166,21 @@ def dequantize(
 
 
 FEW_ROWS = 8
-"""So many rows at most are multiplied by packed codes directly; for more, unpacking once costs less."""
+"""Maximum number of rows multiplied by packed codes directly. For more rows, unpacking once is faster."""
 
 
 def product(
     parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int], rows: torch.Tensor
 ) -> torch.Tensor | None:
-    """rows (..., in) times the transpose of a packed weight (out, in), in the rows' type, with sums in float32.
+    """Return rows (..., in) times the transpose of a packed weight (out, in), in the rows' dtype, with float32 sums.
 
-    None where it is not a matter of a few rows on a processor, or there is no kernel for it: then `dequantize` and multiply.
+    Return None for more than `FEW_ROWS` rows, on other devices than the CPU, and without a kernel. Then use `dequantize`.
     """
     count = rows.numel() // shape[1]
     if rows.device.type != "cpu" or not 0 < count <= FEW_ROWS or shape[1] % quantizer.block_size:
         return None
     kernel = multiplying(quantizer)
-    # The kernel leaves out the rounding of stored values, which only a type of no more digits than theirs may do.
+    # The kernel does not round values to the storage dtype. That is acceptable only if the rows' dtype is no more precise.
     if kernel is None or torch.finfo(rows.dtype).eps < torch.finfo(quantizer.scale_dtype).eps:
         return None
     products = torch.empty(count, shape[0], dtype=torch.float32)
@@ -190,7 +190,7 @@ def product(
 
 
 def _chunk_values(quantizer: Quantizer, shape: tuple[int, int]) -> int:
-    """How many values to decode at a time: whole blocks or rows, and whole bytes."""
+    """Return the number of values to decode at a time: whole blocks or rows, and whole bytes."""
     unit = shape[1] if quantizer.type in BLOCKLESS_TYPES else quantizer.block_size
     unit = math.lcm(unit, CODES_PER_GROUP)
     return max(TORCH_CHUNK_VALUES // unit, 1) * unit
@@ -202,16 +202,16 @@ def check_specs(
     quantizer: Quantizer,
     shape: tuple[int, int],
 ) -> None:
-    """Raises UserError where tensors of these types and shapes, by part, do not stand for a weight of this shape."""
+    """Raise UserError if tensors of these dtypes and shapes, by part, do not represent a weight of this shape."""
     for part, (dtype, expected) in part_specs(quantizer, shape).items():
         if found.get(part) != (dtype, expected):
-            told = f"{_kind(found[part][0])} {found[part][1]}" if part in found else "missing"
-            raise UserError(f"{name}.{part}: {told}, a weight of {shape[0]} x {shape[1]} at {quantizer.bits} bits has "
-                            f"{_kind(dtype)} {expected}; get the file again")  # fmt: skip
+            stored = f"{_kind(found[part][0])} {found[part][1]}" if part in found else "missing"
+            raise UserError(f"{name}.{part}: {stored}, but a weight of {shape[0]} x {shape[1]} at {quantizer.bits} bits "
+                            f"has {_kind(dtype)} {expected}; get the file again")  # fmt: skip
 
 
 def check_parts(name: str, parts: Mapping[str, torch.Tensor], quantizer: Quantizer, shape: tuple[int, int]) -> None:
-    """Raises UserError where the tensors do not stand for a weight of this shape: their length, type or content."""
+    """Raise UserError if length, dtype or content of the tensors do not match a weight of this shape."""
     check_specs(name, {part: (found.dtype, tuple(found.shape)) for part, found in parts.items()}, quantizer, shape)
     scales = parts.get("scale_steps", parts["scales"])
     if not bool(torch.isfinite(scales).all()):
@@ -221,9 +221,9 @@ def check_parts(name: str, parts: Mapping[str, torch.Tensor], quantizer: Quantiz
     spare = -math.prod(shape) % CODES_PER_GROUP
     last = unpack_codes(parts["qweight"][-quantizer.bits :], quantizer.bits, CODES_PER_GROUP)
     if spare and bool(last[CODES_PER_GROUP - spare :].any()):
-        raise UserError(f"{name}.qweight: codes beyond the weight's last value; get the file again")
+        raise UserError(f"{name}.qweight: nonzero codes after the weight's last value; get the file again")
     if quantizer.type == "int" and bool((parts["qweight"][: math.prod(shape)] == 0).any()):
-        raise UserError(f"{name}.qweight: a code out of range, type int has 1 to 255; get the file again")
+        raise UserError(f"{name}.qweight: a code is out of range, type int has 1 to 255; get the file again")
 
 
 def _kind(dtype: torch.dtype | str) -> str:

@@ -1,4 +1,4 @@
-"""What config.json says of a packed backbone: the version of the format, and the quantizer of each packed module."""
+"""The config.json entry of a packed backbone: the format version, and the quantizer of each packed module."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from loftq_exp.loftq import Quantizer, make_quantizer
 
 METHOD = "loftq"
 VERSION = 1
-"""Version of the packed format. A reader refuses any other."""
+"""Version of the packed format. A reader rejects any other."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """`quantization_config` of a packed backbone. Raises UserError for what this version cannot read."""
+    """`quantization_config` of a packed backbone. Raises UserError if this version cannot read it."""
 
     bits: dict[str, int]
-    """Of each packed module, by its name: its bits a value. All other modules are dense."""
+    """Bits per value of each packed module, by name. All other modules are dense."""
     type: str = "nf"
-    """The quantizer, see `loftq_exp.loftq.quantizers`."""
+    """Quantizer type, see `loftq_exp.loftq.quantizers`."""
     block_size: int = 64
     """Consecutive values that share scales."""
     double: bool = False
     """Whether the scales are quantized themselves."""
     scale_dtype: str = "bfloat16"
-    """Type of the scales, and of the values that the codes stand for."""
+    """Type of the scales and of the decoded values."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, dict):
-            raise UserError(
-                "quantization_config.bits: not the bits of each packed module by its name; get config.json again"
-            )
+            raise UserError("quantization_config.bits: not a mapping of module names to bits; get config.json again")
         if not isinstance(getattr(torch, str(self.scale_dtype), None), torch.dtype):
-            raise UserError(f"quantization_config.scale_dtype={self.scale_dtype}: not a type; get config.json again")
+            raise UserError(
+                f"quantization_config.scale_dtype={self.scale_dtype}: not a torch dtype; get config.json again"
+            )
         for width in set(self.bits.values()):
-            self.quantizer(width)  # refuses what does not exist
+            self.quantizer(width)  # raises UserError for invalid settings
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Packing:
-        """The same from a `quantization_config`."""
+        """Parse a `quantization_config`."""
         known = ("bits", "type", "block_size", "double", "scale_dtype")
         version = settings.get("version", VERSION)
         unknown = [name for name in settings if name not in (*known, "version", "quant_method")]
@@ -55,10 +55,10 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As `quantization_config` has it."""
+        """The `quantization_config`."""
         return {"quant_method": METHOD, "bits": self.bits, "type": self.type, "block_size": self.block_size,
                 "double": self.double, "scale_dtype": self.scale_dtype, "version": VERSION}  # fmt: skip
 
     def quantizer(self, bits: int) -> Quantizer:
-        """The quantizer of the modules with so many bits."""
+        """Return the quantizer of the modules with `bits` bits."""
         return make_quantizer(self.type, bits, self.block_size, getattr(torch, self.scale_dtype), self.double)

@@ -1,4 +1,4 @@
-"""Type and shape of stored tensors."""
+"""Dtype and shape of stored tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Type and shape of a tensor that will be written."""
+    """Dtype and shape of a tensor to be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

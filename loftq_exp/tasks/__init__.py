@@ -1,7 +1,7 @@
-"""The tasks: what a model is fine-tuned on and how its answers are scored, one module a task.
+"""The tasks: what a model is fine-tuned on and how its answers are scored. One module per task.
 
-A module that is put here is found: each class with a `kind` of its own is the task of that `task.kind`. No module here
-imports torch before it is used, because the settings of a run are checked without it.
+Every module here is imported, and each class with a `kind` is the task of that `task.kind`. No module imports torch at
+import time, because the settings of a run are checked without it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 
 
 def task_settings(kind: str, **settings: Any) -> TaskConfig:
-    """The settings of the task `kind`: those given and the defaults of its dataclass. conf/task/ is not read.
+    """Return the settings of the task `kind`: those given, and the defaults of its dataclass. conf/task/ is not read.
 
-    Raises UserError for a setting that the task cannot have.
+    Raises UserError for an unknown setting or an invalid value.
     """
     return build(TaskConfig, {"kind": kind, **settings}, "task.")
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task that `config.kind` names. Reads no data yet: `Task.rows` does."""
+    """Return the task that `config.kind` names. No data is read until `Task.rows` is called."""
     return TASKS[config.kind](config)
 
 
 def pairs_that_fit() -> str:
-    """Each `model.kind` with the tasks that need it, as an error lists them."""
+    """Return each `model.kind` with the tasks that need it, for error messages."""
     kinds = [kind for kind in KINDS if any(task.model_kind == kind for task in TASKS.values())]
     return "; ".join(
         f"{kind} with {', '.join(name for name, task in TASKS.items() if task.model_kind == kind)}" for kind in kinds

@@ -1,4 +1,4 @@
-"""ANLI (Nie et al., 2020): inference written to fool models, in three rounds."""
+"""ANLI (Nie et al., 2020): adversarial natural language inference, in three rounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from loftq_exp.tasks.classification import Classification
 
 
 class Anli(Classification):
-    """Rows of `premise`, `hypothesis` and `label`; the three rounds are scored together and each alone (`accuracy_r1`)."""
+    """Rows of `premise`, `hypothesis` and `label`. The three rounds are scored together and separately (`accuracy_r1`)."""
 
     kind = "anli"
     columns = ("premise", "hypothesis")

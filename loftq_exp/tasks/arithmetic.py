@@ -1,4 +1,4 @@
-"""Worded problems of two or three steps in GSM8K's format, made from a seed: small enough for a demo on a laptop."""
+"""Word problems of two or three steps in GSM8K's format, generated from a seed. Small enough for a demo on a laptop."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from loftq_exp.tasks.gsm8k import GSM8K
 
 DEFAULT_ROWS: dict[Split, int] = {"train": 2000, "eval": 200}
 _EVAL_SHARE = 10
-"""About one problem in so many is an evaluation problem."""
+"""About one problem in this many is an evaluation problem."""
 _PATIENCE = 20_000
-"""Draws without a new problem after which a seed counts as exhausted."""
+"""Number of draws without a new problem after which a seed is exhausted."""
 _LARGEST = 200
-"""No result on the way or at the end is greater, so that the arithmetic stays within a small model's reach."""
+"""Upper bound of all intermediate and final results, to keep the arithmetic within a small model's reach."""
 
 # fmt: off
 NAMES = (
@@ -41,9 +41,9 @@ _OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul, "/": ope
 class Template:
     """A family of problems.
 
-    `question` is the text, with {name}, {friend}, {item} and the numbers by name. `ranges` maps each number to its
-    smallest and largest value. `steps` are lines such as "d = a x b pens in all": a result's name, the operation that
-    makes it and the words that follow it in the solution. The last result is the answer.
+    `question` is the text, with placeholders {name}, {friend}, {item} and the numbers' names. `ranges` maps each number to
+    its smallest and largest value. `steps` are lines such as "d = a x b pens in all": a result's name, its operation, and
+    the words that follow it in the solution. The last result is the answer.
     """
 
     question: str
@@ -104,23 +104,23 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class ArithmeticConfig(PromptConfig):
-    """What is generated, where no other data is given."""
+    """The settings of generated problems."""
 
-    data_seed: int = setting("seed of generated data", 0, ge=0, shapes=(), locates=(ADAPTER, SCORES))
+    data_seed: int = setting("random seed of the generated problems", 0, ge=0, shapes=(), locates=(ADAPTER, SCORES))
 
 
 class Arithmetic(GSM8K):
     """GSM8K's prompt, target and score on generated problems, or on `task.train_file` and `task.eval_file`.
 
-    The rows of a split depend on `task.data_seed` alone: asking for more rows adds to the end. Training and evaluation
-    problems never share a template with the same numbers, under whatever names, and not with other seeds either.
+    The rows of a split depend only on `task.data_seed`. A larger number of rows extends the same sequence. Training and
+    evaluation problems never share a template with the same numbers, whatever the names and seeds.
     """
 
     kind = "arithmetic"
     config: ArithmeticConfig
 
     def rows(self, split: Split) -> list[Row]:
-        """As `Task.rows`; generated problems are 2000 to train on and 200 to score unless a setting says how many."""
+        """As `Task.rows`. By default 2000 training and 200 evaluation problems are generated."""
         if not self.generates(split):
             return super().rows(split)
         count = self.limit(split) or DEFAULT_ROWS[split]
@@ -133,19 +133,19 @@ class Arithmetic(GSM8K):
         return rows
 
     def digest(self, split: Split) -> str:
-        """As `Task.digest`; for generated problems the digest of the rows themselves."""
+        """As `Task.digest`. For generated problems it is the digest of the rows."""
         if not self.generates(split):
             return super().digest(split)
         return "sha256:" + hashlib.sha256(json.dumps(self.rows(split)).encode()).hexdigest()
 
     def generates(self, split: Split) -> bool:
-        """Whether the problems of `split` are generated: neither a local file nor a data set on the hub is given."""
+        """Return whether the problems of `split` are generated: no local file and no Hub data set is given."""
         source = self.source(split)
         return not (source.file or source.dataset)
 
 
 def generate(split: Split, seed: int) -> Iterator[Row]:
-    """The problems of `split` under `seed`, each once, until no new one is found."""
+    """Yield the problems of `split` for `seed`, each once, until no new one is found."""
     rng = random.Random(seed)
     seen: set[str] = set()
     misses = 0
@@ -160,7 +160,7 @@ def generate(split: Split, seed: int) -> Iterator[Row]:
 
 
 def _problem(template: Template, rng: random.Random) -> tuple[Row, dict[str, int]]:
-    """A problem of `template` and the numbers that were drawn for it."""
+    """Draw a problem of `template`. Returns the row and its numbers."""
     results: dict[str, int] | None = None
     while results is None:
         numbers = {name: rng.randint(low, high) for name, (low, high) in template.ranges.items()}
@@ -176,13 +176,13 @@ def _problem(template: Template, rng: random.Random) -> tuple[Row, dict[str, int
 
 
 def _parts(step: str) -> tuple[str, str, str, str, str]:
-    """Result, left, sign, right and label of a step such as "d = a x b pens in all"."""
+    """Split a step such as "d = a x b pens in all" into result, left, sign, right and label."""
     result, _, left, sign, right, label = step.split(" ", 5)
     return result, left, sign, right, label
 
 
 def _solve(template: Template, numbers: dict[str, int]) -> dict[str, int] | None:
-    """`numbers` and the result of each step; None unless every result is a whole number from 1 to `_LARGEST`."""
+    """Return `numbers` and the result of each step. None unless every result is a whole number from 1 to `_LARGEST`."""
     values = dict(numbers)
     for step in template.steps:
         result, left, sign, right, _ = _parts(step)
@@ -194,6 +194,6 @@ def _solve(template: Template, numbers: dict[str, int]) -> dict[str, int] | None
 
 
 def _split_of(template: Template, numbers: dict[str, int]) -> Split:
-    """The one split to which a template with these numbers belongs, whatever the seed and the names."""
+    """Return the split of a template with these numbers. It does not depend on seed or names."""
     problem = json.dumps([template.question, numbers], sort_keys=True)
     return "eval" if hashlib.sha256(problem.encode()).digest()[0] % _EVAL_SHARE == 0 else "train"

@@ -1,8 +1,8 @@
-"""What a task is: rows of data, what a model is trained on and asked of them, and the scores of its answers.
+"""The interface of a task: rows of data, training features, requests to a model, and scores of its answers.
 
-Tasks differ in shape (a target to generate, a label, a span, running text), and a shape is a subclass of `Task` that says
-three things: `encode` (rows to training features), `requests` (what a model is asked when it is scored) and `score` (answers
-to numbers). Fine-tuning and evaluation know only these. No task touches a model: it asks through one of three requests.
+Tasks differ in shape (a target to generate, a label, a span, running text). A shape is a subclass of `Task` with three
+methods: `encode` (rows to training features), `requests` (what a model is asked in evaluation) and `score` (answers to
+numbers). Fine-tuning and evaluation use only these. A task never calls a model; it returns one of three kinds of request.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PART = "part"
-"""The key under which a row of several joined splits or files carries the name of its own."""
+"""The key that names the split or file of a row, if several are joined."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Something asked of a model, once for each of `features`; the answers come back in their order."""
+    """A request to a model for one answer per feature. The answers have the order of `features`."""
 
     what: str
-    """What is being done, in a few words for the progress display."""
+    """A short description for the progress display."""
     features: list[Features]
     notes: list[Any] = field(default_factory=list)
-    """What `Task.score` needs to know of each feature, where it is more than the row; the model does not see it."""
+    """One entry per feature with what `Task.score` needs beyond the row. Not passed to the model."""
 
 
 @dataclass(frozen=True)
 class Likelihood(Request):
-    """The negative log-likelihood of each feature's `labels`. Answers: `Nll`."""
+    """Request the negative log-likelihood of each feature's `labels`. Answers: `Nll`."""
 
 
 @dataclass(frozen=True)
 class Generation(Request):
-    """The text that the model writes for each feature's `input_ids`, without sampling. Answers: `Generated`."""
+    """Request the text generated for each feature's `input_ids`, without sampling. Answers: `Generated`."""
 
     max_new_tokens: int = 1
     num_beams: int = 1
@@ -53,27 +53,27 @@ class Generation(Request):
 
 @dataclass(frozen=True)
 class Outputs(Request):
-    """The model's outputs of the given names, such as `logits`. Answers: a tuple of float32 arrays, one for each name."""
+    """Request the model outputs with the given names, such as `logits`. Answers: a tuple of float32 arrays, one per name."""
 
     names: tuple[str, ...] = ("logits",)
 
 
 @dataclass(frozen=True)
 class Nll:
-    """The negative log-likelihood of one feature's labels: its sum in nats over `tokens` tokens, of which there may be none."""
+    """The negative log-likelihood of one feature's labels: the sum in nats over `tokens` tokens, which may be 0."""
 
     total: float
     tokens: int
 
     @property
     def mean(self) -> float | None:
-        """Nats a token; None where there is none."""
+        """Nats per token; None if there are no tokens."""
         return self.total / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote, special tokens left out, and how many tokens that took, the end of sequence included."""
+    """Generated text without special tokens, and its number of tokens including end of sequence."""
 
     text: str
     tokens: int
@@ -81,7 +81,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a split by name, and the samples that made them: predictions beside gold."""
+    """The scores of a split by name, and the samples behind them: predictions and gold answers."""
 
     scores: dict[str, float]
     samples: list[dict[str, Any]]
@@ -89,25 +89,25 @@ class Scored:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the results table: one score, or a few that are read together, as in "90.4/90.5"."""
+    """A column of the results table: one score, or several in one cell, as in "90.4/90.5"."""
 
     title: str
     scores: tuple[str, ...]
     form: str = "{:.1%}"
-    """How a score is written, as `str.format` takes it."""
+    """Format of a score, for `str.format`."""
     scale: float = 1.0
-    """What a score is multiplied by before it is written; 100 for scores that are published in points."""
+    """Factor applied before formatting; 100 for scores that are published in points."""
 
 
 TASKS: dict[str, type[Task]] = {}
-"""The task of each `task.kind`. A class enters itself when its module is imported."""
+"""The task class of each `task.kind`. A class is registered when its module is imported."""
 
 
 class Task(ABC):
-    """One task: its data, and how a model learns it and is scored on it.
+    """One task: its data, its training features and its scores.
 
-    A class with a `kind` is the task of that `task.kind`; one without is a shape that tasks have in common. The dataclass
-    that annotates `config` declares the settings of the task.
+    A class with a `kind` is the task of that `task.kind`. A class without one is a shape that several tasks share. The
+    dataclass that annotates `config` declares the settings of the task.
     """
 
     kind: ClassVar[str]
@@ -115,7 +115,7 @@ class Task(ABC):
     model_kind: ClassVar[str]
     """The `model.kind` that the task needs."""
     columns: tuple[str, ...]
-    """The columns that every row must fill with text."""
+    """The columns that must hold text in every row."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -129,17 +129,17 @@ class Task(ABC):
 
     @classmethod
     def settings(cls) -> type[TaskConfig]:
-        """The dataclass of the task's settings."""
+        """Return the dataclass of the task's settings."""
         found: type[TaskConfig] = typing.get_type_hints(cls)["config"]
         return found
 
     # The data ---------------------------------------------------------------------------------------------------------
 
     def rows(self, split: Split) -> list[Row]:
-        """The rows to train on or to score, in order: of each part, those that `limit` allows.
+        """Return the training or evaluation rows in order, at most `limit` per split or file.
 
-        Where `+` joins several splits or files, each row carries the name of its own under `PART`. Raises UserError, one
-        line, for data that cannot be read or used.
+        If `+` joins several splits or files, each row has the name of its own under `PART`. Raises UserError, one line, for
+        data that cannot be read or used.
         """
         parts = self.source(split).parts()
         rows = []
@@ -149,19 +149,19 @@ class Task(ABC):
         return rows
 
     def digest(self, split: Split) -> str:
-        """What identifies the data behind `rows(split)`, before the limit is applied; for provenance."""
+        """Return a digest of the data behind `rows(split)` before the limit is applied, for provenance."""
         return "+".join(data_digest(part) for part in self.source(split).parts())
 
     def source(self, split: Split) -> DataSource:
-        """Where the rows of `split` come from."""
+        """Return the source of the rows of `split`."""
         return DataSource.of(self.config, split)
 
     def limit(self, split: Split) -> int | None:
-        """The most rows of each part of `split` to use; None: all."""
+        """Return the maximum number of rows per part of `split`. None: all."""
         return self.config.max_train_samples if split == "train" else self.config.max_eval_samples
 
     def flaw(self, row: Row) -> str | None:
-        """What makes `row` unusable, in words that go on from "line 7 ..."; None for a sound row."""
+        """Return why `row` is unusable, as the continuation of "line 7 ...". None for a valid row."""
         for column in self.columns:
             if column not in row:
                 return missing_column(row, column)
@@ -177,56 +177,56 @@ class Task(ABC):
         return None
 
     def with_line_feeds(self, row: Row) -> Row:
-        """A sound row with the line ends of its texts as LF."""
+        """Return a valid row with the line ends of its texts converted to LF."""
         return row | {column: with_line_feeds(row[column]) for column in self.columns}
 
     # The model --------------------------------------------------------------------------------------------------------
 
     @property
     def num_labels(self) -> int | None:
-        """Outputs of the classification head that the task needs: 1 is regression; None: the task needs no such head."""
+        """Number of classification head outputs; 1 means regression, None that the task needs no such head."""
         return None
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """What a model is trained on: features with labels, not necessarily one for each row. May raise UserError."""
+        """Return the training features with labels, not necessarily one per row. May raise UserError."""
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        """What makes batches of `encode`'s features; heeds `task.pad_to_max_length`."""
+        """Return the collator for the features of `encode`. It applies `task.pad_to_max_length`."""
         return Collator(pad_token_id(tokenizer), self.lengths if self.config.pad_to_max_length else {})
 
     @property
     @abstractmethod
     def lengths(self) -> dict[str, int]:
-        """The length of a feature at most, for `input_ids` and, where they have another one, for `labels`."""
+        """The maximum length of a feature's `input_ids` and, if it differs, of its `labels`."""
 
     @property
     def length_settings(self) -> tuple[str, ...]:
-        """The settings of the task that limit what a model reads and writes, as an error names them."""
+        """The names of the settings that limit input and output length, for error messages."""
         return tuple(name for name in ("max_source_length", "max_target_length") if hasattr(self.config, name))
 
     @abstractmethod
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """What a model is asked in order to score it on `rows`. May raise UserError."""
+        """Return the requests whose answers score a model on `rows`. May raise UserError."""
 
     @abstractmethod
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
-        """The scores of a model that gave `answers`: a list for each of `requests`, an answer for each of its features."""
+        """Return the scores of a model's `answers`: one list per request, one answer per feature."""
 
     @property
     @abstractmethod
     def table(self) -> tuple[Column, ...]:
-        """The columns of the results table that show the task's scores."""
+        """The columns of the results table with the task's scores."""
 
 
 def missing_column(row: Row, column: str) -> str:
-    """The flaw of a row without `column`."""
+    """Return the flaw of a row without `column`."""
     found = ", ".join(map(str, row)).encode(errors="backslashreplace").decode()
     return f"has no column '{column}' (found: {found or 'none'})"
 
 
 def _lone_surrogate(text: str) -> str | None:
-    """The first half of a character that stands in `text` without the other half, as JSON's escapes allow; else None."""
+    """Return the first lone surrogate in `text`, as JSON escapes allow, or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -235,9 +235,9 @@ def _lone_surrogate(text: str) -> str | None:
 
 
 def mean_nll(answers: Sequence[Nll]) -> float:
-    """Nats a token over all answers, so that a long one weighs more than a short one.
+    """Return nats per token over all answers, so that longer answers weigh more.
 
-    Raises UserError where no token of any could be scored.
+    Raises UserError if no answer has a token that can be scored.
     """
     tokens = sum(answer.tokens for answer in answers)
     if not tokens:

@@ -1,4 +1,4 @@
-"""The shape of a task that a head answers: one label, or one number, for a text or a pair of texts."""
+"""The shape of a task answered by a head: one label or one number for a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassificationConfig(SourceLength, TaskConfig):
-    """The settings of a task of this shape."""
+    """The settings of a classification task."""
 
 
 class Classification(Task):
     """Rows of one or two texts (`columns`) and a `label`.
 
-    A subclass sets `columns` and either `labels` or `bounds`, and the `metrics` of loftq_exp.metrics that score it. Each is
-    a score of its own name; where `+` joined several splits or files, `NAME_PART` is that of one of them.
+    A subclass sets `columns`, either `labels` or `bounds`, and the `metrics` of loftq_exp.metrics. Each metric is a score of
+    its own name. If `+` joins several splits or files, `NAME_PART` is the score of one of them.
     """
 
     model_kind = "classification"
     config: ClassificationConfig
     labels: tuple[str, ...] = ()
-    """What each label 0, 1, ... means; none: the label is a number between `bounds`, and the task regression."""
+    """The meaning of labels 0, 1, ...; empty: regression, the label is a number between `bounds`."""
     bounds: tuple[float, float] = (0.0, 1.0)
     metrics: tuple[str, ...] = ("accuracy",)
 
     @property
     def num_labels(self) -> int:
-        """One output a label; 1 for regression."""
+        """One output per label; 1 for regression."""
         return len(self.labels) or 1
 
     def flaw(self, row: Row) -> str | None:
-        """As `Task.flaw`; the label must also be one of the task's."""
+        """As `Task.flaw`. The label must also be valid for the task."""
         problem = super().flaw(row)
         if problem:
             return problem
@@ -62,16 +62,16 @@ class Classification(Task):
 
     def _gold(self, row: Row) -> float:
         label = _label(row, bool(self.labels))
-        assert label is not None  # `flaw` saw to it
+        assert label is not None  # checked by `flaw`
         return label
 
     @property
     def lengths(self) -> dict[str, int]:
-        """The texts of a row stand in one sequence."""
+        """The texts of a row form one sequence."""
         return {"input_ids": self.config.max_source_length}
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """The texts of each row with the tokenizer's own special tokens, the longer one cut first, and its label."""
+        """Return the texts of each row with the tokenizer's special tokens, the longer text truncated first, and its label."""
         features = self._features(rows, tokenizer)
         return [feature | {"labels": self._gold(row)} for feature, row in zip(features, rows, strict=True)]
 
@@ -81,11 +81,11 @@ class Classification(Task):
         return [{name: ids[index] for name, ids in encoded.items()} for index in range(len(rows))]
 
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """The head's outputs for each row."""
+        """Request the head's outputs for each row."""
         return [Outputs("labels", self._features(rows, tokenizer))]
 
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
-        """Each of `metrics`, over all rows and over each part; a sample is the texts, predicted, gold and correct."""
+        """Return each of `metrics` over all rows and per part. A sample is the texts, predicted, gold and correct."""
         predicted = [int(logits.argmax()) if self.labels else float(logits[0]) for (logits,) in answers[0]]
         gold = [self._gold(row) for row in rows]
         scores = self._measured(predicted, gold)
@@ -97,7 +97,7 @@ class Classification(Task):
         return Scored(scores, samples)
 
     def _measured(self, predicted: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
-        from loftq_exp import metrics  # here, because it takes a second
+        from loftq_exp import metrics  # imported here, because it takes a second
 
         return metrics.compute(self.metrics, predicted, gold)
 
@@ -109,13 +109,13 @@ class Classification(Task):
         return sample | meanings | {"correct": predicted == gold}
 
     def _parts(self) -> list[str]:
-        """The names of the parts that are also scored alone; none where there is but one."""
+        """The names of the parts that are also scored separately; empty for a single part."""
         parts = self.source("eval").parts()
         return [part.name for part in parts] if len(parts) > 1 else []
 
     @property
     def table(self) -> tuple[Column, ...]:
-        """One column of all metrics, as papers print them ("89.9/93.6"); beside it one of the parts, where there are any."""
+        """One column with all metrics, as papers print them ("89.9/93.6"), and one with the parts if there are several."""
         whole = Column("/".join(self.metrics), self.metrics, "{:.1f}", 100)
         if not self._parts():
             return (whole,)
@@ -128,9 +128,9 @@ _DECIMAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def _label(row: Row, whole: bool) -> float | None:
-    """The row's label as a number, a whole one if so asked; None where it is none.
+    """Return the row's label as a number, or as a whole number if `whole`. None if it is not one.
 
-    A .csv file holds it as text, and 1 as "1.0" where its column was one of floats.
+    A .csv file holds labels as text, and 1 as "1.0" if the column held floats.
     """
     value = row["label"]
     if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""Rows of a task, from a local .json, .jsonl, .csv or plain text file or from a data set on the hub.
+"""Reading rows from a local .json, .jsonl, .csv or plain text file, or from a data set on the Hub.
 
-Local files are read by hand so that a refusal can say on which line a file is wrong.
+Local files are parsed here, so that an error can name the line.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from loftq_exp.errors import UserError
 Row = dict[str, Any]
 Split = Literal["train", "eval"]
 LocatedRow = tuple[str, Any]
-"""Where a row stands ("line 7", or "row 7" where lines are not known), and the row, not yet checked."""
+"""The place of a row ("line 7", or "row 7" if lines are unknown), and the row, not yet checked."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where the rows of one split come from: `file` if it is given, `dataset` on the hub otherwise."""
+    """The source of the rows of one split: `file` if it is given, otherwise `dataset` on the Hub."""
 
     split: Split
     file: str | None
@@ -37,11 +37,11 @@ class DataSource:
     dataset_split: str
     dataset_revision: str | None = None
     text_column: str | None = None
-    """The column that the lines of a .txt file fill; None: the task reads no plain text."""
+    """The column for the lines of a .txt file; None: the task reads no plain text."""
 
     @classmethod
     def of(cls, config: TaskConfig, split: Split) -> DataSource:
-        """The source of `split` as the task's settings say."""
+        """Return the source of `split` in the task's settings."""
         training = split == "train"
         return cls(
             split=split,
@@ -53,9 +53,9 @@ class DataSource:
         )
 
     def parts(self) -> list[DataSource]:
-        """The sources that `+` joins in this one, in order; a single file whose name holds a `+` stays one source.
+        """Return the sources joined by `+`, in order. An existing file whose name contains `+` is one source.
 
-        Raises UserError where two of them have the same name, or one has none.
+        Raises UserError if two of them have the same name or one has none.
         """
         whole = self.file or self.dataset_split
         if "+" not in whole or (self.file and local_path(self.file).exists()):
@@ -66,19 +66,19 @@ class DataSource:
         if len(set(names)) < len(names) or "" in names:
             name = self.file_setting if self.file else f"task.{self.split}_split"
             raise UserError(
-                f"{name}={whole}: its parts are told apart by the last word of their names, here "
-                f"{', '.join(names)}; give parts with different ones, such as x_matched+x_mismatched"
+                f"{name}={whole}: the last words of its parts' names must differ, and are "
+                f"{', '.join(names)}; rename the parts, as in x_matched+x_mismatched"
             )
         return parts
 
     @property
     def name(self) -> str:
-        """The source among those that it is joined with: the last word of its split or file ("r1" of "test_r1")."""
+        """The source's name among joined sources: the last word of its split or file ("r1" of "test_r1")."""
         return (self.dataset_split if self.file is None else Path(self.file).stem).rpartition("_")[2]
 
     @property
     def formats(self) -> str:
-        """The files that can be read, as an error lists them."""
+        """The supported file formats, for error messages."""
         return ".json, .jsonl, .csv or .txt" if self.text_column else ".json, .jsonl or .csv"
 
     @property
@@ -88,7 +88,7 @@ class DataSource:
 
     @property
     def label(self) -> str:
-        """The source as an error names it: setting and value."""
+        """The source as setting and value, for error messages."""
         if self.file:
             return f"{self.file_setting}={self.file}"
         config = f", task.dataset_config={self.dataset_config}" if self.dataset_config else ""
@@ -96,10 +96,10 @@ class DataSource:
 
 
 def read_rows(source: DataSource, flaw: Callable[[Row], str | None], limit: int | None = None) -> list[Row]:
-    """The first `limit` rows of `source`, or all; `flaw(row)` says what makes a row unusable, or None.
+    """Return the first `limit` rows of `source`, or all. `flaw(row)` returns why a row is unusable, or None.
 
-    Raises UserError, one line that names the setting, its value, the place and what to do, for a file that is missing,
-    unreadable, empty or malformed, for a data set that cannot be loaded, and for the first row with a flaw.
+    Raises UserError for a file that is missing, unreadable, empty or malformed, for a data set that cannot be loaded, and
+    for the first row with a flaw. The error is one line that names the setting, its value, the place and what to do.
     """
     rows = []
     for place, row in islice(_file_rows(source) if source.file else _hub_rows(source), limit):
@@ -117,9 +117,9 @@ def read_rows(source: DataSource, flaw: Callable[[Row], str | None], limit: int 
 
 
 def data_digest(source: DataSource) -> str:
-    """`sha256:` and the digest of a local file's bytes, or `fingerprint:` and that of the hub's data set.
+    """Return `sha256:` with the digest of a local file's bytes, or `fingerprint:` with that of a Hub data set.
 
-    Raises UserError where the data cannot be read.
+    Raises UserError if the data cannot be read.
     """
     if source.file:
         return "sha256:" + hashlib.sha256(_file_bytes(source)).hexdigest()
@@ -127,7 +127,7 @@ def data_digest(source: DataSource) -> str:
 
 
 def shown(value: object) -> str:
-    """`value` as a message shows it: one short line, however long or deep the value is."""
+    """Return `value` as one short line for messages, however long or deep the value is."""
     return _SHORT.repr(value)[:_SHOWN]
 
 
@@ -136,11 +136,11 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 2 * _SHOWN, 2 * _SHOWN, 2 * _SHOWN
 
 _LINE_END = re.compile("\r\n?|\n")
-"""Where a line of a file ends, whatever the system that wrote it. Unicode's other separators may stand within a text."""
+"""Line ends of all systems. Other Unicode separators may occur inside a text."""
 
 
 def with_line_feeds(text: str) -> str:
-    """`text` with each line end (CR LF, or CR alone) as LF, so that it makes the same tokens on every system."""
+    """Return `text` with each line end (CR LF, or CR) as LF, so that it has the same tokens on every system."""
     return _LINE_END.sub("\n", text) if "\r" in text else text
 
 
@@ -156,7 +156,7 @@ def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
         return ((f"line {n}", {source.text_column: line}) for n, line in enumerate(_LINE_END.split(text), start=1))
     if extension == ".csv":
         return _csv_rows(source, text)
-    # Many .json files of data sets hold one object a line, as .jsonl files do; only an array is one document.
+    # Many .json files hold one object per line, like .jsonl files. Only an array is one document.
     is_array = extension == ".json" and text.lstrip().startswith("[")
     return _json_array_rows(source, text) if is_array else _json_line_rows(source, text)
 
@@ -195,14 +195,14 @@ def _file_text(source: DataSource) -> str:
 
 
 def _line_of(before: str) -> int:
-    """The number of the line that follows the text `before`."""
+    """Return the number of the line that follows the text `before`."""
     return len(_LINE_END.findall(before)) + 1
 
 
 def _json_line_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
     is_json = Path(source.file or "").suffix.lower() == ".json"
     expected = f"{'an array of JSON objects or ' if is_json else ''}one JSON object a line"
-    # Not splitlines(): it also breaks at U+2028 and its kin, which JSON allows within a string.
+    # Not splitlines(), which also splits at U+2028 and similar separators that JSON allows inside a string.
     for number, line in enumerate(_LINE_END.split(text), start=1):
         if line.strip():
             yield f"line {number}", _parsed_json(source, line, number, expected)
@@ -214,7 +214,7 @@ def _json_array_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
 
 
 def _parsed_json(source: DataSource, text: str, first_line: int, expected: str) -> Any:
-    """The value of `text`, which starts on line `first_line` of the file."""
+    """Return the JSON value of `text`, which starts on line `first_line` of the file."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -228,7 +228,7 @@ def _parsed_json(source: DataSource, text: str, first_line: int, expected: str) 
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object. Raises ValueError where it has a name twice: which of the two is meant, nothing says."""
+    """Return a JSON object. Raises ValueError for a duplicate name, which is ambiguous."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"{shown(_twice([name for name, _ in pairs]))} stands twice in an object")
@@ -247,14 +247,14 @@ def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
         while (cells := _next_cells(reader, len(text))) is not None:
             if not header:
                 header = cells
-                named = [name for name in header if name]  # exports often have a column without a name, or several
+                named = [name for name in header if name]  # exports often have unnamed columns
                 if len(set(named)) < len(named):
                     raise csv.Error(f"the header has column {shown(_twice(named))} twice")
-            elif cells:  # a blank line has none
+            elif cells:  # a blank line has no cells
                 if len(cells) != len(header):
                     raise csv.Error(f"{len(cells)} cells where the header has {len(header)}")
                 yield f"line {line}", dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1  # a quoted cell may span lines; a row is named by its first
+            line = reader.line_num + 1  # a quoted cell may span lines; a row is located by its first line
     except csv.Error as error:
         raise UserError(
             f"{source.label}: line {line} is malformed ({error}); give one row a line under a header line"
@@ -262,8 +262,8 @@ def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
 
 
 def _next_cells(reader: Iterator[list[str]], longest: int) -> list[str] | None:
-    """The next row's cells, of `longest` characters at most; None at the end."""
-    limit = csv.field_size_limit(longest)  # the module has one for all readers, 128 KiB unless set
+    """Return the next row's cells, each of at most `longest` characters. None at the end."""
+    limit = csv.field_size_limit(longest)  # a global of the csv module, 128 KiB by default
     try:
         return next(reader, None)
     finally:
@@ -279,14 +279,14 @@ def _hub_rows(source: DataSource) -> Iterator[LocatedRow]:
 
 
 def _hub_dataset(source: DataSource) -> Any:
-    """The `datasets.Dataset` of `source`, from the hub or from the library's own cache of it."""
+    """Return the `datasets.Dataset` of `source`, from the Hub or from the library's cache."""
     remedy = f"give {source.file_setting}=FILE ({source.formats}) with the same columns"
     if not source.dataset:
         raise UserError(
             f"{source.file_setting}=null: there is neither a local file nor a data set to read; "
             f"{remedy}, or task.dataset=HUB_ID"
         )
-    import datasets  # here, because it takes a second and local files do without it
+    import datasets  # imported here: it takes a second and local files do not need it
 
     try:
         return datasets.load_dataset(
@@ -297,7 +297,7 @@ def _hub_dataset(source: DataSource) -> Any:
             f"{source.label}: the hub cannot be reached ({error}); check the network and HF_HUB_OFFLINE, or {remedy}"
         ) from error
     except Exception as error:
-        # Whatever else the library raises (no such data set, configuration or split; gated; damaged) is about the data.
+        # Other errors of the library (unknown data set, configuration or split; gated; damaged) concern the data.
         raise UserError(
             f"{source.label}: the data set cannot be loaded ({error}); check these settings, or {remedy}"
         ) from error

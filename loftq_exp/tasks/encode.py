@@ -1,4 +1,4 @@
-"""From prompts and targets to the token ids that a causal model trains on, and from any features to padded batches."""
+"""Encoding of prompts and targets for causal models, and collation of features into padded batches."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from loftq_exp.tasks.generation import PromptConfig, PromptTask
 
 Features = dict[str, Any]
-"""What a model reads of one example, by argument name: lists of ids (`input_ids`, ...), or one number (a label)."""
+"""The model inputs of one example by argument name: lists of ids (`input_ids`, ...), or one number (a label)."""
 
 IGNORED = -100
-"""The label that the loss skips, as torch and transformers define it."""
+"""The label that the loss ignores, as in torch and transformers."""
 
 
 def encode(
     task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
 ) -> dict[str, list[int]]:
-    """One training row: `input_ids` = prompt + target, `labels` the same with the prompt replaced by -100.
+    """Return one training row: `input_ids` = prompt + target, and `labels` with the prompt replaced by -100.
 
-    Both are made from the same two lists of ids. Tokenizing prompt + target as one string could merge tokens across the
-    seam, and the length of the prompt alone would then mask or free a few target tokens.
+    Prompt and target are tokenized separately. Tokenizing them as one string could merge tokens across the boundary, and
+    the mask would then cover the wrong tokens.
 
-    Returns two lists of equal length, at most `max_source_length + max_target_length`. Raises UserError if the
-    tokenizer has no end-of-sequence token.
+    Both lists have the same length, at most `max_source_length + max_target_length`. Raises UserError if the tokenizer has
+    no end-of-sequence token.
     """
     prompt = encode_prompt(task, row, tokenizer, config)
     target = encode_target(task, row, tokenizer, config)
@@ -39,37 +39,37 @@ def encode(
 
 
 def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[int]:
-    """The prompt's ids, `max_source_length` at most, for training and for generation alike.
+    """Return the prompt's ids, at most `max_source_length`, for training and generation.
 
-    They begin with the beginning-of-sequence token where the tokenizer adds one by itself. A prompt that is too long
-    loses tokens at its start: its end holds what is asked and how to answer.
+    They begin with the beginning-of-sequence token if the tokenizer adds one. A prompt that is too long is truncated at its
+    start, because its end holds the question and the instruction.
     """
     start = _start_ids(tokenizer)
     ids = _ids(tokenizer, task.prompt(row))
-    room = max(0, config.max_source_length - len(start))
-    return start + ids[max(0, len(ids) - room) :]
+    available = max(0, config.max_source_length - len(start))
+    return start + ids[max(0, len(ids) - available) :]
 
 
 def encode_target(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[int]:
-    """The target's ids and the end-of-sequence token, cut after `max_target_length` ids (then without that token)."""
+    """Return the target's ids and the end-of-sequence token, truncated to `max_target_length` ids in all."""
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, so that a model could "
-            "not learn to stop; use a model whose tokenizer_config.json names an eos_token"
+            f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, without which a model cannot "
+            "learn to stop; use a model whose tokenizer_config.json names an eos_token"
         )
     return [*_ids(tokenizer, task.target(row)), tokenizer.eos_token_id][: config.max_target_length]
 
 
 def padding_candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that may pad, the best first: none is missed in a text, and what is padding is masked."""
+    """Return the ids that may serve as pad token, best first. Padding is masked, so any of them is safe."""
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     return [int(token_id) for token_id in found if token_id is not None]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the tokenizer's pad token, or else its end-of-sequence or unknown token.
+    """Return the id to pad with: the tokenizer's pad token, or else its end-of-sequence or unknown token.
 
-    Never a new token: it would resize the embeddings, and adapters trained with them would not load without them.
+    No token is added, because that would resize the embeddings, and adapters would not load without the resized ones.
     Raises UserError if the tokenizer has none of the three.
     """
     found = padding_candidates(tokenizer)
@@ -83,33 +83,33 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads features to one length and makes a batch of them.
+    """Pads features to one length and stacks them into a batch.
 
-    Labels of padding are -100. What is padding follows from the features' lengths and never from comparing ids with
-    `pad_token_id`, which may also be the end-of-sequence token at the end of every target.
+    Labels of padding are -100. Padding is determined from the features' lengths, not by comparing ids with `pad_token_id`,
+    which may also be the end-of-sequence token of every target.
     """
 
     pad_token_id: int
     lengths: Mapping[str, int] = field(default_factory=dict)
-    """Tokens to pad `input_ids` and all that goes with them to, and `labels`; where it is not given, the longest."""
+    """Lengths to pad to: of `input_ids` and parallel inputs, and of `labels`. Default: the longest feature."""
     side: Literal["left", "right"] = "right"
-    """Where the padding goes: right for training, left for a decoder to go on writing."""
+    """Padding side: right for training, left for generation with a decoder."""
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """A tensor for each argument, and `attention_mask`.
+        """Return one tensor per argument, and `attention_mask`.
 
-        Lists become int64 of shape (features, length), numbers int64 or, where they are float, float32 of shape
+        Lists become int64 of shape (features, length). Numbers become int64, or float32 if they are floats, of shape
         (features,).
         """
         filled = [{"attention_mask": [1] * len(feature["input_ids"]), **feature} for feature in features]
         return {name: self._tensor(name, [feature[name] for feature in filled]) for name in filled[0]}
 
     def _tensor(self, name: str, values: Sequence[Any]) -> torch.Tensor:
-        import torch  # here, because the settings of tasks are checked without it
+        import torch  # imported here, because settings are checked without torch
 
         if not isinstance(values[0], list):
             return torch.tensor(values)
-        # Labels of an encoder-decoder have a length of their own.
+        # Labels of an encoder-decoder have their own length.
         length = self.lengths.get("labels" if name == "labels" else "input_ids") or max(map(len, values))
         filler = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.tensor([self._padded(ids, filler, length) for ids in values], dtype=torch.long)
@@ -120,7 +120,7 @@ class Collator:
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence id where the tokenizer puts it before a text by itself, else nothing."""
+    """Return the beginning-of-sequence id if the tokenizer prepends it, else an empty list."""
     if tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []

@@ -1,4 +1,4 @@
-"""The shape of a task that a decoder answers in words: a prompt, the target to go on with, a judgement of what came."""
+"""The shape of a generation task for a decoder: a prompt, a target, and a judgement of the generated text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptConfig(TargetLength, SourceLength, TaskConfig):
-    """The settings of a task of this shape."""
+    """The settings of a generation task."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A model's answer beside the gold one. `predicted` is None where the model's text holds no answer."""
+    """A model's answer and the gold answer. `predicted` is None if the generated text holds no answer."""
 
     predicted: float | None
     gold: float | None
@@ -32,10 +32,10 @@ class Judgement:
 
 
 class PromptTask(Task):
-    """A task for a causal model. A subclass names its columns and says what prompt, target and judgement a row makes.
+    """A task for a causal model. A subclass defines its columns and the prompt, target and judgement of a row.
 
-    Scores: `nll`, nats a token of the gold targets, cut as in training; `accuracy`, the share of rows whose greedy
-    continuation, `max_target_length` tokens at most, is judged correct.
+    Scores: `nll`, nats per token of the gold targets, truncated as in training; `accuracy`, the share of rows whose greedy
+    continuation, at most `max_target_length` tokens, is judged correct.
     """
 
     model_kind = "causal"
@@ -43,28 +43,28 @@ class PromptTask(Task):
 
     @abstractmethod
     def prompt(self, row: Row) -> str:
-        """The text that the model is given."""
+        """Return the text that the model is given."""
 
     @abstractmethod
     def target(self, row: Row) -> str:
-        """The text that the model should go on with, without the end-of-sequence token."""
+        """Return the expected continuation, without the end-of-sequence token."""
 
     @abstractmethod
     def judge(self, row: Row, generated: str) -> Judgement:
-        """The model's own continuation `generated` (without the prompt) against the row's gold answer."""
+        """Compare the continuation `generated` (without the prompt) with the row's gold answer."""
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """Prompt and target of each row, loss on the target only."""
+        """Return prompt and target of each row, with the loss on the target only."""
         return [encode(self, row, tokenizer, self.config) for row in rows]
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Prompt and target stand in one sequence."""
+        """Prompt and target form one sequence."""
         both = self.config.max_source_length + self.config.max_target_length
         return {"input_ids": both, "labels": both}
 
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """The likelihood of the gold targets, and what the model writes by itself."""
+        """Request the likelihood of the gold targets, and greedy continuations of the prompts."""
         prompts = [{"input_ids": encode_prompt(self, row, tokenizer, self.config)} for row in rows]
         return [
             Likelihood("likelihood of the gold solutions", self.encode(rows, tokenizer)),
@@ -72,7 +72,7 @@ class PromptTask(Task):
         ]
 
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
-        """`nll` and `accuracy`; a sample is prompt, target, generated, predicted, gold, correct and its own nll."""
+        """Return `nll` and `accuracy`. A sample is prompt, target, generated, predicted, gold, correct and its own nll."""
         likelihoods, texts = answers
         samples = []
         for row, nll, generated in zip(rows, likelihoods, texts, strict=True):

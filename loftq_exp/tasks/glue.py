@@ -1,4 +1,4 @@
-"""GLUE (Wang et al., 2019): nine tasks of understanding a sentence or a pair; `task.name` says which."""
+"""GLUE (Wang et al., 2019): nine tasks on a sentence or a pair of sentences. `task.name` selects one."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ METRICS: dict[str, tuple[str, ...]] = {
     "qqp": ("accuracy", "f1"),
     "stsb": ("pearson", "spearman"),
 }
-"""GLUE's own metrics; accuracy where nothing stands here."""
+"""GLUE's own metrics; accuracy for names not listed here."""
 MNLI_SPLITS = "validation_matched+validation_mismatched"
 
 
 @dataclass(frozen=True)
 class GlueConfig(ClassificationConfig):
-    """The settings of any classification, and which of the nine."""
+    """The settings of a classification task, with the nine names of GLUE."""
 
     names = tuple(COLUMNS)
 
@@ -50,12 +50,12 @@ class GlueConfig(ClassificationConfig):
 class Glue(Classification):
     """The data set of GLUE that `task.name` names, with the columns and labels of nyu-mll/glue and GLUE's metrics.
 
-    MNLI is scored on both its validation sets, together and each alone: `accuracy_matched`, `accuracy_mismatched`.
+    MNLI is scored on both its validation sets, together and separately: `accuracy_matched`, `accuracy_mismatched`.
     """
 
     kind = "glue"
     config: GlueConfig
-    bounds = (0.0, 5.0)  # of STS-B, the one with numbers
+    bounds = (0.0, 5.0)  # of STS-B, the only regression task
 
     def __init__(self, config: GlueConfig) -> None:
         super().__init__(config)
@@ -64,7 +64,7 @@ class Glue(Classification):
         self.metrics = METRICS.get(name, ("accuracy",))
 
     def source(self, split: Split) -> DataSource:
-        """As `Task.source`; MNLI has two validation splits in place of one."""
+        """As `Task.source`. MNLI has two validation splits instead of one."""
         source = super().source(split)
         if self.config.name == "mnli" and source.dataset_split == "validation":
             return dataclasses.replace(source, dataset_split=MNLI_SPLITS)

@@ -9,20 +9,20 @@ from loftq_exp.tasks.numbers import numbers, only_number
 INSTRUCTION = "Think about this step by step, and give the final number at the end."
 ANSWER_MARK = "The final answer is: "
 GOLD_MARK = "####"
-"""What stands before the final number in GSM8K's own answers."""
+"""The mark before the final number in GSM8K's own answers."""
 
 
 class GSM8K(PromptTask):
     """Rows of a `question` and an `answer`: the worked solution, its last line `#### N`.
 
-    The target keeps the solution as it is, its `<<48/2=24>>` annotations included, as the official code does.
+    The target is the unchanged solution with its `<<48/2=24>>` annotations, as in the official code.
     """
 
     kind = "gsm8k"
     columns = ("question", "answer")
 
     def flaw(self, row: Row) -> str | None:
-        """As `Task.flaw`; an answer must also end in one number that can be read for certain, the same one in the target."""
+        """As `Task.flaw`. An answer must also end in one unambiguous number, which must be the target's final number."""
         problem = super().flaw(row)
         if problem is not None:
             return problem
@@ -40,35 +40,35 @@ class GSM8K(PromptTask):
         return None
 
     def prompt(self, row: Row) -> str:
-        """The question and, on a line of its own, the request to work step by step towards a number."""
+        """Return the question and, on its own line, the instruction to work step by step towards a number."""
         return f"{row['question']}\n{INSTRUCTION}\n"
 
     def target(self, row: Row) -> str:
-        """The solution with `####`, the last one if there are several, replaced by `The final answer is: `.
+        """Return the solution with its last `####` replaced by `The final answer is: `.
 
-        GSM8K puts a blank after `####`, so that two stand before the number: kept, because the published adapters were
-        trained on exactly this text and the gold log-likelihood depends on it.
+        GSM8K has a space after `####`, so that two spaces precede the number. They are kept, because the published adapters
+        were trained on exactly this text and the gold log-likelihood depends on it.
         """
         return ANSWER_MARK.join(str(row["answer"]).rsplit(GOLD_MARK, 1))
 
     def judge(self, row: Row, generated: str) -> Judgement:
-        """Whether the final number of `generated` equals the gold one, as numbers ("18" equals "18.0")."""
+        """Compare the final number of `generated` with the gold number, by value ("18" equals "18.0")."""
         predicted = final_number(generated)
         gold = final_number(self.target(row))
         return Judgement(predicted, gold, correct=predicted is not None and predicted == gold)
 
 
 def _gold_line(row: Row) -> str:
-    """What stands after the last `####`, on the first line that is not empty."""
+    """Return the first line after the last `####` that is not empty."""
     _, mark, rest = str(row["answer"]).rpartition(GOLD_MARK)
     return next((line.strip() for line in rest.splitlines() if line.strip()), "") if mark else ""
 
 
 def final_number(text: str) -> float | None:
-    """The number that `text` gives as its answer, or None.
+    """Return the number that `text` gives as its answer, or None.
 
-    It is the first one after the first `The final answer is: `; where there is none, the last one of the text. None
-    stands for no number, or for one that `numbers` cannot read: never infinity, which would equal another infinity.
+    It is the first number after the first `The final answer is: `, or else the last number of the text. None means that
+    there is no number, or that `numbers` cannot read it. The result is never infinite, since infinities compare equal.
     """
     for number in numbers(text.partition(ANSWER_MARK)[2]):
         return number

@@ -1,8 +1,8 @@
-"""Numbers in running text: what each is worth, or that it cannot be read for certain.
+"""Parsing of numbers in running text. Ambiguous numbers are reported as such.
 
-Plain numbers are those of GSM8K's official code, `-?\\d+\\.?\\d*` with commas in thousands. Beyond them: `.5`, signs of any
-dash and apart from their number (`- 5`, `-$5`), fractions and mixed numbers (`1/2`, `3 1/2`, `3½`), exponents (`1e3`), and
-blanks or apostrophes in thousands (`1 000`). What could be two numbers (`3,5`) is none.
+Plain numbers are those of GSM8K's official code, `-?\\d+\\.?\\d*` with commas between thousands. In addition: `.5`, any dash
+as a sign, also apart from its number (`- 5`, `-$5`), fractions and mixed numbers (`1/2`, `3 1/2`, `3½`), exponents (`1e3`),
+and spaces or apostrophes between thousands (`1 000`). Text that could be two numbers (`3,5`) is not a number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 _BLANK = r"[ \t\u00a0\u2000-\u200a\u202f\u205f\u3000]"
-"""Blanks within a line, those that do not break among them."""
+"""Spaces within a line, including no-break spaces."""
 _DASH = r"[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]"
 _CURRENCY = r"\\?[$\u00a2-\u00a5\u20a0-\u20cf]"
 _SLASH = rf"{_BLANK}?[/\u2044\u2215]{_BLANK}?"
@@ -35,36 +35,36 @@ _GOES_ON = re.compile(
     rf"[.,:'’_\u066b\u066c\uff0c\uff0e]\d|\^|{_SLASH}\d|{_BLANK}*[x×*·]{_BLANK}*10{_BLANK}*(?:\^|\*\*|[⁰¹²³⁴-⁹⁻])"
     rf"|{_BLANK}+and{_BLANK}+(?:a|one|two|three){_BLANK}+(?:hal|third|quarter)",
 )
-"""What after a number makes it another one: `1.2.3`, `3,5`, `10:30`, `2^5`, `3 x 10^2`, `3 and a half`."""
+"""Text after a number that changes its value: `1.2.3`, `3,5`, `10:30`, `2^5`, `3 x 10^2`, `3 and a half`."""
 _CAME_BEFORE = re.compile(r"(?:\d[.,/'’_]|\^)$")
-"""The same from the other side. In `Week 3:210` the second number is one of its own."""
+"""Text before a number that changes its value. In `Week 3:210` the second number stands alone."""
 _SCALE = re.compile(rf"{_BLANK}*(?:hundred|thousand|million|billion|trillion|lakh|crore)s?\b|(?:[kK]|[mb]n|[MB])\b")
-"""What multiplies the number before it, or is its unit: a question may ask for "how many million"."""
+"""A multiplier or unit after a number. A question may ask for "how many million"."""
 _VULGAR = re.compile(r"(?P<whole>(?<=\d))?(?P<sign>[¼-¾⅐-⅞↉])")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _ARROW = re.compile(r"[-=]+>")
 _NOT_PLAIN = re.compile(r"[√∛∜±∓<>≤≥≠∞π]")
 _REACH = 40
-"""Characters around a number that can say something of it."""
+"""Number of characters around a number that are examined."""
 _LARGEST_POWER = 400
-"""Greater powers of ten than a float has."""
+"""A bound on powers of ten, beyond the range of a float."""
 
 
 def numbers(text: str) -> Iterator[float | None]:
-    """The value of each number in `text`, in order; None for one that cannot be read for certain or that no float holds."""
+    """Yield the value of each number in `text`, in order. None for one that is ambiguous or outside the range of a float."""
     text = _spelled_out(text)
     return (_value(text, found) for found in _NUMBER.finditer(text))
 
 
 def only_number(line: str) -> float | None:
-    """The value of the one number in `line`; None where there is none, more than one or one that is open to doubt."""
+    """Return the value of the only number in `line`. None if there is none, more than one, or an ambiguous one."""
     line = _spelled_out(_ARROW.sub(" ", line))
     found = list(_NUMBER.finditer(line))
     if len(found) != 1 or _NOT_PLAIN.search(line):
         return None
     (number,) = found
     before, after = line[: number.start()], line[number.end() :]
-    # A dash that is no sign, a point or slash that belongs to something before, a factorial, a scale.
+    # A dash that is not a sign, a point or slash that belongs to preceding text, a factorial, a multiplier.
     doubtful = number["sign"] and (not _negative(line, number) or before[-1:].isalnum())
     if doubtful or before[-1:] in tuple(".,'’/_-") or after.startswith("!") or _SCALE.match(after):
         return None
@@ -72,7 +72,7 @@ def only_number(line: str) -> float | None:
 
 
 def _spelled_out(text: str) -> str:
-    """`text` with fractions that are one character, or LaTeX's, in digits and a slash."""
+    """Return `text` with single-character and LaTeX fractions written as digits and a slash."""
 
     def digits(found: re.Match[str]) -> str:
         value = Fraction(unicodedata.numeric(found["sign"])).limit_denominator(10)
@@ -93,18 +93,18 @@ def _value(text: str, found: re.Match[str]) -> float | None:
         value = float(-exact if _negative(text, found) else exact)
     except (ValueError, ZeroDivisionError, OverflowError):  # thousands of digits; 1/0; beyond the largest float
         return None
-    # Another number than the one that stands there, once it is a float: a huge whole one, or one that became 0.
+    # The float has another value than the text: a very large integer, or a number that underflowed to 0.
     lost = abs(exact) != abs(Fraction(value)) if exact.denominator == 1 else value == 0
     return None if lost else value
 
 
 def _is_odd_number(character: str) -> bool:
-    """Whether `character` is worth a number without being a digit: ², ⑤, 万."""
+    """Return whether `character` is numeric without being a digit: ², ⑤, 万."""
     return character.isnumeric() and not character.isdecimal()
 
 
 def _exact(found: re.Match[str]) -> Fraction | None:
-    """The number without its sign; None for one that is written in a way open to doubt."""
+    """Return the number without its sign, or None if it is ambiguous."""
     if found["whole"]:
         part = Fraction(int(found["part"]), int(found["of"]))
         whole = _whole(found["whole"])
@@ -123,19 +123,19 @@ def _exact(found: re.Match[str]) -> Fraction | None:
 
 
 def _whole(digits: str) -> int | None:
-    """A whole number with or without separators of thousands; None where a 0 leads them, which says a decimal comma."""
+    """Return a whole number, with or without thousands separators. None for a leading 0 with separators (a decimal comma)."""
     plain = "".join(filter(str.isdecimal, digits))
     return None if plain != digits and int(plain[0]) == 0 else int(plain)
 
 
 def _negative(text: str, found: re.Match[str]) -> bool:
-    """Whether the dash before the number, if any, is its sign: it may also subtract, or stand for "to" or for a bullet."""
+    """Return whether there is a dash before the number that is its sign, and not a minus, a "to" or a bullet."""
     sign, apart = found["sign"], found["apart"]
     if found["inner"] or (sign == "-" and not apart):
         return True
     if not sign:
         return False
-    # As far back as a sign may stand from what it subtracts from.
+    # Far enough back to find the number that a minus subtracts from.
     before = text[max(0, found.start() - _REACH) : found.start()]
     if before[-1:].isalnum() or before.endswith(")"):
         return False

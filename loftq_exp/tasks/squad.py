@@ -23,32 +23,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SquadConfig(SourceLength, TaskConfig):
-    """How contexts become windows, and how an answer is found in them."""
+    """The settings of windows over the context, and of finding an answer in them."""
 
-    doc_stride: int = setting("tokens that two windows on a long context share", 128, ge=0, shapes=(ADAPTER, SCORES))
-    n_best_size: int = setting(
-        "likeliest starts and ends that are paired to find the answer", 20, ge=1, shapes=(SCORES,)
+    doc_stride: int = setting(
+        "number of tokens by which windows over a long context overlap", 128, ge=0, shapes=(ADAPTER, SCORES)
     )
-    max_answer_length: int = setting("tokens of an answer at most", 30, ge=1, shapes=(SCORES,))
+    n_best_size: int = setting(
+        "number of best start and end positions that are paired to find the answer", 20, ge=1, shapes=(SCORES,)
+    )
+    max_answer_length: int = setting("maximum length of an answer in tokens", 30, ge=1, shapes=(SCORES,))
 
 
 Offsets = list[tuple[int, int] | None]
-"""For each token the characters of the context that it stands for, first and one past the last; None outside of it."""
+"""For each token its [start, end) characters in the context; None for tokens outside the context."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A question with as much of its context as fits; the context's windows overlap by `task.doc_stride` tokens."""
+    """A question with as much of its context as fits. Windows overlap by `task.doc_stride` tokens."""
 
     row: int
-    """Index of the row that it belongs to."""
+    """Index of the window's row."""
     features: Features
     offsets: Offsets
 
 
 @dataclass(frozen=True)
 class Span:
-    """A candidate answer: the sum of its start's and its end's logit, and its characters in the context."""
+    """A candidate answer: the sum of its start and end logits, and its [start, end) characters in the context."""
 
     logit: float
     start: int
@@ -56,11 +58,11 @@ class Span:
 
 
 class Squad(Task):
-    """Rows of `id`, `context`, `question` and `answers` (`text` and `answer_start`, a list each, none of them empty).
+    """Rows of `id`, `context`, `question` and `answers` (`text` and `answer_start`, two lists that are not empty).
 
-    The model is trained on the first answer; the paper's scores are `exact_match` and `f1` with the best of all. A .csv
-    file holds `answers` as JSON. transformers' loss takes padding for places where an answer may begin: what a window adds
-    to it depends on the longest of its batch, unless `task.pad_to_max_length` is set. Predictions do not.
+    The model is trained on the first answer. `exact_match` and `f1` use the best of all answers, as in the paper. A .csv
+    file holds `answers` as JSON. The loss in transformers also counts padding as possible answer positions. A window's loss
+    therefore depends on the longest window of its batch unless `task.pad_to_max_length` is set. Predictions do not.
     """
 
     kind = "squad"
@@ -69,7 +71,7 @@ class Squad(Task):
     columns = ("id", "context", "question")
 
     def flaw(self, row: Row) -> str | None:
-        """As `Task.flaw`; there must also be an answer, and it must stand where the row says."""
+        """As `Task.flaw`. There must also be an answer, and it must be at its stated position in the context."""
         problem = super().flaw(row)
         if problem:
             return problem
@@ -86,7 +88,7 @@ class Squad(Task):
         return None
 
     def with_line_feeds(self, row: Row) -> Row:
-        """As `Task.with_line_feeds`; where that shortens the context, the answers start as many characters earlier."""
+        """As `Task.with_line_feeds`. If that shortens the context, answer positions are shifted accordingly."""
         changed = super().with_line_feeds(row)
         if changed["context"] == row["context"]:
             return changed
@@ -96,13 +98,13 @@ class Squad(Task):
 
     @property
     def lengths(self) -> dict[str, int]:
-        """A window has one length."""
+        """Question and context form one sequence, a window."""
         return {"input_ids": self.config.max_source_length}
 
     # Windows ----------------------------------------------------------------------------------------------------------
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """Every window with the first and last token of the answer; both 0, the first token, where it lacks it."""
+        """Return every window with the first and last token of the answer. Both are 0 if the window lacks the answer."""
         features = []
         for window in self._windows(rows, tokenizer):
             text, start = (_answers(rows[window.row]) or [])[0]
@@ -111,7 +113,7 @@ class Squad(Task):
         return features
 
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """A logit for each token of each window to be the answer's start, and one to be its end."""
+        """Request a start logit and an end logit for each token of each window."""
         windows = self._windows(rows, tokenizer)
         features = [window.features for window in windows]
         return [Outputs("answers", features, windows, names=("start_logits", "end_logits"))]
@@ -119,7 +121,7 @@ class Squad(Task):
     def _windows(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Window]:
         if not tokenizer.is_fast:
             raise UserError(
-                f"model.path={tokenizer.name_or_path}: its tokenizer cannot tell which characters a token stands for; "
+                f"model.path={tokenizer.name_or_path}: its tokenizer cannot map tokens to characters; "
                 "use a model with a tokenizer.json (a fast tokenizer)"
             )
         encoded = tokenizer(
@@ -141,29 +143,29 @@ class Squad(Task):
         return windows
 
     def _questions(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The questions, cut where one would leave a window no room for more than the stride.
+        """Return the questions, truncated so that each window holds more context than the stride.
 
-        Raises UserError where the settings leave no room for any question.
+        Raises UserError if the settings leave no tokens for a question.
         """
         config = self.config
-        room = config.max_source_length - tokenizer.num_special_tokens_to_add(pair=True) - config.doc_stride - 1
-        if room < 1:
+        available = config.max_source_length - tokenizer.num_special_tokens_to_add(pair=True) - config.doc_stride - 1
+        if available < 1:
             raise UserError(
-                f"task.doc_stride={config.doc_stride}: windows of task.max_source_length={config.max_source_length} tokens "
-                "that overlap by so many leave no room for the question; lower the one or raise the other"
+                f"task.doc_stride={config.doc_stride}: with task.max_source_length={config.max_source_length} this leaves no "
+                "tokens for the question; lower task.doc_stride or raise task.max_source_length"
             )
-        questions = [row["question"].lstrip() for row in rows]  # blanks before it are no part of it, and there are some
+        questions = [row["question"].lstrip() for row in rows]  # some questions have leading spaces
         places = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return [
-            question if len(own) <= room else question[: own[room - 1][1]]
+            question if len(own) <= available else question[: own[available - 1][1]]
             for question, own in zip(questions, places, strict=True)
         ]
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
-        """`exact_match` and `f1`; a sample is id, question, predicted, gold, exact_match, f1 and `n_best` (three texts)."""
-        from loftq_exp import metrics  # here, because it takes a second
+        """Return `exact_match` and `f1`. A sample is id, question, predicted, gold, its scores and `n_best` (three texts)."""
+        from loftq_exp import metrics  # imported here, because it takes a second
         from loftq_exp.metrics.squad import best_exact_match, best_f1
 
         candidates: list[list[Span]] = [[] for _ in rows]
@@ -189,9 +191,9 @@ class Squad(Task):
 
 
 def token_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """The first and last token that share a character with [start, end) of the context.
+    """Return the first and last token that overlap characters [start, end) of the context.
 
-    None where the window does not hold the whole answer.
+    None if the window does not hold the whole answer.
     """
     inside = [index for index, place in enumerate(offsets) if place and place[0] < end and place[1] > start]
     if not inside:
@@ -205,10 +207,10 @@ def token_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None
 def spans(
     start_logits: np.ndarray, end_logits: np.ndarray, offsets: Offsets, n_best: int, max_tokens: int
 ) -> list[Span]:
-    """The answers that the `n_best` likeliest starts and ends of one window make, the likeliest first.
+    """Return the answers formed by the `n_best` likeliest starts and ends of one window, likeliest first.
 
-    Both logits have shape (length,), of which the first `len(offsets)` count. A pair whose end lies before its start, outside
-    the context, or more than `max_tokens` tokens on is left out.
+    Both logits have shape (length,); only the first `len(offsets)` are used. A pair is dropped if its end is before its
+    start or outside the context, or if it is longer than `max_tokens` tokens.
     """
     context = np.array([index for index, place in enumerate(offsets) if place is not None])
     starts = context[np.argsort(-start_logits[context], kind="stable")[:n_best]]
@@ -222,7 +224,7 @@ def spans(
 
 
 def _answers(row: Row) -> list[tuple[str, int]] | None:
-    """The row's answers with the character at which each starts; None where they have another form."""
+    """Return the row's answers, each with its start character. None if they have another form."""
     answers = row["answers"]
     if isinstance(answers, str):
         try:
@@ -240,5 +242,5 @@ def _answers(row: Row) -> list[tuple[str, int]] | None:
 
 
 def _plain(text: str) -> str:
-    """Case and blanks apart: some paragraphs differ from their answers in these."""
+    """Normalise case and whitespace, in which some paragraphs differ from their answers."""
     return " ".join(text.lower().split())

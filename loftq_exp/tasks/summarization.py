@@ -1,4 +1,4 @@
-"""Summarization: XSum (Narayan et al., 2018) and CNN/DailyMail (Hermann et al., 2015); `task.name` says which."""
+"""Summarization: XSum (Narayan et al., 2018) and CNN/DailyMail (Hermann et al., 2015). `task.name` selects one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set is on the hub, and its columns of documents and summaries."""
+    """A data set on the Hub, and its columns of documents and summaries."""
 
     dataset: str
     config: str | None
@@ -31,7 +31,7 @@ class DataSet:
 
 
 DATA_SETS = {
-    # The default branch may hold a loading script, which `datasets` no longer runs; the hub's own conversion does not.
+    # The default branch may hold a loading script, which `datasets` no longer runs. The Hub's conversion to Parquet has none.
     "xsum": DataSet("EdinburghNLP/xsum", None, "refs/convert/parquet", "document", "summary"),
     "cnn_dailymail": DataSet("abisee/cnn_dailymail", "3.0.0", None, "article", "highlights"),
 }
@@ -40,26 +40,28 @@ LEAD_SENTENCES = 3
 
 @dataclass(frozen=True)
 class SummarizationConfig(TargetLength, SourceLength, TaskConfig):
-    """Which data set, and how summaries are searched for."""
+    """The data set and the settings of generation."""
 
     names = tuple(DATA_SETS)
 
-    source_prefix: str = setting("put before each document; t5 expects 'summarize: '", "", shapes=(ADAPTER, SCORES))
-    num_beams: int = setting("beams of the search for a summary; 1 is greedy", 1, ge=1, shapes=(SCORES,))
+    source_prefix: str = setting(
+        "text placed before each document; t5 expects 'summarize: '", "", shapes=(ADAPTER, SCORES)
+    )
+    num_beams: int = setting("number of beams for generation; 1 is greedy", 1, ge=1, shapes=(SCORES,))
     length_penalty: float = setting(
-        "a summary's score is divided by its length to this power (beams only)", 1.0, shapes=(SCORES,)
+        "beam search divides a summary's log-probability by its length to this power", 1.0, shapes=(SCORES,)
     )
     no_repeat_ngram_size: int = setting(
-        "no so many tokens in a row occur twice in a summary; 0: they may", 0, ge=0, shapes=(SCORES,)
+        "n-gram size, in tokens, that may occur only once in a summary; 0: no limit", 0, ge=0, shapes=(SCORES,)
     )
 
 
 class Summarization(Task):
     """Rows of a document and its summary, in the columns of the data set that `task.name` names.
 
-    Scores: `nll`, nats a token of the gold summaries; `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (F-measures) of the
-    summaries that beam search finds; and the same with `lead3_` before them for the first three sentences of each document,
-    which any summarizer should beat.
+    Scores: `nll`, nats per token of the gold summaries; `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (F-measures) of the
+    generated summaries; and the same with the prefix `lead3_` for the Lead-3 baseline, the first three sentences of each
+    document.
     """
 
     kind = "summarization"
@@ -72,7 +74,7 @@ class Summarization(Task):
         self.columns = (self.data.document, self.data.summary)
 
     def source(self, split: Split) -> DataSource:
-        """As `Task.source`; without `task.dataset` that of the name."""
+        """As `Task.source`. Without `task.dataset`, the data set is given by `task.name`."""
         source = super().source(split)
         if source.dataset:
             return source
@@ -85,8 +87,8 @@ class Summarization(Task):
         )
 
     def flaw(self, row: Row) -> str | None:
-        """As `Task.flaw`; a summary must also hold a word, or ROUGE would be 0 whatever a model writes."""
-        from loftq_exp.metrics.words import has_words  # here, because it takes a second
+        """As `Task.flaw`. A summary must also hold a word, because otherwise its ROUGE is always 0."""
+        from loftq_exp.metrics.words import has_words  # imported here, because it takes a second
 
         problem = super().flaw(row)
         if problem is None and not has_words(row[self.data.summary]):
@@ -95,12 +97,12 @@ class Summarization(Task):
         return problem
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """The document for the encoder, the summary as labels, each cut at its end; a summary ends in end of sequence."""
+        """Return the documents as encoder inputs and the summaries, with end of sequence, as labels. Both are truncated."""
         end = tokenizer.eos_token_id
         if end is None:
             raise UserError(
-                f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, so that a model could "
-                "not learn to stop; use a model whose tokenizer_config.json names an eos_token"
+                f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, without which a model "
+                "cannot learn to stop; use a model whose tokenizer_config.json names an eos_token"
             )
         limit = self.config.max_target_length
         texts = [row[self.data.summary] for row in rows]
@@ -116,11 +118,11 @@ class Summarization(Task):
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Documents and summaries have lengths of their own."""
+        """Documents and summaries have separate lengths."""
         return {"input_ids": self.config.max_source_length, "labels": self.config.max_target_length}
 
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """The likelihood of the gold summaries, and a summary of each document."""
+        """Request the likelihood of the gold summaries, and a generated summary of each document."""
         config = self.config
         search = Generation(
             f"search with {config.num_beams} beams" if config.num_beams > 1 else "greedy generation",
@@ -133,8 +135,8 @@ class Summarization(Task):
         return [Likelihood("likelihood of the gold summaries", self.encode(rows, tokenizer)), search]
 
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
-        """`nll` and ROUGE, of the model and of Lead-3; a sample is document, predicted, gold and its own nll."""
-        from loftq_exp import metrics  # here, because it takes a second
+        """Return `nll`, and ROUGE of the model and of Lead-3. A sample is document, predicted, gold and its own nll."""
+        from loftq_exp import metrics  # imported here, because it takes a second
         from loftq_exp.metrics.sentences import sentences
 
         likelihoods, written = answers
@@ -151,7 +153,7 @@ class Summarization(Task):
 
     @property
     def table(self) -> tuple[Column, ...]:
-        """NLL, ROUGE as the paper prints it, and Lead-3's."""
+        """NLL, ROUGE as the paper prints it, and ROUGE of Lead-3."""
         names = ("rouge1", "rouge2", "rougeL")
         return (
             Column("NLL", ("nll",), "{:.4f}"),

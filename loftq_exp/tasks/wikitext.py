@@ -1,4 +1,4 @@
-"""WikiText (Merity et al., 2017), or any running text: perplexity on fixed blocks."""
+"""WikiText (Merity et al., 2017) or any other running text: perplexity over blocks of fixed length."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 LARGEST_NLL = 700.0
-"""Nats a token above which the perplexity stays e^700: a model that fell apart would overflow a float."""
+"""Cap in nats per token. The perplexity is at most e^700, since a diverged model would overflow a float."""
 
 
 @dataclass(frozen=True)
 class WikiTextConfig(TaskConfig):
-    """How a text is cut."""
+    """The settings of running text."""
 
-    block_size: int = setting("tokens of a block", 1024, ge=2, shapes=(ADAPTER, SCORES))
+    block_size: int = setting("number of tokens per block of text", 1024, ge=2, shapes=(ADAPTER, SCORES))
 
 
 class WikiText(Task):
-    """Rows of a line of `text` each, which may be empty; a local .txt file is read line by line.
+    """Rows with one line of `text` each, which may be empty. A local .txt file is read line by line.
 
-    The lines are joined to one text, tokenized whole, and cut into blocks of `task.block_size` tokens; what is left at the
-    end is dropped, unless there is no whole block before it. Scores: `nll`, nats a token, and `perplexity`, its exponential.
-    A block's first token has nothing before it and is not scored. `perplexity` is e^700 at most, where a float ends.
+    The lines are joined, tokenized as one text, and split into blocks of `task.block_size` tokens. An incomplete last block
+    is dropped unless it is the only one. Scores: `nll`, nats per token, and `perplexity`, its exponential, at most e^700. A
+    block's first token has no context and is not scored.
     """
 
     kind = "wikitext"
@@ -45,37 +45,37 @@ class WikiText(Task):
     columns = ("text",)
 
     def source(self, split: Split) -> DataSource:
-        """As `Task.source`; plain text can be read too."""
+        """As `Task.source`. Plain text files are supported too."""
         return dataclasses.replace(super().source(split), text_column="text")
 
     def rows(self, split: Split) -> list[Row]:
-        """All lines: `limit` counts blocks here."""
+        """Return all lines, because `limit` counts blocks here."""
         parts = self.source(split).parts()
         return [self.with_line_feeds(row) for part in parts for row in read_rows(part, self.flaw)]
 
     def flaw(self, row: Row) -> str | None:
-        """As `Task.flaw`, but a line may be empty."""
+        """As `Task.flaw`, except that a line may be empty."""
         text = row.get("text")
         return None if isinstance(text, str) and not text.strip() else super().flaw(row)
 
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """The blocks of the training text."""
+        """Return the blocks of the training text."""
         return self._blocks("train", rows, tokenizer)
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Blocks have one length."""
+        """All blocks have the same length."""
         return {"input_ids": self.config.block_size, "labels": self.config.block_size}
 
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        """The likelihood of the blocks of the evaluation text."""
+        """Request the likelihood of the blocks of the evaluation text."""
         return [Likelihood("likelihood of the text", self._blocks("eval", rows, tokenizer))]
 
     def _blocks(self, split: Split, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Features]:
-        """The first `limit` blocks. Raises UserError for a text of fewer than two tokens: there is nothing to predict."""
-        # The hub leaves blank lines empty and the other ones their line end; a file on disk may have blanks in them.
+        """Return the first `limit` blocks. Raises UserError for a text of fewer than two tokens, which cannot be scored."""
+        # The Hub data set has empty blank lines and keeps other line ends. Blank lines of a local file may hold spaces.
         lines = [row["text"].rstrip("\n") if row["text"].strip() else "" for row in rows]
-        ids = list(tokenizer("\n".join(lines), verbose=False)["input_ids"])  # not verbose: longer than any model reads
+        ids = list(tokenizer("\n".join(lines), verbose=False)["input_ids"])  # not verbose: no warning about the length
         size = self.config.block_size
         whole = len(ids) // size * size or len(ids)
         if whole < 2:
@@ -84,7 +84,7 @@ class WikiText(Task):
         return [_block(ids[start : min(start + size, whole)]) for start in starts]
 
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
-        """`nll` and `perplexity`; a sample is a block's number, its tokens and its own nll."""
+        """Return `nll` and `perplexity`. A sample is a block's number, its tokens and its own nll."""
         nll = mean_nll(answers[0])
         samples = [
             {"block": number, "tokens": answer.tokens, "nll": answer.mean} for number, answer in enumerate(answers[0])

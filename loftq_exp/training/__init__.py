@@ -1,1 +1,1 @@
-"""From an initialised checkpoint to a fine-tuned adapter and its scores."""
+"""Fine-tuning: from an initialised checkpoint to a trained adapter."""

@@ -1,4 +1,4 @@
-"""The adapter on a backbone: every factor of its file is in the model, with the file's value, and no other is."""
+"""Loading an adapter onto a backbone, with a check that the model holds exactly the factors and values of the file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def read_adapter(folder: Path, advice: str) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter in `folder` by name.
+    """Return the tensors of the adapter in `folder` by name.
 
-    Raises UserError, which ends with `advice`, for a file that is absent or damaged, and for values that are not finite.
+    Raises UserError, which ends with `advice`, if the file is missing or damaged, or holds values that are not finite.
     """
     try:
         values = load_file(folder / WEIGHTS)
@@ -35,17 +35,17 @@ def read_adapter(folder: Path, advice: str) -> dict[str, torch.Tensor]:
 def put_adapter(
     backbone: transformers.PreTrainedModel, values: Mapping[str, torch.Tensor], folder: Path, advice: str
 ) -> PeftModel:
-    """`backbone` with a trainable adapter of these `values`, set up as adapter_config.json in `folder` says.
+    """Return `backbone` with a trainable adapter of these `values`, configured by adapter_config.json in `folder`.
 
-    PEFT's own loader leaves out what has no place in the model, and draws what the file lacks. Raises UserError, which ends
-    with `advice`, where either would happen.
+    PEFT's own loader skips tensors without a place in the model and initialises missing ones at random. Both raise
+    UserError here, which ends with `advice`.
     """
     try:
         settings = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: adapter_config.json cannot be read ({reason}); {advice}") from error
-    settings.inference_mode = False  # or nothing would be trainable
+    settings.inference_mode = False  # in inference mode nothing is trainable
     adapted = with_adapter(backbone, settings, str(folder), advice)
     _check_places(values, _held(adapted), folder, advice)
     set_peft_model_state_dict(adapted, dict(values))
@@ -54,14 +54,14 @@ def put_adapter(
 
 
 def _held(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in the model, by their names in a file."""
+    """The adapter's tensors in the model, by the names that they have in a file."""
     return get_peft_model_state_dict(adapted, save_embedding_layers=False)
 
 
 def _check_places(
     values: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], folder: Path, advice: str
 ) -> None:
-    """UserError unless file and model have the same names and shapes."""
+    """Raise UserError unless file and model have the same names and shapes."""
     if odd := sorted(set(values).symmetric_difference(held)):
         what = "has no place in the model and would be lost" if odd[0] in values else f"is missing from {WEIGHTS}"
         raise UserError(f"{folder}: {odd[0]} {what} ({len(odd)} of {len(values)} names differ); the adapter is damaged, or this "
@@ -75,7 +75,7 @@ def _check_places(
 def _check_values(
     values: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], folder: Path, advice: str
 ) -> None:
-    """UserError unless the model has the file's values, in its own type."""
+    """Raise UserError unless the model holds the file's values, cast to its own dtype."""
     for name, value in values.items():
         if not torch.equal(held[name], value.to(held[name])):
             raise UserError(f"{folder}: {name} has other values in the model than in {WEIGHTS}; {advice}")

@@ -1,4 +1,4 @@
-"""The finetune stage: `transformers.Trainer` trains the adapter on a frozen backbone; a killed run resumes."""
+"""The finetune stage: `transformers.Trainer` trains the adapter on a frozen backbone. A killed run resumes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scalars = Callable[[int, dict[str, float]], None]
-"""Takes what the trainer logs: the optimiser step and its values by name."""
+"""Receives what the trainer logs: the optimiser step, and values by name."""
 
 
 def finetune(
@@ -47,13 +47,13 @@ def finetune(
     origin: Origin,
     scalars: Scalars,
 ) -> dict[str, Any]:
-    """Trains the adapter of `init` on the rows that are `prepared`; saves it as `folder`/adapter, which is there only when whole.
+    """Train the adapter of `init` on the `prepared` rows and save it atomically as `folder`/adapter.
 
-    Returns what is worth keeping: losses, steps, seconds, the adapter's digest. Trainer checkpoints under
-    `folder`/checkpoints are resumed from where they are of this `origin`, and removed at the end. Raises UserError, which
-    names the step, where a loss, gradient or parameter is NaN or infinite; the last checkpoint before it stays.
+    Returns the stage's record: losses, steps, seconds, the adapter's digest and more. Training resumes from checkpoints
+    under `folder`/checkpoints if they have this `origin`; they are removed at the end. Raises UserError, which names the
+    step, if a loss, gradient or parameter is NaN or infinite. The last checkpoint before that step is kept.
 
-    Of several ranks each trains on batches of its own; rank 0 saves, and seconds and memory are its own.
+    With several ranks, each trains on its own batches. Rank 0 saves; seconds and peak memory are those of rank 0.
     """
     began = time.perf_counter()
     device = compute_device(config.device)
@@ -62,7 +62,7 @@ def finetune(
     model = load_model(init, None, config, device, dtype, task.num_labels)
     settle_padding(model, prepared.tokenizer)
     if config.train.gradient_checkpointing:
-        model.enable_input_require_grads()  # or no gradient would flow into a block whose inputs need none
+        model.enable_input_require_grads()  # without it no gradient reaches a checkpointed block
         model.gradient_checkpointing_enable({"use_reentrant": False})
     checkpoints = folder / "checkpoints"
     with progress("finetune") as advance:
@@ -74,15 +74,15 @@ def finetune(
             callbacks=[_Report(advance, scalars)],
         )
         if task.model_kind != "causal":
-            # Of transformers' classes only decoders divide their loss by the tokens of all accumulated batches; the others
-            # take the mean of each batch, which the trainer must then divide by the number of batches.
+            # In transformers only decoders divide the loss by the tokens of all accumulated batches. The other classes
+            # return the mean of each batch, which the trainer must divide by the number of batches.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin))
         if resumed:
-            log.info("finetune: goes on from %s", resumed.name)
-        # In bfloat16 the trainer computes under autocast, which brings an adapter's input back from the float32 to which PEFT
-        # widens it: without the detour the same values come out, in three quarters of the time.
+            log.info("finetune: resumes from %s", resumed.name)
+        # PEFT casts an adapter's input to float32, and autocast casts it back to bfloat16. Skipping both casts gives the
+        # same values in three quarters of the time.
         with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
 
@@ -106,7 +106,7 @@ def finetune(
 
 
 def training_arguments(config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
-    """transformers' arguments from ours. The warmup is given in steps or, below 1, as a share of all steps."""
+    """Return the TrainingArguments for `config`. A `warmup_steps` below 1 is a fraction of all steps."""
     train = config.train
     same_name = ("learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps",
                  "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2",
@@ -125,19 +125,19 @@ def training_arguments(config: RunConfig, folder: Path, device: torch.device, dt
             report_to="none",  # losses go to the run's own TensorBoard log
             disable_tqdm=True,  # progress is shown by _Report
             logging_first_step=True,
-            logging_nan_inf_filter=False,  # it would put the mean of earlier losses in place of a NaN
+            logging_nan_inf_filter=False,  # the filter would replace NaN by the mean of earlier losses
             remove_unused_columns=False,
-            ddp_find_unused_parameters=not train.gradient_checkpointing,  # several ranks: recomputing rules out the search
+            ddp_find_unused_parameters=not train.gradient_checkpointing,  # DDP cannot search with recomputation
             dataloader_pin_memory=device.type == "cuda",
         )
     except ValueError as error:
-        raise UserError(f"train.*: transformers refuses these arguments: {error}") from None
+        raise UserError(f"train.*: transformers rejects these arguments: {error}") from None
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps that was written to its end; half-written ones of a killed run are removed.
+    """Return the complete checkpoint with the most steps. Incomplete checkpoints of a killed run are removed.
 
-    The trainer writes trainer_state.json last, so a checkpoint with a readable one is whole.
+    The trainer writes trainer_state.json last, so a checkpoint with a readable one is complete.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
@@ -150,16 +150,16 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _resume_from(checkpoints: Path, origin: Origin) -> Path | None:
-    """The checkpoint of this `origin` to go on from; checkpoints of another are removed."""
+    """Return the checkpoint of this `origin` to resume from. Checkpoints of another origin are removed."""
     _start_over_from_another(checkpoints, origin)
     return last_whole_checkpoint(checkpoints)
 
 
 def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
-    """Removes checkpoints that were not made from `origin`, and leaves its keys beside those to come."""
+    """Remove checkpoints that were not made from `origin`, and write the keys of `origin` for those to come."""
     if any(checkpoints.glob("checkpoint-*")) and read_origin(checkpoints) != origin:
         log.info(
-            "finetune: starts over: the checkpoints in %s were made from other rows, weights or settings", checkpoints
+            "finetune: starts over, because the checkpoints in %s have other rows, weights or settings", checkpoints
         )
         shutil.rmtree(checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -173,13 +173,13 @@ def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
 
 
 class _Report(TrainerCallback):
-    """Shows progress after each step and hands on what the trainer logs."""
+    """Shows progress after each step and forwards what the trainer logs."""
 
     def __init__(self, advance: Advance, scalars: Scalars) -> None:
         self.advance, self.scalars, self.loss = advance, scalars, ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Keeps the loss for the display and hands all values on."""
+        """Keep the loss for the display and forward all values."""
         values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
         if "loss" in values:
             self.loss = f"loss {values['loss']:.4f}"
@@ -187,6 +187,6 @@ class _Report(TrainerCallback):
             self.scalars(state.global_step, values)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Moves the display on by one optimiser step."""
+        """Advance the display by one optimiser step."""
         if state.is_world_process_zero:
             self.advance(state.global_step, state.max_steps, self.loss)

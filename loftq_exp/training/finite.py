@@ -1,4 +1,4 @@
-"""A trainer that stops where training diverged: nothing that is not finite is logged, saved or trained on."""
+"""A trainer that stops when training diverges. No NaN or infinite value is logged, saved or used."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loftq_exp.errors import UserError
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer that raises UserError, which names the step, where a loss, gradient norm or parameter is NaN or infinite.
+    """A Trainer that raises UserError, which names the step, if a loss, gradient norm or parameter is NaN or infinite.
 
-    Losses and gradients are checked before the optimiser step and before clipping, which turns infinite gradients into
-    zeros and NaN. Parameters may overflow in the step itself, and are checked after it: before a checkpoint is saved.
+    Losses and gradients are checked before clipping, which turns infinite gradients into zeros and NaN. Parameters may
+    overflow in the optimiser step. They are checked after it and before a checkpoint is saved.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,12 +25,12 @@ class FiniteTrainer(Trainer):
         self.add_callback(_FiniteParameters())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the trainer's own: forward and backward of one batch, with a check once a step's gradients are complete."""
+        """Run forward and backward of one batch, and check the gradients once all batches of a step are accumulated."""
         loss = super().training_step(*args, **kwargs)
         self._losses.append(loss.detach())
-        if self.accelerator.sync_gradients:  # all batches that are accumulated for the step are done
+        if self.accelerator.sync_gradients:  # the last of the step's accumulated batches
             assert self.model is not None
-            # The ranks' mean, so that all stop at the same step: gradients are the same on all of them already.
+            # The mean over the ranks, so that all stop at the same step. Gradients are already equal on all ranks.
             losses, self._losses = float(self.accelerator.reduce(torch.stack(self._losses).sum(), "mean")), []
             norm = float(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
             if not (math.isfinite(losses) and math.isfinite(norm)):
@@ -40,7 +40,7 @@ class FiniteTrainer(Trainer):
 
 class _FiniteParameters(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Raises UserError where the step made a trained parameter NaN or infinite."""
+        """Raise UserError if the step made a trained parameter NaN or infinite."""
         largest = [value.detach().abs().max() for value in model.parameters() if value.requires_grad and value.numel()]
         if not bool(torch.stack(largest).isfinite().all()):
             raise _diverged(args, state.global_step, "a trained parameter is NaN or infinite after it")

@@ -1,4 +1,4 @@
-"""An initialised checkpoint as a model that trains: the backbone in 4-bit or dense layers, the adapter on top."""
+"""Loading an initialised checkpoint as a trainable model: the backbone in 4-bit, packed or dense layers, with the adapter."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def load_model(
     dtype: torch.dtype,
     num_labels: int | None = None,
 ) -> PeftModel:
-    """The backbone of `init` with an adapter: the one in the folder `adapter`, or where it is None the initial factors.
+    """Return the backbone of `init` with the adapter in the folder `adapter`, or with the initial factors if it is None.
 
-    The adapter's parameters, and with them the head of a classifier, are trainable, in float32; everything else is frozen.
-    Activations are computed in `dtype`. `num_labels` is the number of outputs that a classification task needs (1: a
-    regression; None: the checkpoint's own). Where the initial head has another number, those of its parameters whose shape
-    depends on it are drawn anew from `config.seed`; an adapter that was saved brings its own. Nothing else is ever drawn.
+    The adapter's parameters and the head of a classifier are trainable and in float32. Everything else is frozen.
+    Activations are computed in `dtype`. `num_labels` is the number of outputs that a classification task needs (1:
+    regression; None: the checkpoint's own number). If the initial head has another number, its parameters whose shape
+    depends on it are drawn from `config.seed`. A saved adapter holds its own head. Nothing else is drawn.
 
-    Raises UserError where `init` was made for another `model.kind`, and where backbone or adapter lack a tensor, have one
-    too many or one of another shape.
+    Raises UserError if `init` was made for another `model.kind`, or if backbone or adapter have a missing tensor, an
+    unexpected tensor or a tensor of the wrong shape.
     """
     made_for = init.report["model"]["kind"]
     if made_for != config.model.kind:
@@ -54,13 +54,13 @@ def load_model(
     resized = False
     if num_labels is not None and config.model.kind == "classification":
         resized = num_labels != load_config(init.folder, config.model.trust_remote_code).num_labels
-        # No problem_type: a checkpoint may name that of the task it was trained on before.
+        # problem_type is reset, because a checkpoint may name that of an earlier task.
         options = {"num_labels": num_labels, "problem_type": None, "ignore_mismatched_sizes": resized}
     form = storage_format(backbone_form(init, config, device))
     if form is not storage_format(config.save_format):
-        # A checkpoint that is stored in a form says so itself, which even a None here would hide from transformers; a dense
-        # one is quantized to the very same values while it loads. (In a wider type than the stored one, 4-bit layers leave
-        # out its rounding.)
+        # The config of a checkpoint stored in this form names it; passing even None here would hide that from transformers.
+        # A dense checkpoint is quantized to the same values while it loads. (In a wider dtype than the stored one, 4-bit
+        # layers omit its rounding.)
         bits = {weight["name"]: weight["bits"] for weight in init.report["weights"]}
         options["quantization_config"] = form.quantization_config(
             config.quant.scheme, bits, init.report["other_linears"], dtype
@@ -68,9 +68,9 @@ def load_model(
     with without_bars():
         backbone = _load_backbone(init, config, device, dtype, options)
     form.settle(backbone, [weight["name"] for weight in init.report["weights"]], dtype)
-    backbone.config.use_cache = False  # of no use while training; the evaluation turns it on for itself
+    backbone.config.use_cache = False  # not used in training; the evaluation enables it
     for name in init.report.get("head", ()):
-        # PEFT trains a copy of it. In bfloat16 small steps would be lost.
+        # PEFT trains a copy of the head. In bfloat16 small updates would be lost.
         backbone.get_submodule(name).float().register_forward_pre_hook(_widen)
     again = (
         f"delete {init.folder} and quantize again"
@@ -85,14 +85,14 @@ def load_model(
 
 
 def _widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The head's inputs in float32, as its parameters are."""
+    """Cast the head's inputs to float32, the dtype of its parameters."""
     return tuple(value.float() if torch.is_tensor(value) and value.is_floating_point() else value for value in inputs)
 
 
 def _resized_head(
     initial: Mapping[str, torch.Tensor], init: Initialised, config: RunConfig, num_labels: int | None
 ) -> dict[str, torch.Tensor]:
-    """New values for those parameters of the head whose shape in the initial adapter is another, by their names in it."""
+    """New values for the head's parameters whose shape differs from the initial adapter's, by their names in it."""
     model = skeleton(init.folder, config.model.kind, config.model.trust_remote_code, num_labels)
     drawn = {PREFIX + name: value for name, value in draw_head(model, init.report["head"], config.seed).items()}
     head = {name: value for name, value in drawn.items() if name in initial and initial[name].shape != value.shape}
@@ -102,7 +102,7 @@ def _resized_head(
 
 
 def load_tokenizer(init: Initialised | Source, config: RunConfig) -> transformers.PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises UserError where the checkpoint has none."""
+    """Return the checkpoint's tokenizer. Raises UserError if the checkpoint has none."""
     try:
         return read_tokenizer(init.folder, config.model.trust_remote_code)
     except UserError as error:
@@ -110,10 +110,10 @@ def load_tokenizer(init: Initialised | Source, config: RunConfig) -> transformer
 
 
 def backbone_form(init: Initialised, config: RunConfig, device: torch.device) -> str:
-    """The storage format in which the run's backbone is held: that of `train.backbone` or, where it is auto, the smallest
-    that the checkpoint loads as and that holds its values.
+    """Return the format of the backbone in memory.
 
-    Raises UserError where it must be held in a form whose layers do not compute right with rows of this checkpoint.
+    It is `train.backbone` or, for `auto`, the smallest format that the checkpoint can load as and that holds its values.
+    Raises UserError if the layers of every such format cannot compute with rows of this checkpoint's length.
     """
     stored, chosen = FORMATS[config.save_format], config.train.backbone
     forms = stored.forms if chosen == "auto" else (chosen,)
@@ -127,7 +127,7 @@ def backbone_form(init: Initialised, config: RunConfig, device: torch.device) ->
 
 
 def _misfit(init: Initialised, form: str, device: torch.device) -> str | None:
-    """The first weight that layers of this form do not compute right with, and why; None where there is no such weight."""
+    """Describe the first weight that layers of this form cannot compute with. None if there is none."""
     for weight in init.report["weights"]:
         columns = weight["shape"][1]
         if why := storage_format(form).cannot_hold(columns, device):
@@ -157,6 +157,6 @@ def _load_backbone(
     resized = options.get("ignore_mismatched_sizes", False)
     check_report(report, str(init.folder), again, init.report.get("head", ()), resized)
     for name, value in model.named_parameters():
-        if name.endswith((".q_bias", ".v_bias")):  # deberta v1: float32 to transformers, whatever type it is told
+        if name.endswith((".q_bias", ".v_bias")):  # deberta v1: transformers keeps these in float32 whatever the dtype
             value.data = value.data.to(dtype)
     return model

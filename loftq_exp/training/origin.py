@@ -1,7 +1,7 @@
-"""What trainer checkpoints and adapters were made from: keys in a small file beside the weights, by content.
+"""The origin of trainer checkpoints and adapters: keys, by content, in a small file beside the weights.
 
-Without it, training would go on from a checkpoint of other rows, or an adapter would be scored on a backbone that it was
-not trained on.
+It prevents training from resuming at a checkpoint of other rows. It also prevents an adapter from being scored on a backbone
+that it was not trained on.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any
 
 FILE = "made_from.json"
-"""In the folder of the checkpoints and in that of the adapter. PEFT and the hub's tools leave it alone."""
+"""The file's name, in the checkpoints folder and in the adapter folder. PEFT and the Hub's tools ignore it."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The keys of what something was trained from."""
+    """The keys of what checkpoints or an adapter were trained from."""
 
     finetune: str
-    """Of all that shapes the adapter: initialisation, rows, settings."""
+    """Key of everything that shapes the adapter: initialisation, rows, settings."""
     initialisation: str
 
     def write(self, folder: Path) -> None:
-        """Leaves the keys in `folder`."""
+        """Write the keys to `folder`."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """The keys that were left in `folder`; None where there are none, or none that can be read."""
+    """Return the keys in `folder`, or None if there are none that can be read."""
     try:
         return Origin(**json.loads((folder / FILE).read_text()))
     except (OSError, ValueError, TypeError):
@@ -41,7 +41,7 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def adapter_digest(folder: Path) -> str | None:
-    """A digest of the adapter in `folder`, of its config and weights; None where it is not there or not whole."""
+    """Return a digest of the config and weights of the adapter in `folder`, or None if it is missing or incomplete."""
     try:
         return "+".join(file_digest(folder / name) for name in _ADAPTER_FILES)
     except OSError:
@@ -49,7 +49,7 @@ def adapter_digest(folder: Path) -> str | None:
 
 
 def file_digest(path: Path) -> str:
-    """A hex digest of a file's bytes; raises OSError where it cannot be read."""
+    """Return a hex digest of a file's bytes. Raises OSError if the file cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -58,7 +58,7 @@ def file_digest(path: Path) -> str:
 
 
 def rows_digest(rows: Iterable[dict[str, Any]]) -> str:
-    """A hex digest of rows as they are used, in their order."""
+    """Return a hex digest of `rows` as they are used, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")

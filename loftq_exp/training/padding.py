@@ -1,4 +1,4 @@
-"""One token that pads, for the tokenizer, the batches and the model alike."""
+"""One pad token for the tokenizer, the batches and the model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def settle_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives `tokenizer` a pad token that `model` has an embedding for, and the model's config the same one.
+    """Set one pad token, which `model` has an embedding for, in `tokenizer` and in the model's config.
 
-    The attention mask hides padding, but a decoder that classifies finds the end of a text by comparing ids with its
-    config's `pad_token_id`: with another one, a row's label would depend on the rows beside it. A pad token that was added
-    to a tokenizer and not to its model is beyond the embeddings. Raises UserError where no token can pad.
+    The attention mask hides padding. However, a decoder that classifies finds the end of a text by comparing ids with its
+    config's `pad_token_id`. With another pad token, a row's label would depend on the other rows of the batch. A pad token
+    added to the tokenizer only has no embedding. Raises UserError if no token can pad.
     """
     embeddings = model.get_input_embeddings().weight.shape[0]
     token_id = pad_token_id(tokenizer)

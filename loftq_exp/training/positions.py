@@ -1,6 +1,6 @@
-"""How many positions a model has a table for: a longer sequence is an index error deep inside of it.
+"""The number of positions in a model's position tables. A longer sequence raises an index error inside the model.
 
-Learned and fixed tables end somewhere; rotary, relative and ALiBi positions do not.
+Learned and fixed tables have a size. Rotary, relative and ALiBi positions have no limit.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 _SIZES = ("max_position_embeddings", "n_positions", "max_encoder_position_embeddings", "max_decoder_position_embeddings",
           "max_target_positions")  # fmt: skip
-"""What transformers' configs call the number of positions."""
+"""Names of the number of positions in transformers configs."""
 _TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe", "pos_encoding")
-"""What transformers' classes call a table of positions, as a module or as a buffer."""
+"""Names of position tables, modules or buffers, in transformers classes."""
 _RESERVED = 2
-"""Rows that a table has at most beyond the positions that its config names (bart and opt)."""
+"""Maximum number of rows in a table beyond the positions that its config names (bart and opt)."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a model's tables. None: it has no table, and any length computes."""
+    """The sizes of a model's position tables. None: there is no table and no limit."""
 
     inputs: int | None
-    """For `input_ids`: the encoder's where there is one, else the decoder's."""
+    """For `input_ids`: the encoder's table if there is one, else the decoder's."""
     labels: int | None
-    """For what a decoder with an encoder before it reads and writes; None for any other model."""
+    """For the decoder of an encoder-decoder; None for any other model."""
     rotary: int | None
-    """The positions that a model with rotary embeddings was trained on: more of them compute, but worse."""
+    """Positions that a model with rotary embeddings was trained on. Longer sequences are possible, with worse results."""
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of `model`, which may be on the meta device: only names and shapes are read."""
+    """Return the positions of `model`. Only names and shapes are read, so it may be on the meta device."""
     config = model.config
     inputs: list[int] = []
     labels: list[int] = []
@@ -41,7 +41,7 @@ def positions_of(model: PreTrainedModel) -> Positions:
         in_decoder = config.is_encoder_decoder and "decoder" in name.split(".")
         (labels if in_decoder else inputs).append(positions)
     if config.model_type == "mpt":
-        inputs.append(config.max_seq_len)  # the size of its ALiBi bias, which other models compute as they need it
+        inputs.append(config.max_seq_len)  # the size of its ALiBi bias; other models compute the bias as needed
     rotary = any("Rotary" in type(module).__name__ for module in model.modules()) and not getattr(
         config, "alibi", False
     )
@@ -50,10 +50,10 @@ def positions_of(model: PreTrainedModel) -> Positions:
 
 
 def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
-    """Name and positions of each table.
+    """Yield the name and number of positions of each table.
 
-    A table that grows as it is needed (fsmt's, m2m100's) is none. Nor is one whose size the config does not name as a
-    number of positions: that of an image encoder beside the text model.
+    Tables that grow on demand (fsmt, m2m100) are skipped. So are tables whose size the config does not name as a number of
+    positions, such as those of an image encoder beside the text model.
     """
     sizes = _sizes(model.config)
     modules = dict(model.named_modules())
@@ -69,13 +69,13 @@ def _tables(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
 
 
 def _reserved(table: Any) -> int:
-    """The rows that stand for no position: those up to the padding's in roberta's tables, the first ones in bart's."""
+    """The number of rows without a position: up to the padding row in roberta's tables, the first ones in bart's."""
     if getattr(table, "padding_idx", None) is not None:
         return int(table.padding_idx) + 1
     return int(getattr(table, "offset", 0))
 
 
 def _sizes(config: PretrainedConfig) -> set[int]:
-    """The numbers of positions that a config names, of its text model where it has several."""
+    """The numbers of positions that a config names. For a model with several parts: those of its text model."""
     parts = (config, config.get_text_config(decoder=True), config.get_text_config(encoder=True))
     return {size for part in parts for name in _SIZES if isinstance(size := getattr(part, name, None), int)}

@@ -1,7 +1,7 @@
-"""What a run's rows and settings ask of its model, checked before the quantize stage: hours later it would be too late.
+"""Checks of a run's rows and settings against its model, before the quantize stage, which may take hours.
 
-The rows of the stages to come are encoded with the source's tokenizer and held against the model without its weights.
-What was encoded is kept, so that no stage does it again.
+The rows of later stages are encoded with the source's tokenizer and checked against the model without its weights. The
+encoded rows are kept for those stages.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of a run as its model reads them. A stage that is not run has none."""
+    """The encoded rows of a run. A stage that is not run has none."""
 
     tokenizer: PreTrainedTokenizerBase
     train: list[Features]
@@ -52,10 +52,10 @@ class Prepared:
 def prepare(
     source: Source | Initialised, task: Task, train: Sequence[Row], scored: Sequence[Row], config: RunConfig
 ) -> Prepared:
-    """Encodes the rows to train on and those to score, and checks that the model in `source` can read them.
+    """Encode the training and evaluation rows, and check that the model in `source` can read them.
 
-    Raises UserError, one line that names the setting or the row: for positions that the model lacks, in training or while it
-    generates; for a token without an embedding; for a text of no tokens; for a tokenizer that lacks what the task needs.
+    Raises UserError, one line that names the setting or the row, for: a sequence longer than the model's positions, in
+    training or generation; a token without an embedding; a text without tokens; a tokenizer that lacks what the task needs.
     """
     model = skeleton(source.folder, config.model.kind, config.model.trust_remote_code)
     if train and config.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -76,18 +76,19 @@ def prepare(
 
 
 def check_optimiser(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Takes one step with the run's optimiser and schedule on a tiny layer.
+    """Take one step with the run's optimiser and schedule on a tiny layer.
 
-    Raises UserError for an optimiser that transformers does not know, whose package is missing, that needs further arguments
-    or another device, for a schedule that its settings do not allow, and for any argument that transformers refuses.
+    Raises UserError for an optimiser that transformers does not know, whose package is missing, or that needs further
+    arguments or another device. Also raises it for a schedule that does not fit its settings, and for any argument that
+    transformers rejects.
     """
     name = config.train.optim
     known = [optimiser.value for optimiser in OptimizerNames]
     if name not in known:
         near = get_close_matches(name, known) or ["adamw_torch", "adafactor", "sgd"]
         raise UserError(f"train.optim={name}: transformers has no such optimiser; choose one of its OptimizerNames, such as {', '.join(near)}")  # fmt: skip
-    layer = nn.Linear(64, 64).to(device)  # 8-bit optimisers leave smaller weights in 32 bits
-    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its folder at once
+    layer = nn.Linear(64, 64).to(device)  # 8-bit optimisers keep smaller weights in 32 bits
+    with tempfile.TemporaryDirectory() as folder:  # a trainer creates its folder immediately
         trainer = FiniteTrainer(model=layer, args=training_arguments(config, Path(folder), device, dtype))
         with _refused(f"train.optim={name}", "install what it needs, or use train.optim=adamw_torch"):
             optimiser = trainer.create_optimizer()
@@ -100,7 +101,7 @@ def check_optimiser(config: RunConfig, device: torch.device, dtype: torch.dtype)
 
 @contextmanager
 def _refused(setting: str, remedy: str) -> Iterator[None]:
-    """Turns what libraries raise for the value of a setting into a UserError."""
+    """Convert errors that libraries raise for the value of `setting` to UserError."""
     try:
         yield
     except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
@@ -108,7 +109,7 @@ def _refused(setting: str, remedy: str) -> Iterator[None]:
 
 
 def _embeddings(model: PreTrainedModel) -> int | None:
-    """The tokens that the model has embeddings for; None where it does not say."""
+    """The number of tokens that the model has embeddings for; None if unknown."""
     try:
         return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     except (AttributeError, NotImplementedError):
@@ -124,7 +125,7 @@ class _Checks:
         self.token_types = next((module.num_embeddings for name, module in model.named_modules()
                                  if name.endswith("token_type_embeddings") and isinstance(module, nn.Embedding)), None)  # fmt: skip
         self.encodes = bool(model.config.is_encoder_decoder)
-        # Where an encoder-decoder classifies: at the last of its end tokens, of which every row of a batch has as many.
+        # An encoder-decoder classifies at its last end token. Every row of a batch must have the same number of them.
         self.end = model.config.eos_token_id if self.encodes and task.model_kind == "classification" else None
         self.ends: int | None = None
         self.longest = 0
@@ -137,7 +138,7 @@ class _Checks:
         pads: Mapping[str, int],
         request: Request | None = None,
     ) -> None:
-        """Raises UserError for the first feature that the model cannot read, or cannot write an answer to."""
+        """Raise UserError for the first feature that the model cannot read, or cannot generate an answer for."""
         source, place = self.task.source(split), "row" if len(features) == rows else "example"
         origin = source.label if source.file or source.dataset else f"task={self.task.kind}"
         for number, feature in enumerate(features, start=1):
@@ -183,7 +184,7 @@ class _Checks:
     def _lengths(
         self, feature: Features, pads: Mapping[str, int], request: Request | None
     ) -> Iterator[tuple[str, int, int | None]]:
-        """What is read or written of a feature, the positions that it takes, and those that there are."""
+        """Yield for each sequence of a feature: what is done with it, its positions, and the model's positions."""
         read = max(len(feature["input_ids"]), pads.get("input_ids", 0))
         written = request.max_new_tokens if isinstance(request, Generation) else 0
         labels = feature.get("labels")
@@ -192,7 +193,7 @@ class _Checks:
             targets = max(len(labels), pads.get("labels", 0)) if isinstance(labels, list) else written
             yield "writing", targets, self.positions.labels
         else:
-            total = read + max(0, written - 1)  # the last token that is written is not read again
+            total = read + max(0, written - 1)  # the last generated token is not read again
             self.longest = max(self.longest, total)
             yield "generating" if written else "reading", total, self.positions.inputs
 
@@ -201,7 +202,7 @@ class _Checks:
         return ", ".join(f"task.{name}={getattr(config, name)}" for name in self.task.length_settings)
 
     def warn_beyond_rotary(self) -> None:
-        """Logs a warning where sequences are longer than those that a rotary model was trained on: they compute, but worse."""
+        """Log a warning if sequences are longer than those that a rotary model was trained on; scores may be worse."""
         trained = self.positions.rotary
         if trained is not None and self.longest > trained:
             log.warning("%s: sequences of up to %d tokens, and the model was trained on %d positions; expect worse scores",

@@ -1,4 +1,4 @@
-"""`python -m loftq_exp.export`: what it writes computes what the adapter on its backbone computes, and loads plainly."""
+"""`python -m loftq_exp.export`: its output computes the same as the adapter on its backbone, and loads with a plain from_pretrained."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def backbone(init: Initialised) -> hf.PreTrainedModel:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
-            module.support_avx512bf16_for_cpu = False  # or it would compute in bfloat16 on some processors
+            module.support_avx512bf16_for_cpu = False  # otherwise some CPUs compute in bfloat16
     return model
 
 
@@ -350,7 +350,7 @@ def test_options_that_there_are_not(models: Models, tmp_path: Path, refused: Cal
     assert refused(init.folder, out, "--to", "packed", "--dtype", "float32").startswith(
         "--dtype=float32: --to packed leaves"
     )
-    assert "is stored dense, and only save_format=packed" in refused(init.folder, out, "--to", "packed")
+    assert "is stored as dense, and only save_format=packed" in refused(init.folder, out, "--to", "packed")
 
 
 def test_nothing_but_an_initialised_checkpoint_is_merged_into(
@@ -372,7 +372,7 @@ def test_a_place_that_is_taken_or_cannot_be_written(
     for out in (tmp_path / "full", tmp_path / "full/mine", init.folder):
         before = sorted(path.name for path in out.parent.rglob("*") if not path.name.endswith(".lock"))
         assert run(init, out) == 1
-        assert capsys.readouterr().err == f"error: OUT={out}: is there already, and not empty; give a new folder\n"
+        assert capsys.readouterr().err == f"error: OUT={out}: already exists and is not empty; give a new folder\n"
         assert sorted(path.name for path in out.parent.rglob("*") if not path.name.endswith(".lock")) == before
     assert run(init, tmp_path / "full/mine/out") == 1
     assert re.fullmatch(r"error: OUT=.*: cannot be written \(.*\); set another OUT\n", capsys.readouterr().err)
@@ -399,7 +399,7 @@ BAD_ADAPTERS: dict[str, tuple[Change, str]] = {
     ),
     "more targets": (lambda s, t: s["target_modules"].append("lm_head"), "lm_head: the adapter adapts it, and it is no part"),
     "no targets": (lambda s, t: s.update(target_modules=["query"]), "PEFT cannot put it on DIR="),
-    "another rank": (lambda s, t: s.update(r=4), r"has shape \(8, \d+\), DIR=.* mean \(4, \d+\)"),
+    "another rank": (lambda s, t: s.update(r=4), r"has shape \(8, \d+\), DIR=.* need \(4, \d+\)"),
     "rank zero": (lambda s, t: s.update(r=0), "PEFT cannot put it on DIR="),
     "another width": (lambda s, t: t.update({A: torch.zeros(8, 32)}), r"q_proj.lora_A.weight has shape \(8, 32\)"),
     "a missing factor": (lambda s, t: t.pop(A), r"q_proj.lora_A.weight is missing"),
@@ -452,7 +452,7 @@ def test_the_backbone_that_the_adapter_names(
         place.write_text(json.dumps(json.loads(place.read_text()) | {"base_model_name_or_path": str(base)}))
         return init.folder, tmp_path / "out", "--adapter", tmp_path / "adapter"
 
-    assert "which was quantized otherwise; give" in refused(*named(other.folder))
+    assert "which was quantized differently; give" in refused(*named(other.folder))
     assert "and that is no initialised checkpoint" in refused(*named(models.llama))
     report = json.loads((init.folder / "init_report.json").read_text())
     moved_dir = tmp_path / "moved"
@@ -472,7 +472,7 @@ def test_the_backbone_that_the_adapter_names(
         )
     assert caplog.messages == []
     assert run(moved_dir, tmp_path / "gone", *map(str, named(tmp_path / "where-it-was")[2:])) == 0
-    assert "which is not there; taken for" in caplog.text
+    assert "which does not exist; DIR=" in caplog.text
     caplog.clear()
     assert run(moved_dir, tmp_path / "initial") == 0
     assert caplog.messages == [], "the adapter in DIR belongs to it wherever it was moved"

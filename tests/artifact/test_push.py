@@ -1,4 +1,4 @@
-"""Publishing an initialised checkpoint: what arrives at a hub on this machine, what the card says, and what is refused."""
+"""Publishing an initialised checkpoint: the files that arrive at a local hub, the model card, and errors."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_card_says_what_it_is(cli: Any) -> None:
     assert settings["library_name"] == "transformers"
     assert {"loftq", "lora", "peft", "4-bit"} <= set(settings["tags"])
     for line in (
-        "| bits | 4 (4.25 a weight, scales included) |",
+        "| bits | 4 (4.25 per weight, scales included) |",
         "| rank | 4 |",
         "| alpha | 4 (s = 1) |",
         "| steps | 2 |",
@@ -164,7 +164,7 @@ def test_the_card_of_what_was_taken_off_the_shelf(cli: Any) -> None:
     init = Initialised(made.folder, made.report | {"off_the_shelf": shelf, "weights": weights})
     card = model_card(init, compose([*cli.tiny, "quant=off-the-shelf", *PUSH]), None)
     assert "| taken from | LoftQ/x, commit c0ffee |" in card
-    assert "Not known: that would take the pre-trained weights." in card
+    assert "Unknown: computing them requires the pre-trained weights." in card
     assert "| steps | as published |" in card
 
 
@@ -203,7 +203,7 @@ def test_a_push_that_fails_names_the_cause_and_leaves_the_checkpoint(
     writer.refused.clear()
     again = cli(*cli.tiny, *QUANTIZE, *PUSH)
     assert again.code == 0, again
-    assert "is there: 14 weights, 0 computed" in again.out
+    assert "exists: 14 weights, 0 computed" in again.out
     assert contents(checkpoint()) == before
 
 

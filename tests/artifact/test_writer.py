@@ -1,4 +1,4 @@
-"""Files written one tensor at a time read back as what safetensors itself would have written."""
+"""Files written one tensor at a time read back equal to those that safetensors writes."""
 
 from __future__ import annotations
 

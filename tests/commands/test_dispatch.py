@@ -1,4 +1,4 @@
-"""`loftq-exp COMMAND ...`: each command behind its name, one way to refuse."""
+"""`loftq-exp COMMAND ...`: each command by its name, and one form of error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_help_names_every_command(cli: Any) -> None:
     (["quant.bits=2"], "quant.bits=2: settings come after the command; give loftq-exp run quant.bits=2"),
     (["-m", "quant.bits=2,4"], "-m: settings come after the command; give loftq-exp run -m"),
     (["run", "quant.bit=2"], "quant.bit=2: there is no such setting; did you mean 'quant.bits'?"),
-    (["run", "--bogus"], "unrecognized arguments: --bogus; settings are given as NAME=VALUE, --help shows them"),
+    (["run", "--bogus"], "unrecognized arguments: --bogus; give settings as NAME=VALUE, see --help"),
     (["cache", "lits"], "argument list|size|verify|prune: invalid choice: 'lits'"),
     (["cache", "--cache-dir", "nowhere", "list"], "--cache-dir=nowhere: there is no such folder"),
     (["export", "only-one"], "the following arguments are required: OUT; see python -m loftq_exp.export --help"),

@@ -106,7 +106,7 @@ def test_size_counts_by_kind(
     assert capsys.readouterr().out.splitlines() == [
         f"3 decompositions, {megabytes:.1f} MB",
         "1 converted model, 1.5 MB",
-        "1 half-written file of killed processes, 0.0 MB; prune removes them",
+        "1 incomplete file of killed processes, 0.0 MB; prune removes them",
     ]
 
 
@@ -117,7 +117,7 @@ def test_an_empty_folder_is_an_empty_cache(tmp_path: Path, capsys: pytest.Captur
     assert "no decompositions" in out
     assert "0 decompositions, 0.0 MB\n0 converted models, 0.0 MB\n" in out
     assert "0 decompositions, 0 damaged" in out
-    assert "removed 0 decompositions, 0.0 MB; 0 stay" in out
+    assert "removed 0 decompositions, 0.0 MB; 0 remain" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,7 +151,7 @@ def test_prune_all(
     tmp_path: Path, entries: dict[str, Path], leftover: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, "prune", "--all") == 0
-    assert "removed 3 decompositions and 1 half-written file, 0.0 MB; 0 stay, 0.0 MB" in capsys.readouterr().out
+    assert "removed 3 decompositions and 1 incomplete file, 0.0 MB; 0 remain, 0.0 MB" in capsys.readouterr().out
     assert kept(entries) == set()
     assert not leftover.exists()
     assert (tmp_path / "models/tiny-1.0-01234567/model.safetensors").exists(), "a job may be about to open it"
@@ -306,16 +306,16 @@ def test_inits_are_listed_sized_and_pruned(capsys: pytest.CaptureFixture[str]) -
     assert re.search(r"tiny-4bit-4rank-0123abcd\W+me/tiny\W+loftq\W+5\W+1\.0\W+1\W", out)
     assert re.search(r"tiny-2bit-4rank-89ef0123\W+me/tiny\W+loftq\W+5\W+2\.0\W+0\W", out)
     assert command.main(["inits", "size"]) == 0
-    assert capsys.readouterr().out == "2 initialisations, 3.0 MB; 1 that no run names, 2.0 MB\n"
+    assert capsys.readouterr().out == "2 initialisations, 3.0 MB; 1 unused, 2.0 MB\n"
     assert command.main(["inits", "--output-dir", "outputs", "prune"]) == 0
-    assert capsys.readouterr().out == "removed 1 initialisation, 2.0 MB; 1 stay, 1.0 MB\n"
+    assert capsys.readouterr().out == "removed 1 initialisation, 2.0 MB; 1 remain, 1.0 MB\n"
     assert (named.is_dir(), free.exists(), half.exists()) == (True, False, False)
 
 
 def test_an_init_that_a_run_names_goes_only_by_force(capsys: pytest.CaptureFixture[str]) -> None:
     named = stored("tiny-4bit-4rank-0123abcd", "run-1")
     assert command.main(["inits", "prune", named.name]) == 1
-    message = f"error: {named.name}: runs/run-1 still names it; add --force to remove it all the same\n"
+    message = f"error: {named.name}: runs/run-1 still uses it; add --force to remove it anyway\n"
     assert capsys.readouterr().err == message
     assert command.main(["inits", "prune", "other"]) == 1
     assert capsys.readouterr().err.startswith("error: other: there is no such initialisation in outputs/inits; ")
@@ -329,7 +329,7 @@ def test_an_init_that_is_being_written_stays(capsys: pytest.CaptureFixture[str])
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         assert command.main(["inits", "prune"]) == 0
     assert capsys.readouterr().out.startswith(
-        f"{folder.name}: a job is writing it; it stays\nremoved 0 initialisations"
+        f"{folder.name}: a job is writing it; it is kept\nremoved 0 initialisations"
     )
     assert folder.is_dir()
 
@@ -365,7 +365,7 @@ def test_verify_reads_files_whose_digest_is_remembered(
     files[2].write_bytes(b"others")
     assert command.main(["verify", "--cache-dir", str(tmp_path / "cache")]) == 1
     out = capsys.readouterr().out
-    assert out.splitlines()[0] == f"wrong digest: the bytes of {files[1].resolve()} are others, and its size and dates are those that were recorded"  # fmt: skip
+    assert out.splitlines()[0] == f"wrong digest: the bytes of {files[1].resolve()} changed, but its size and dates are those that were recorded"  # fmt: skip
     assert out.endswith("3 remembered digests, 1 wrong (verify --drop removes them)\n")
     assert command.main(["verify", "--drop", "--cache-dir", str(tmp_path / "cache")]) == 1
     assert [json.loads(entry.read_text())["path"] for entry in known.entries()] == [str(files[0].resolve())]

@@ -1,4 +1,4 @@
-"""The command: what it shows, how it composes, how it refuses, and what a multirun leaves."""
+"""The command: its output, composition, errors, and the results of a multirun."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_help_is_a_page_for_a_newcomer(cli: Any) -> None:
     assert max(len(line) for line in outcome.out.splitlines()) < 400
     assert "--cfg job" in outcome.out
     assert not list(Path.cwd().iterdir())
-    section = outcome.out.partition("The settings that people need\n")[2].partition("\n\n")[0]
+    section = outcome.out.partition("Common settings\n")[2].partition("\n\n")[0]
     shown = [line.split("=")[0].strip() for line in section.splitlines()]
     assert len(shown) == 11
     assert set(shown) <= set(dotted_names(RunConfig))
@@ -230,7 +230,7 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["quant.bits=["], "quant.bits=[: not readable as NAME=VALUE"),
     (["model.path=a b(c"], "model.path=a b(c: not readable as NAME=VALUE"),
     (["=3"], "=3: there is no such setting"),
-    (["--bogus"], "unrecognized arguments: --bogus; settings are given as NAME=VALUE"),
+    (["--bogus"], "unrecognized arguments: --bogus; give settings as NAME=VALUE"),
     (["--cfg", "all-of-it"], "argument --cfg/-c: invalid choice: 'all-of-it'"),
     (["--cfg", "job", "-m"], "Only one of --run, --multirun, --cfg"),
     (["--resolve"], "The --resolve flag"),
@@ -275,7 +275,7 @@ def test_a_run_leaves_its_results_and_a_quiet_terminal(cli: Any) -> None:
 def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     outcome = cli(*cli.tiny, "-m", "quant.rank=100000,4")
     assert outcome.code == 1
-    assert outcome.err == "error: not every job succeeded: the table above names those that failed, and why\n"
+    assert outcome.err == "error: not every job succeeded; the failed jobs and their errors are listed above\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
     (sweep,) = Path("outputs/sweeps").iterdir()
     left = ["job-0000.json", "job-0001.json", "losses.png", "multirun.yaml", "table.md"]
@@ -287,7 +287,7 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert done["error"] is None
     assert done["metrics"]["scores"]["nll"] > 0
     rows = (sweep / "table.md").read_text().splitlines()
-    assert rows[2].startswith("| 0 | quant.rank=100000 |")  # of the overrides only what tells the jobs apart
+    assert rows[2].startswith("| 0 | quant.rank=100000 |")  # only the overrides that differ between the jobs
     assert rows[2].endswith("| failed |")
     assert rows[3].endswith("| done |")
     assert rows[5].startswith("job 0 failed: quant.rank=100000: ")

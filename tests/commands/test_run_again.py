@@ -1,4 +1,4 @@
-"""`python -m loftq_exp.rerun`: equal results are said to be equal, all others are listed, and bad records are one line."""
+"""`python -m loftq_exp.rerun`: equal results are reported as equal, others are listed, and a bad record is a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m loftq_exp.report`: the runs and sweeps that it finds, and what it writes of them."""
+"""`python -m loftq_exp.report`: the runs and sweeps that it finds, and what it writes about them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_is_no_record_is_left_out_with_a_warning(
     write(outputs / "runs" / "b" / "metrics.json", {"label": "another program's"})
     assert [row["run"] for row in rows(capsys, "outputs")] == ["tiny-8", "tiny-32"]
     assert caplog.messages == [
-        f"outputs/runs/{name}/metrics.json: not the metrics of a run; left out" for name in ("a", "b")
+        f"outputs/runs/{name}/metrics.json: not the metrics of a run; skipped" for name in ("a", "b")
     ]
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_record_is_left_out_with_a_warning(
     (["outputs/empty*"], "outputs/empty*: there is no such folder"),
     (["empty"], "empty: there is no run with a metrics.json, and no sweep, in it"),
     (["outputs", "--format", "xml"], "argument --format: invalid choice: 'xml'"),
-    (["outputs", "--output", "f"], "--output=f: a table is for the terminal; add --format json, csv or markdown"),
+    (["outputs", "--output", "f"], "--output=f: --format=table is for the terminal only; add --format json, csv or markdown"),
     (["outputs", "--format", "csv", "--output", "no/f"], "--output=no/f: cannot be written (No such file or directory)"),
     ([], "the following arguments are required: DIR"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run may be: every range, what does not go together, and the names of the folders that follow from it."""
+"""The settings of a run: every range, conflicting settings, and the folder names that follow from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From mappings to dataclasses: what is converted, what is refused and in what words."""
+"""From mappings to dataclasses: conversions, refusals and their messages."""
 
 from __future__ import annotations
 

@@ -304,7 +304,7 @@ def test_a_damaged_entry_is_dropped_told_and_computed_again(
     with caplog.at_level(logging.WARNING):
         assert cache.find(RECIPE, digest, weight.shape) is None
     assert f"{path} is damaged" in caplog.text
-    assert "computed again" in caplog.text
+    assert "to be recomputed" in caplog.text
     assert not path.exists()
     cache.put(RECIPE, digest, computed(weight))
     assert identical(read_entry(path), result)

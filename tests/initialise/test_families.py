@@ -1,4 +1,4 @@
-"""Every family from its real config class, in small: what is quantized, what PEFT and others get, and that it computes the same."""
+"""Every family from its real config class, in small: what is quantized, what PEFT loads, and that outputs are the same."""
 
 from __future__ import annotations
 

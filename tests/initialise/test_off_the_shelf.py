@@ -1,4 +1,4 @@
-"""Published checkpoints: fetched by the real client from a hub on this machine, and run on like any other."""
+"""Published checkpoints: downloaded by the real client from a local hub, and used like any other."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_every_stage_runs_on_a_published_checkpoint(cli: Any, fake_hub: Any, mis
     outcome = cli("quant=off-the-shelf", "model=mistral", *quick, "task.max_source_length=48")
     assert outcome.code == 0, outcome
     assert f"7 weights taken off the shelf from {MISTRAL} at commit {commit[:12]}" in outcome.out
-    assert "the published alpha 16 does not match rank 64: training starts from Q + 0.25 B A" in outcome.out
+    assert "the published alpha 16 does not match rank 64 and is kept: training starts from Q + 0.25 B A" in outcome.out
     assert "LoftQ as published" in outcome.out
     (run,) = Path("outputs/runs").iterdir()
     assert run.name.startswith("Mistral-7B-v0.1-4bit-64rank-off-the-shelf-arithmetic-")
@@ -134,7 +134,7 @@ def test_every_stage_runs_on_a_published_checkpoint(cli: Any, fake_hub: Any, mis
 
     fetched = len(fake_hub.asked("/resolve/|/large/"))
     again = cli("quant=off-the-shelf", "model=mistral", *quick, "task.max_source_length=48")
-    assert "is there: taken off the shelf before" in again.out
+    assert "exists: taken from a published checkpoint" in again.out
     assert len(fake_hub.asked("/resolve/|/large/")) == fetched
     assert not (init / "README.md").exists()
 
@@ -262,7 +262,7 @@ def test_large_files_come_by_a_redirect_which_gets_no_token(
 def test_a_download_that_breaks_off_is_resumed(
     fake_hub: Any, mistral: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the client, within one process, from the last whole chunk; what a killed process had of a file it fetches anew."""
+    """The client resumes within one process, from the last complete chunk. A file of a killed process is downloaded again."""
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # else 10 MB
     mistral = {name: data for name, data in mistral.items() if not name.endswith("adapter_model.safetensors")}
     fake_hub.publish("me/mirror", mistral)
@@ -325,8 +325,8 @@ def test_every_published_combination_has_a_name() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["model=falcon"], "quant=off-the-shelf: falcon-7b with 4 bits and rank 64 is not published; there is (bits/rank) Llama-2-7b-hf 4/64; "),
-    (["model=mistral", "quant.bits=2"], "there is (bits/rank) Mistral-7B-v0.1 4/64, 4/32; use quant=loftq, or set quant.path"),
+    (["model=falcon"], "quant=off-the-shelf: falcon-7b with 4 bits and rank 64 is not published; available (bits/rank): Llama-2-7b-hf 4/64; "),
+    (["model=mistral", "quant.bits=2"], "available (bits/rank): Mistral-7B-v0.1 4/64, 4/32; use quant=loftq, or set quant.path"),
     (["model=mistral", "quant.alpha=64"], "quant.alpha=64.0: off-the-shelf takes a checkpoint as it was published; leave quant.alpha out"),
     (["model=mistral", "quant.type=uniform"], "quant.type=uniform: off-the-shelf takes"),
     (["model=mistral", "quant.block_size=32"], "quant.block_size=32: off-the-shelf takes"),
@@ -335,7 +335,7 @@ def test_every_published_combination_has_a_name() -> None:
     (["quant=loftq", "quant.path=a/b"], "quant.path=a/b: names a published checkpoint; add quant=off-the-shelf"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(cli: Any, arguments: list[str], message: str) -> None:
-    """Told before the hub is asked for the task's data."""
+    """The error is raised before the hub is asked for the task's data."""
     assert message in cli.refused("quant=off-the-shelf", *arguments, "task=gsm8k")
     assert not Path("outputs").exists()
 
@@ -367,7 +367,7 @@ def test_an_adapter_that_does_not_fit(mistral_dir: Path, tmp_path: Path) -> None
     weights.unlink()
     assert "has no adapter_model.safetensors or adapter_model.bin" in refused(out, given)
     (place / "loftq_init" / "adapter_config.json").unlink()
-    assert "no adapter in it (looked in loftq_init/, loft_init/, its root)" in refused(out, given)
+    assert "it has no adapter (searched loftq_init/, loft_init/, its root)" in refused(out, given)
     os.truncate(place / "model.safetensors", 100)
     assert refused(out, given).startswith(f"quant.path: {place / 'model.safetensors'} is cut short")
 
@@ -383,4 +383,4 @@ def test_a_backbone_that_is_not_quantized_is_told(
     nn.init.normal_(weights["model.layers.0.mlp.up_proj.weight"])
     save_file(weights, place / "model.safetensors", {"format": "pt"})
     taken(tmp_path / "out", f"quant.path={place}")
-    assert "different ones, which 4 bits cannot: loading in 4 bits will change them" in caplog.text
+    assert "distinct ones, too many for 4 bits: loading in 4 bits will change them" in caplog.text

@@ -1,4 +1,4 @@
-"""Which weight gets how many bits and what rank: the rules on bare layouts, and what becomes of them in checkpoints."""
+"""Which weight gets how many bits and what rank: the rules on bare layouts, and their effect in checkpoints."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_pattern_may_name_kinds_and_single_weights() -> None:
 
 
 @pytest.mark.parametrize(("patterns", "message"), [
-    ({"*.layers.0.*": 4}, "quant.bits_per_layer: leaves out model.layers.1.self_attn.q_proj; add a pattern that matches it"),
+    ({"*.layers.0.*": 4}, "quant.bits_per_layer: no pattern matches model.layers.1.self_attn.q_proj; add one that does"),
     ({"*.layers.2-9.*": 4, "*": 2}, "quant.bits_per_layer.*.layers.2-9.*: matches no weight (model.layers.0.self_attn.q_proj is one)"),
     ({"*": 2, "*.layers.0.*": 4}, "quant.bits_per_layer.*.layers.0.*: matches no weight that an earlier pattern does not"),
     ({"lm_head": 4, "*": 2}, "quant.bits_per_layer.lm_head: matches no weight"),
@@ -192,7 +192,7 @@ def made(model: Path, root: Path, kind: str = "causal", save_format: str = "dens
 
 
 def expected_error(model: Path, weight: dict[str, Any], steps: int) -> float:
-    """The error that the report's bits and rank lead to, found anew."""
+    """The error at the report's bits and rank, recomputed."""
     value = load_file(model / "model.safetensors")[f"{weight['name']}.weight"]
     quantizer = make_quantizer("nf", weight["bits"], 64, torch.bfloat16)
     return decompose(value, quantizer, weight["rank"], steps).errors[-1]
@@ -316,7 +316,7 @@ def test_the_card_says_what_was_mixed(tiny_llama_dir: Path, tmp_path: Path) -> N
     widths = sorted({weight["bits"] for weight in init.report["weights"]})
     ranks = sorted({weight["rank"] for weight in init.report["weights"]})
     assert f"| bits | {init.report['bits_plan']['code_bits']:.4g} on average: {', '.join(map(str, widths))} (" in card
-    assert f"| rank | {', '.join(map(str, ranks))} (in all no more than 8 each) |" in card
+    assert f"| rank | {', '.join(map(str, ranks))} (in total at most that of rank 8 everywhere) |" in card
     assert "- 2.5-bit\n" in card
 
 
@@ -334,10 +334,7 @@ def test_a_budget_for_qlora_follows_quantization_alone(tiny_llama_dir: Path, tmp
 def test_the_plan_is_printed_and_saved(cli: Any) -> None:
     outcome = cli(*cli.tiny, "stages=[quantize]", "quant.bits=2.5", "quant.allocation=error+rank", "save_dir=kept")
     assert outcome.code == 0, outcome
-    assert (
-        "bits a value by error+rank; weights (and millions of values) by their bits, weights by their rank:"
-        in outcome.out
-    )
+    assert "bits per value by error+rank; weights (and millions of values) by bits, weights by rank:" in outcome.out
     assert "\n  mlp.down_proj" in outcome.out
     (run,) = Path("outputs/runs").iterdir()
     assert "-2.5bit-error+rank-4rank-loftq-iter5-" in run.name

@@ -1,4 +1,4 @@
-"""Sources whose weights are not the pre-trained ones: quantized already, initialised already, an adapter alone."""
+"""Sources whose weights are not pre-trained ones: already quantized, already initialised, or only an adapter."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_an_initialised_checkpoint_is_no_source(tmp_path: Path, tiny_llama_dir: 
 
 
 def test_the_advice_for_an_initialised_checkpoint_works(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    """off-the-shelf takes backbone and factors as they are."""
+    """off-the-shelf uses backbone and factors unchanged."""
     init = made(tiny_llama_dir, tmp_path)
     assert f"quant=off-the-shelf quant.path={init.folder} quant.rank=8" in refused(init.folder, tmp_path / "again")
     shelf = quantize_config(tiny_llama_dir, tmp_path / "shelf", "causal", "dense",

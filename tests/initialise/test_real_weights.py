@@ -1,4 +1,4 @@
-"""Real weights on real text: whether a LoftQ start computes what the pre-trained model does more nearly than QLoRA's."""
+"""Real weights on real text: whether LoftQ starts nearer to the pre-trained model's outputs than QLoRA."""
 
 from __future__ import annotations
 

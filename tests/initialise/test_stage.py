@@ -1,4 +1,4 @@
-"""From a checkpoint to an initialised one: what is written, what users get from it, and what happens when it fails."""
+"""From a checkpoint to an initialised one: what is written, what users load, and what happens on failure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def made(model: Path, root: Path, changes: dict[str, Any] | None = None) -> Init
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """The backbone's tensors as they are in the files."""
+    """The backbone's tensors as stored in the files."""
     return {
         name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
     }
@@ -440,7 +440,7 @@ def test_a_second_identical_run_computes_nothing_and_says_so(
     before = contents(first.folder)
     with caplog.at_level(logging.INFO):
         second = made(shelf.model, tmp_path)
-    assert f"{first.folder} is there: 14 weights, 0 computed" in caplog.text
+    assert f"{first.folder} exists: 14 weights, 0 computed" in caplog.text
     assert second.report == first.report
     assert contents(first.folder) == before
     shutil.rmtree(first.folder)
@@ -770,7 +770,7 @@ def test_another_initialisation_in_the_same_place_is_refused(shelf: Shelf, chang
     with pytest.raises(UserError) as refusal:
         made(shelf.model, shelf.root, {"save_dir": str(shelf.get().folder.parent), **change})
     assert str(refusal.value).startswith(
-        f"{name}={value}: the checkpoint at {shelf.get().folder} was {other}; it stays: "
+        f"{name}={value}: the checkpoint at {shelf.get().folder} was {other}; it is never replaced: "
     )
     assert contents(shelf.get().folder) == first
 

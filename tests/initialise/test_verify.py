@@ -1,4 +1,4 @@
-"""What is written is checked before it takes its place: names, shapes, parts of packed weights, and all that passes through."""
+"""A checkpoint is checked before it is renamed into place: names, shapes, parts of packed weights, unquantized tensors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_part_of_a_target_that_was_not_written_is_named(
     part = {"dense": "weight", "packed": "scales", "bnb4": "weight.absmax"}[save_format]
     name = f"model.layers.1.mlp.up_proj.{part}"
     message = spoilt(tiny_llama_dir, tmp_path, save_format, monkeypatch, lambda weights: weights.pop(name))
-    assert f"{name} did not get into" in message
+    assert f"{name} was not written to" in message
 
 
 @pytest.mark.parametrize("save_format", FORMS)
@@ -78,7 +78,7 @@ def test_one_bit_of_what_passes_through_is_noticed(
         weights["model.embed_tokens.weight"].view(torch.int32)[-1, -1] ^= 1
 
     message = spoilt(tiny_llama_dir, tmp_path, save_format, monkeypatch, flip)
-    assert "model.embed_tokens.weight was not written as it is in the source" in message
+    assert "model.embed_tokens.weight differs from the source after writing" in message
 
 
 def test_packed_parts_of_another_shape_are_refused(

@@ -1,4 +1,4 @@
-"""Several weights at a time: all of them, side by side, and an end at the first error."""
+"""Several weights at a time: all are processed, in parallel, and the first error stops them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packed layer computes what a dense layer with its values does, in both directions, and keeps nothing dense."""
+"""The packed layer computes what a dense layer with its values does, forward and backward, and keeps no dense weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every stage on packed backbones, from the command: families, heads, precisions and types; and what does not go with them."""
+"""Every stage on packed backbones, from the command: families, heads, precisions, types, and unsupported combinations."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_head_of_another_size_on_a_packed_backbone(labels: int, tmp_path: Path
     torch.testing.assert_close(found[0], found[1])
     file = init.folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         load_model(init, None, config, CPU, torch.float32, labels)
 
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints through transformers and PEFT: what loads, what it computes, what comes out again, what is refused."""
+"""Packed checkpoints through transformers and PEFT: loading, outputs, saving, and errors."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_merging_is_refused_in_one_line(packed: Path) -> None:
         with pytest.raises(UserError) as caught:
             merge()
         assert str(caught.value).startswith(
-            "merge: a packed backbone cannot take the adapter's values; python -m loftq_e"
+            "merge: an adapter cannot be merged into a packed backbone; python -m loftq_e"
         )
         assert "\n" not in str(caught.value)
     assert torch.equal(logits(adapted), expected)
@@ -277,13 +277,13 @@ def shorten(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shorten, rf"{LAYER}\.qweight: uint8 \(2046,\), a weight of 128 x 64 at 2 bits has uint8 \(2048,\); get "),
+        (shorten, rf"{LAYER}\.qweight: uint8 \(2046,\), but a weight of 128 x 64 at 2 bits has uint8 \(2048,\); get "),
         (
             lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"].float()}),
             rf"{LAYER}\.scales: float32 \(128, 1\), ",
         ),
         (lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"].long()}), rf"{LAYER}\.scales: I64 \(128, 1\), "),
-        (lambda t: t.pop(f"{LAYER}.qweight"), rf"{LAYER}\.qweight: missing, a weight of 128 x 64 at 2 bits has uint8 "),
+        (lambda t: t.pop(f"{LAYER}.qweight"), rf"{LAYER}\.qweight: missing, but a weight of 128 x 64 at 2 bits has "),
         (
             lambda t: t[f"{LAYER}.scale_steps"].fill_(torch.nan),
             rf"{LAYER}: 1 of its scales are NaN or infinite; get the",
@@ -300,7 +300,7 @@ def test_damaged_tensors_are_told_in_one_line(copied: Path, change: Any, message
 def test_a_file_that_is_cut_off(copied: Path) -> None:
     file = max(copied.glob("model*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    assert refused(copied).startswith(f"{file}: not a whole safetensors file (")
+    assert refused(copied).startswith(f"{file}: not a complete safetensors file (")
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -319,14 +319,14 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         ({"version": 2}, "quantization_config: packed by another loftq_exp (format 2; this one reads 1); update loftq_exp, or"),
         ({"colour": "red"}, "quantization_config: packed by another loftq_exp (format 1 and colour; this one reads 1); upd"),
-        ({"bits": None}, "quantization_config.bits: not the bits of each packed module by its name; get config.json again"),
-        ({"bits": {"model.layers.7.mlp.up_proj": 2}}, "quantization_config.bits: model.layers.7.mlp.up_proj is no linear layer of LlamaFo"),
-        ({"bits": {"model.layers.0": 2}}, "quantization_config.bits: model.layers.0 is no linear layer of LlamaForCausalLM; load "),
+        ({"bits": None}, "quantization_config.bits: not a mapping of module names to bits; get config.json again"),
+        ({"bits": {"model.layers.7.mlp.up_proj": 2}}, "quantization_config.bits: model.layers.7.mlp.up_proj is not a linear layer of Llama"),
+        ({"bits": {"model.layers.0": 2}}, "quantization_config.bits: model.layers.0 is not a linear layer of LlamaForCausalLM; load "),
         ({"bits": {LAYER: 9}}, "bits=9: quantizer type nf has 2, 3, 4 bits; choose one of them or another type"),
-        ({"bits": {LAYER: 4}}, f"{LAYER}.qweight: uint8 (2048,), a weight of 128 x 64 at 4 bits has uint8 (4096,); get the"),
+        ({"bits": {LAYER: 4}}, f"{LAYER}.qweight: uint8 (2048,), but a weight of 128 x 64 at 4 bits has uint8 (4096,); get the"),
         ({"type": "fp"}, "quantizer type 'fp': unknown; choose one of nf"),
-        ({"double": False}, "model.layers.0.mlp.down_proj.scales: uint8 (128, 1), a weight of 64 x 128 at 4 bits has bfloat16"),
-        ({"scale_dtype": "bfloat8"}, "quantization_config.scale_dtype=bfloat8: not a type; get config.json again"),
+        ({"double": False}, "model.layers.0.mlp.down_proj.scales: uint8 (128, 1), but a weight of 64 x 128 at 4 bits has bfloat16"),
+        ({"scale_dtype": "bfloat8"}, "quantization_config.scale_dtype=bfloat8: not a torch dtype; get config.json again"),
         ({"scale_dtype": "int3"}, "scale_dtype=torch.int3: not a type for scales; choose float32, bfloat16 or float16"),
     ],
     ids=str,

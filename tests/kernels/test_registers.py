@@ -1,4 +1,4 @@
-"""Codes looked up in vector registers, against numpy's own indexing."""
+"""Looking up codes in vector registers, compared with numpy's indexing."""
 
 from collections.abc import Iterator
 
@@ -87,7 +87,7 @@ CASES = [
 
 @pytest.fixture
 def fresh_kernels() -> Iterator[None]:
-    """Kernels are compiled anew in the test, and after it for this processor."""
+    """Recompile the kernels in the test, and after it for this CPU."""
 
     def forget() -> None:
         for made in (

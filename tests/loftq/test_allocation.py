@@ -1,4 +1,4 @@
-"""The integer programme against trying every choice."""
+"""The integer programme compared with an exhaustive search."""
 
 from __future__ import annotations
 

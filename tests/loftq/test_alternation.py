@@ -1,4 +1,4 @@
-"""The fast alternation against the exact one, and its compiled passes against torch's operations."""
+"""The fast alternation compared with the exact one, and its compiled passes with torch's operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loftq_exp.kernels import quantize as kernels
-from loftq_exp.loftq import Rooms, alternation, decompose, make_quantizer, quantizers
+from loftq_exp.loftq import Workspace, alternation, decompose, make_quantizer, quantizers
 from loftq_exp.loftq import quantizer as quantizer_base
 from loftq_exp.loftq.lowrank import leading_factors, truncated_svd
 
@@ -87,7 +87,7 @@ def test_without_numba_a_decomposition_has_the_same_bytes_and_one_warning_is_giv
     weight, quantizer = normal(300, 200), make_quantizer(*kind)
     expected = decompose(weight, quantizer, 16, 3)
     monkeypatch.setattr(kernels, "numba", None)
-    for cached in (kernels.quantizing, kernels._say_once):
+    for cached in (kernels.quantizing, kernels._warn_once):
         cached.cache_clear()
     with caplog.at_level(logging.WARNING):
         decompose(weight, quantizer, 16, 3)
@@ -101,7 +101,7 @@ def test_without_numba_a_decomposition_has_the_same_bytes_and_one_warning_is_giv
     ]
     assert all(torch.equal(one, other) for one, other in pairs)
     assert [record.message for record in caplog.records if "numba" in record.message] == [
-        "numba is not there: quantizing takes several times as long, with the same result; pip install numba"
+        "numba is not installed: quantizing is several times slower, with the same result; pip install numba"
     ]
 
 
@@ -219,12 +219,12 @@ def test_the_bytes_are_those_of_one_thread(shape: tuple[int, int]) -> None:
 
 
 def test_decompositions_in_the_same_rooms_are_those_of_each_alone() -> None:
-    rooms = Rooms()
-    taken = rooms.take("codes", (3, 7), torch.bfloat16, torch.device("cpu"))
+    workspace = Workspace()
+    taken = workspace.take("codes", (3, 7), torch.bfloat16, torch.device("cpu"))
     assert taken.data_ptr() % 64 == 0, "as torch's own: products may round differently elsewhere"
     for shape, kind in (((300, 200), ("nf", 4)), ((40, 50), ("uniform", 2)), ((200, 350), ("nf", 2))):
         weight, quantizer = normal(*shape), make_quantizer(*kind)
-        alone, within = decompose(weight, quantizer, 8, 2), decompose(weight, quantizer, 8, 2, rooms=rooms)
+        alone, within = decompose(weight, quantizer, 8, 2), decompose(weight, quantizer, 8, 2, workspace=workspace)
         assert within.errors == alone.errors
         assert torch.equal(within.lora_A, alone.lora_A)
         assert torch.equal(within.lora_B, alone.lora_B)

@@ -1,4 +1,4 @@
-"""The alternating algorithm against an independent float64 version, the closed form for T = 1, and PEFT's algorithm."""
+"""The alternating algorithm compared with an independent float64 version, the closed form for T = 1, and PEFT's algorithm."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ NF4 = make_quantizer("nf", 4)
 
 @pytest.fixture(autouse=True, scope="module")
 def bitsandbytes_without_compiler():
-    """bitsandbytes compiles its kernel for odd shapes anew for each shape, which takes seconds."""
+    """bitsandbytes recompiles its kernel for each odd shape, which takes seconds."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

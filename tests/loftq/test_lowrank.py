@@ -1,4 +1,4 @@
-"""The truncated SVD against torch's full one."""
+"""The truncated SVD compared with torch's full SVD."""
 
 import pytest
 import torch

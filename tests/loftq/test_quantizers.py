@@ -1,4 +1,4 @@
-"""Quantizers against facts.md, bitsandbytes, and small versions written here by hand."""
+"""Quantizers compared with facts.md, bitsandbytes, and small versions written by hand."""
 
 import itertools
 
@@ -20,7 +20,7 @@ FAST = settings(max_examples=40, deadline=None)
 
 @pytest.fixture(autouse=True, scope="module")
 def bitsandbytes_without_compiler():
-    """bitsandbytes compiles its kernel for odd shapes anew for each shape, which takes seconds."""
+    """bitsandbytes recompiles its kernel for each odd shape, which takes seconds."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

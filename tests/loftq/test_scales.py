@@ -1,4 +1,4 @@
-"""Scales quantized themselves: once and for all, and the same ones in a file, in memory and in the residual."""
+"""Double quantization: scales are quantized once, and are the same in a file, in memory and in the residual."""
 
 import itertools
 import math

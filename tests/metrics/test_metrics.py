@@ -1,4 +1,4 @@
-"""Each metric against values worked out by hand."""
+"""Each metric compared with values computed by hand."""
 
 from __future__ import annotations
 

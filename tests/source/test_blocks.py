@@ -1,4 +1,4 @@
-"""What of a model's blocks is no linear layer: refused where it matters, counted where it does not."""
+"""Matrices in a model's blocks that are not linear layers: refused if there are many, counted otherwise."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_card_says_what_is_left_out(partial: Initialised, tmp_path: Path) ->
     card, totals = model_card(partial, run, None), partial.report["totals"]
     share = 1 - totals["quantized_values"] / totals["linear_values"]
     assert f"| left out | {share:.2%} of the values in blocks " in card
-    assert f"({totals['bits_per_weight']:.2f} a weight, scales included)" in card
+    assert f"({totals['bits_per_weight']:.2f} per weight, scales included)" in card
 
 
 def test_lora_quantizes_nothing(tmp_path: Path) -> None:

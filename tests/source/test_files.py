@@ -1,4 +1,4 @@
-"""What goes along with the weights: all that tokenizer and code need, proven from the artifact alone, and nothing else."""
+"""The files copied beside the weights: all that tokenizer and code need, checked from the artifact alone, and no others."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_a_tokenizer_that_does_not_come_along_is_found_before_the_work(
     monkeypatch.setattr("loftq_exp.artifact.folder.carry_files", forgetful)
     monkeypatch.setattr("loftq_exp.initialise.stage._write_weights", lambda *_: pytest.fail("the long work began"))
     with pytest.raises(
-        UserError, match=r"^model\.path=\S+: the tokenizer reads other ids from the files that go along"
+        UserError, match=r"^model\.path=\S+: the tokenizer gives other ids when loaded from the files copied"
     ):
         made(source, "classification")
 
@@ -259,5 +259,5 @@ def test_code_that_lacks_a_module_is_found_before_the_work(tmp_path: Path, monke
         return skeleton(folder, *arguments)
 
     monkeypatch.setattr(proof, "skeleton", without)
-    with pytest.raises(UserError, match=r"^model\.path=\S+: the model does not load from the files that go along"):
+    with pytest.raises(UserError, match=r"^model\.path=\S+: the model does not load from the files copied"):
         made(source, "causal", trust=True)

@@ -1,4 +1,4 @@
-"""NaN and Inf in a source: named before anything is made of it, wherever they are."""
+"""NaN and Inf in a source: reported by name before any work, wherever they are."""
 
 from __future__ import annotations
 

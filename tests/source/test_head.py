@@ -1,4 +1,4 @@
-"""The head that a task trains: kept where the checkpoint brings one, drawn from the seed where it does not."""
+"""The head that a task trains: kept if the checkpoint has one, drawn from the seed otherwise."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_head_of_another_size_than_the_config_says_is_refused(tmp_path: Path) 
     settings = json.loads((folder / "config.json").read_text())
     del settings["id2label"], settings["label2id"]
     (folder / "config.json").write_text(json.dumps(settings))
-    told = r"classifier\.weight has shape \(3, 64\), config\.json means \(2, 64\); correct num_labels"
+    told = r"classifier\.weight has shape \(3, 64\), config\.json expects \(2, 64\); correct num_labels"
     with pytest.raises(UserError, match=told):
         made(folder, tmp_path)
     assert not list((tmp_path / "seed-11").glob("[!.]*"))

@@ -289,7 +289,7 @@ def test_whether_embeddings_are_tied_is_known(tmp_path: Path, name: str, ties: b
     ],
 )
 def test_weights_of_another_architecture_are_refused(tmp_path: Path, config: str, weights: str, told: str) -> None:
-    with pytest.raises(UserError, match=r"of another architecture than config\.json") as caught:
+    with pytest.raises(UserError, match=r"have another architecture than config\.json") as caught:
         layout_of(FAMILIES[config], tmp_path, shapes(skeleton(FAMILIES[weights])))
     assert told in str(caught.value)
     assert f"model.path={tmp_path}" in str(caught.value)
@@ -298,7 +298,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, config: str
 def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     small = dataclasses.replace(FAMILIES["llama"], config=hf.LlamaConfig(**DECODER))
     wide = dataclasses.replace(small, config=hf.LlamaConfig(**{**DECODER, "intermediate_size": 96}))
-    with pytest.raises(UserError, match=r"has shape \(96, 64\), config\.json means \(128, 64\)"):
+    with pytest.raises(UserError, match=r"has shape \(96, 64\), config\.json expects \(128, 64\)"):
         layout_of(small, tmp_path, shapes(skeleton(wide)))
     deep = dataclasses.replace(small, config=hf.LlamaConfig(**{**DECODER, "num_hidden_layers": 4}))
     with pytest.raises(UserError, match=r"no weight named model\.layers\.3"):

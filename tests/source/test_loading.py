@@ -1,4 +1,4 @@
-"""What a plain load of a source would lack, lose or resize: refused before the long work, or left out and named."""
+"""Tensors that a plain load would lack, drop or resize: refused before the long work, or left out and named."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_t5_s_own_head_is_kept_or_missed(tmp_path: Path, there: bool) -> None:
 def test_shapes_that_the_config_does_not_mean_are_refused(tmp_path: Path) -> None:
     folder = source(tmp_path, llama, lambda weights: weights.update({"model.embed_tokens.weight": torch.ones(90, 64)}))
     with pytest.raises(
-        UserError, match=r"model\.embed_tokens\.weight has shape \(90, 64\), config\.json means \(96, 64\)"
+        UserError, match=r"model\.embed_tokens\.weight has shape \(90, 64\), config\.json expects \(96, 64\)"
     ):
         made(folder, tmp_path, "causal")
 

@@ -1,4 +1,4 @@
-"""Where the files come from: folders, and a model hub that answers, refuses or is not there."""
+"""Where the files come from: folders, and a model hub that answers, refuses or is unreachable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in wheels: what is downloaded is checked, converted once by whoever comes first, and never half there."""
+"""Models in wheels: a download is checked, converted once by the first process, and never left incomplete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes packed tight, against numpy's own bits."""
+"""Packed codes compared with numpy's bit operations."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Every storage format against the quantizers that it can hold."""
+"""Every storage format with the quantizers that it can hold."""
 
 from __future__ import annotations
 

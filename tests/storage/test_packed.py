@@ -1,4 +1,4 @@
-"""Packed weights: nothing is lost, however they are read, and they take what was promised."""
+"""Packed weights: every value survives, however it is read, and the size is as documented."""
 
 from __future__ import annotations
 
@@ -173,19 +173,21 @@ def put(index: Any, value: float) -> Any:
 def test_what_is_no_packed_weight_is_refused() -> None:
     nf3 = ("nf", 3, (8, 64), False)
     assert broken(*nf3, "qweight", lambda tensor: tensor[:-1]) == (
-        "layer.qweight: uint8 (191,), a weight of 8 x 64 at 3 bits has uint8 (192,); get the file again")  # fmt: skip
-    assert broken(*nf3, "qweight", lambda tensor: tensor.view(torch.int8)).startswith("layer.qweight: int8 (192,), a ")
+        "layer.qweight: uint8 (191,), but a weight of 8 x 64 at 3 bits has uint8 (192,); get the file again")  # fmt: skip
+    assert broken(*nf3, "qweight", lambda tensor: tensor.view(torch.int8)).startswith(
+        "layer.qweight: int8 (192,), but "
+    )
     assert broken(*nf3, "qweight", lambda _: None) == (
-        "layer.qweight: missing, a weight of 8 x 64 at 3 bits has uint8 (192,); get the file again")  # fmt: skip
-    assert broken(*nf3, "scales", lambda tensor: tensor.float()).startswith("layer.scales: float32 (8, 1), a weight ")
-    assert broken(*nf3, "scales", lambda tensor: tensor.flatten()).startswith("layer.scales: bfloat16 (8,), a weight ")
+        "layer.qweight: missing, but a weight of 8 x 64 at 3 bits has uint8 (192,); get the file again")  # fmt: skip
+    assert broken(*nf3, "scales", lambda tensor: tensor.float()).startswith("layer.scales: float32 (8, 1), but ")
+    assert broken(*nf3, "scales", lambda tensor: tensor.flatten()).startswith("layer.scales: bfloat16 (8,), but ")
     assert broken(*nf3, "scales", put((3, 0), math.nan)) == (
         "layer: 1 of its scales are NaN or infinite; get the file again")  # fmt: skip
     assert broken("uniform", 2, (8, 64), False, "scales", put(slice(2, 4), math.inf)).startswith("layer: 4 of its scal")
     assert broken("nf", 2, (8, 64), True, "scale_steps", put((0, 0), -math.inf)).startswith("layer: 1 of its scales ")
     assert broken("nf", 2, (8, 64), True, "scale_steps", lambda _: None).startswith("layer.scale_steps: missing")
     assert broken("int", 8, (3, 45), False, "qweight", put(7, 0)) == (
-        "layer.qweight: a code out of range, type int has 1 to 255; get the file again")  # fmt: skip
-    beyond = "layer.qweight: codes beyond the weight's last value; get the file again"
+        "layer.qweight: a code is out of range, type int has 1 to 255; get the file again")  # fmt: skip
+    beyond = "layer.qweight: nonzero codes after the weight's last value; get the file again"
     assert broken("int", 8, (3, 45), False, "qweight", put(-1, 9)) == beyond
     assert broken("uniform-clipped", 3, (3, 45), False, "qweight", put(-1, 0x80)) == beyond

@@ -20,7 +20,7 @@ WORDS = re.compile(rf"\b({'|'.join([*NAMES, *ITEMS])})\b")
 
 
 def without_words(row: Row) -> str:
-    """The problem with every name and item hidden: what is left are the template and its numbers."""
+    """The problem without names and items: the template and its numbers remain."""
     return WORDS.sub("_", row["question"])
 
 

@@ -299,7 +299,7 @@ def test_a_file_whose_name_holds_a_plus_is_one(tmp_path: Path) -> None:
 
 def test_parts_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     for joined in ("x/rows.jsonl+y/rows.jsonl", "a.jsonl+"):
-        with pytest.raises(UserError, match=r"^task.train_file=.*told apart by the last word of their names"):
+        with pytest.raises(UserError, match=r"^task.train_file=.*the last words of its parts' names must differ"):
             task_of(Path(joined)).rows("train")
 
 

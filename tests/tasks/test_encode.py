@@ -29,7 +29,7 @@ def without_special_tokens() -> PreTrainedTokenizerFast:
 
 
 def with_ids(tokenizer: PreTrainedTokenizerFast, row: Row, **settings: int) -> tuple[list[int], list[int]]:
-    """The prompt's and the target's ids of an encoded row, as its labels tell them apart."""
+    """The prompt's and the target's ids of an encoded row, separated by its labels."""
     encoded = encode(TASK, row, tokenizer, dataclasses.replace(CONFIG, **settings))
     split = encoded["labels"].count(IGNORED)
     assert encoded["labels"] == [IGNORED] * split + encoded["input_ids"][split:]

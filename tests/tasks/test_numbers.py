@@ -1,4 +1,4 @@
-"""Numbers as people write them: the right value or none, never another one; plain ones as the official code reads them."""
+"""Numbers as people write them: the right value or none, never a wrong one. Plain numbers match the official code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task owns its settings: what each accepts, what it leaves out, and a task that is one module and one YAML."""
+"""A task owns its settings: what each accepts and ignores, and a task made of one module and one YAML file."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_sweep_over_tasks_may_share_a_setting_that_one_lacks(cli: Any) -> None
     ]  # fmt: skip
     assert outcome.out.count("task.block_size=16: not used by task gsm8k") == 1
     jobs = [json.loads(path.read_text())["overrides"] for path in sorted(Path("outputs/sweeps").glob("*/job-*.json"))]
-    assert "task.block_size=24" in jobs[1]  # as it was written
+    assert "task.block_size=24" in jobs[1]  # as written in the file
 
 
 def test_two_tasks_of_one_kind_are_a_bug_that_is_named() -> None:
@@ -121,9 +121,9 @@ from loftq_exp.tasks.generation import Judgement, PromptConfig, PromptTask
 
 @dataclass(frozen=True)
 class RiddlesConfig(PromptConfig):
-    """The settings of a prompt task, and how riddles are asked."""
+    """The settings of a prompt task and of riddles."""
 
-    hints: int = setting("hints given with each riddle", 0, ge=0, shapes=(ADAPTER, SCORES))
+    hints: int = setting("number of hints given with each riddle", 0, ge=0, shapes=(ADAPTER, SCORES))
 
 
 class Riddles(PromptTask):

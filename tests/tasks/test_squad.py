@@ -138,7 +138,7 @@ def test_a_question_without_a_possible_answer_is_wrong_and_does_not_fail(
 def test_a_long_question_is_cut_and_the_context_stays(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     for feature in task().encode([row("31", question="  How many cups " * 40)], tiny_tokenizer):
         assert len(feature["input_ids"]) <= CONFIG.max_source_length
-    with pytest.raises(UserError, match=r"^task.doc_stride=63: windows of task.max_source_length=64 .* no room"):
+    with pytest.raises(UserError, match=r"^task.doc_stride=63: with task.max_source_length=64 .* no tokens"):
         task(doc_stride=63).requests([row("31")], tiny_tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer is told, and which checkpoint it resumes from."""
+"""The arguments of the trainer, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 

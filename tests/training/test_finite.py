@@ -1,4 +1,4 @@
-"""Training that diverged stops at the step where it did, whatever is logged, clipped or accumulated, and saves nothing of it."""
+"""Training that diverges stops at that step, however it logs, clips or accumulates, and saves nothing from it."""
 
 from __future__ import annotations
 

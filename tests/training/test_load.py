@@ -420,7 +420,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = a_model(hf.FalconForCausalLM(hf.FalconConfig(**FALCON)), tmp_path / "falcon")
     config = settings(folder, tmp_path)
-    with pytest.raises(UserError, match=f"model.path={folder}: no tokenizer to be read") as caught:
+    with pytest.raises(UserError, match=f"model.path={folder}: no readable tokenizer") as caught:
         load_tokenizer(made(config), config)
     assert "\n" not in str(caught.value)
 
@@ -459,7 +459,7 @@ def refused(init: Initialised, config: RunConfig, adapter: Path | None = None) -
 
 @pytest.mark.parametrize("save_format", ["dense", "bnb4", "packed"])
 def test_a_backbone_that_is_not_whole_is_refused(tiny_llama_dir: Path, tmp_path: Path, save_format: str) -> None:
-    """transformers would draw what is missing, leave out what it does not know, and say so where nobody looks."""
+    """transformers would draw missing tensors and drop unknown ones, with only a log line."""
     config = settings(tiny_llama_dir, tmp_path, save_format=save_format)
     init = made(config)
     names = {name for name in load_file(init.folder / "model.safetensors") if ".self_attn." not in name}

@@ -1,4 +1,4 @@
-"""The positions that are found are those that a model computes: one token more is an error inside of it, or none at all."""
+"""The number of positions matches the model: one more token is an error inside the model, or is not an error at all."""
 
 from __future__ import annotations
 
