@@ -398,7 +398,7 @@ EXACT = ("train.bf16=false", "train.backbone=dense", "train.max_steps=2", "train
 def trained(kind: str) -> Any:
     """The run's model as others load it: transformers and PEFT, no padding, no batches."""
     (adapter,) = Path("outputs/runs").glob("*/adapter")
-    (init,) = {path.parent for path in adapter.parent.glob("*/init_report.json")}
+    (init,) = {path.parent for path in Path("outputs/inits").glob("*/init_report.json")}
     backbone = AUTO_CLASSES[kind].from_pretrained(init, dtype=torch.float32)
     return PeftModel.from_pretrained(backbone, str(adapter)).eval()
 
@@ -447,7 +447,8 @@ def test_wikitext_on_each_decoder(cli: Any, checkpoint: Callable[[str], tuple[st
         cli, *checkpoint(name), "task=wikitext", "task.block_size=32",
         *files(Path("text.txt")),
     )  # fmt: skip
-    assert metrics["finetune"] == {"steps": 2, "rows": 25, "backbone": "bnb4", "dtype": metrics["finetune"]["dtype"]}
+    dtype = metrics["finetune"]["dtype"]
+    assert metrics["finetune"] == {"steps": 2, "rows": 25, "backbone": "bnb4", "dtype": dtype, "ranks": 1}
     assert len(samples) == 8
 
 

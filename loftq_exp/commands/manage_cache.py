@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.commands import manage_inits
-from loftq_exp.commands.terminal import OneLineParser, count, exit_code, megabytes, say
+from loftq_exp.commands.terminal import OneLineParser, count, exit_code, megabytes, quiet_libraries, say
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         options = _parser().parse_args(argv)
+        quiet_libraries()
         name, default = ("output_dir", manage_inits.DEFAULT_FOLDER) if options.inits else ("cache_dir", DEFAULT_FOLDER)
         folder = local_path(getattr(options, name, default))
         if not folder.is_dir():

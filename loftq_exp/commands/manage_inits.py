@@ -16,10 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loftq_exp.artifact.folder import REPORT, read_artifact
 from loftq_exp.commands.terminal import count, megabytes, say
 from loftq_exp.errors import UserError
-from loftq_exp.records import init_of_run, is_of_version_0_1
 from loftq_exp.report.table import print_table
 
 DEFAULT_FOLDER = "outputs"
@@ -68,6 +66,8 @@ def _list(output: Path, options: argparse.Namespace) -> int:
 
 
 def _row(one: _Stored) -> list[str]:
+    from loftq_exp.artifact.folder import read_artifact  # here, because transformers and PEFT take seconds
+
     init = read_artifact(one.folder)
     report: dict[str, Any] = init.report if init else {}
     quant = report.get("quant", {})
@@ -106,6 +106,9 @@ def _prune(output: Path, options: argparse.Namespace) -> int:
 
 def _store(output: Path) -> list[_Stored]:
     """Return every initialisation in the store, sorted by name. A run refers to one by its folder name, which holds its key."""
+    from loftq_exp.artifact.folder import REPORT
+    from loftq_exp.records import init_of_run
+
     runs: dict[str, list[str]] = defaultdict(list)
     for run in sorted((output / "runs").glob("*")):
         if init := init_of_run(run):
@@ -147,6 +150,9 @@ def _locked(folder: Path) -> FileLock:
 
 def _say_version_0_1(output: Path) -> None:
     """Print the initialisations that version 0.1 stored inside run folders."""
+    from loftq_exp.artifact.folder import REPORT
+    from loftq_exp.records import is_of_version_0_1
+
     old = [_Stored(place.parent, _bytes(place.parent), ()) for place in sorted((output / "runs").glob(f"*/*/{REPORT}"))
            if is_of_version_0_1(place.parent.parent)]  # fmt: skip
     if old:

@@ -30,7 +30,7 @@ def test_help_names_every_command(cli: Any) -> None:
     (["-m", "quant.bits=2,4"], "-m: settings come after the command; give loftq-exp run -m"),
     (["run", "quant.bit=2"], "quant.bit=2: there is no such setting; did you mean 'quant.bits'?"),
     (["run", "--bogus"], "unrecognized arguments: --bogus; give settings as NAME=VALUE, see --help"),
-    (["cache", "lits"], "argument list|size|verify|prune: invalid choice: 'lits'"),
+    (["cache", "lits"], "argument list|size|verify|prune|inits: invalid choice: 'lits'"),
     (["cache", "--cache-dir", "nowhere", "list"], "--cache-dir=nowhere: there is no such folder"),
     (["export", "only-one"], "the following arguments are required: OUT; see python -m loftq_exp.export --help"),
     (["report", "nowhere"], "nowhere: there is no such folder"),

@@ -167,8 +167,8 @@ def as_override(value: Any) -> str:
 def test_a_setting_that_no_file_names_in_a_multirun(cli: Any, plus: str) -> None:
     outcome = cli(*cli.tiny, "-m", "stages=[quantize]", f"{plus}model.revision=a,b", "model.trust_remote_code=false")
     assert (outcome.code, outcome.err) == (0, "")
-    configs = [json.loads(path.read_text()) for path in Path("outputs/runs").glob("*/config.json")]
-    assert sorted(config["model"]["revision"] for config in configs) == ["a", "b"]
+    jobs = [json.loads(path.read_text()) for path in Path("outputs/sweeps").glob("*/job-*.json")]
+    assert sorted(job["metrics"]["config"]["model"]["revision"] for job in jobs) == ["a", "b"]
 
 
 def test_the_files_of_conf_win_over_the_schema() -> None:
@@ -317,7 +317,7 @@ def test_jobs_of_a_multirun_share_the_cache(cli: Any) -> None:
     cli(*cli.tiny, "-m", "stages=[quantize]", "quant.iter=1,2")
     reports = {
         report["quant"]["iter"]: report["weights"]
-        for report in map(json.loads, (path.read_text() for path in Path("outputs/runs").glob("*/*/init_report.json")))
+        for report in map(json.loads, (path.read_text() for path in Path("outputs/inits").glob("*/init_report.json")))
     }
     assert [weight["steps_computed"] for weight in reports[1]] == [1] * 14
     assert [weight["steps_computed"] for weight in reports[2]] == [1] * 14  # continued from the first job's step

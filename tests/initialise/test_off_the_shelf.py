@@ -331,7 +331,7 @@ def test_every_published_combination_has_a_name() -> None:
     (["model=mistral", "quant.type=uniform"], "quant.type=uniform: off-the-shelf takes"),
     (["model=mistral", "quant.block_size=32"], "quant.block_size=32: off-the-shelf takes"),
     (["model=mistral", "quant.iter=5"], "quant.iter=5: off-the-shelf has no alternating steps"),
-    (["model=mistral", "save_format=bnb4"], "save_format=bnb4: off-the-shelf keeps the published values"),
+    (["model=mistral", "save_format=bnb4"], "save_format=bnb4: off-the-shelf has no codes to pack"),
     (["quant=loftq", "quant.path=a/b"], "quant.path=a/b: names a published checkpoint; add quant=off-the-shelf"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(cli: Any, arguments: list[str], message: str) -> None:

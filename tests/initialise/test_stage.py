@@ -474,7 +474,7 @@ def test_one_changed_weight_is_computed_again(shelf: Shelf, tmp_path: Path) -> N
 
 
 def test_more_steps_continue_from_fewer_with_the_bytes_of_a_run_from_scratch(shelf: Shelf, tmp_path: Path) -> None:
-    made(shelf.model, tmp_path, {"quant.iter": 1})
+    made(shelf.model, tmp_path, {"quant.iter": 1, "save_dir": str(tmp_path / "one step")})
     continued = made(shelf.model, tmp_path, {"quant.iter": 4})
     assert {weight["steps_computed"] for weight in continued.report["weights"]} == {3}
     assert not any(weight["cache_hit"] for weight in continued.report["weights"])

@@ -240,5 +240,5 @@ def test_copies_and_states_are_the_same_layer(quantizer: Quantizer) -> None:
 
 
 def test_a_weight_that_is_not_whole_blocks_is_refused() -> None:
-    with pytest.raises(UserError, match=r"quant\.block_size=64: does not divide the 96 values of a weight of 2 x 48"):
+    with pytest.raises(UserError, match=r"block size 64: does not divide the 96 values of a weight of 2 x 48"):
         PackedLinear(48, 2, NF3)

@@ -40,7 +40,7 @@ def metrics(cli: Any, *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
     outcome = cli(*arguments, *QUICK)
     assert outcome.code == 0, outcome
     (run,) = Path("outputs/runs").iterdir()
-    (report,) = run.glob("*/init_report.json")
+    (report,) = Path("outputs/inits").glob("*/init_report.json")
     return json.loads((run / "metrics.json").read_text()), json.loads(report.read_text())
 
 

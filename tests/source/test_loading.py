@@ -221,8 +221,7 @@ def test_a_pooler_that_is_a_layer_of_its_own_is_the_new_head_and_its_base_is_not
     folder = source(tmp_path, lambda: hf.AlbertForMaskedLM(config))
     init = made(folder, tmp_path, "classification")
     assert init.report["head"] == ["albert.pooler", "classifier"]
-    folder = source(
-        tmp_path, lambda: hf.AlbertForMaskedLM(config), lambda w: w.pop("albert.embeddings.LayerNorm.weight")
-    )
+    other = tmp_path / "other"
+    folder = source(other, lambda: hf.AlbertForMaskedLM(config), lambda w: w.pop("albert.embeddings.LayerNorm.weight"))
     with pytest.raises(UserError, match=r"albert\.embeddings\.LayerNorm\.weight is missing"):
-        made(folder, tmp_path, "classification")
+        made(folder, other, "classification")
