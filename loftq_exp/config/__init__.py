@@ -4,9 +4,9 @@ Imports errors and schemes, nothing else of loftq_exp. It does not import torch,
 """
 
 from loftq_exp.config.digest import digest_of
-from loftq_exp.config.hub import HUB_ID, HubConfig
 from loftq_exp.config.model import KINDS, ModelConfig
 from loftq_exp.config.paths import local_path
+from loftq_exp.config.publishing import HUB_ID, HubConfig
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.config.run_config import STAGES, RunConfig
 from loftq_exp.config.task import TaskConfig

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_exp.config.hub import HubConfig
 from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.paths import local_path
+from loftq_exp.config.publishing import HubConfig
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.config.schema import ADAPTER, INITIALISATION, build, setting
 from loftq_exp.config.task import TaskConfig

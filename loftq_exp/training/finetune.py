@@ -23,7 +23,7 @@ from loftq_exp.device import compute_device, compute_dtype, peak_memory
 from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.finite import FiniteTrainer
+from loftq_exp.training.divergence import FiniteTrainer
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding

@@ -23,7 +23,7 @@ from loftq_exp.source.head import PREFIX, draw_head
 from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton
 from loftq_exp.source.locate import Source
 from loftq_exp.storage.format import storage_format
-from loftq_exp.training.adapter import put_adapter, read_adapter
+from loftq_exp.training.loaded_adapter import put_adapter, read_adapter
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from loftq_exp.source.locate import Source
 from loftq_exp.tasks.base import Generation, Request, Task
 from loftq_exp.tasks.data import Row, Split
 from loftq_exp.tasks.encode import Features
+from loftq_exp.training.divergence import FiniteTrainer
 from loftq_exp.training.finetune import training_arguments
-from loftq_exp.training.finite import FiniteTrainer
 from loftq_exp.training.load import load_tokenizer
 from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.positions import positions_of

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from loftq_exp.errors import UserError
-from loftq_exp.training.finite import FiniteTrainer
+from loftq_exp.training.divergence import FiniteTrainer
 
 
 class Loss(nn.Module):
