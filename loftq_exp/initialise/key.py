@@ -18,6 +18,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import FORMAT as CACHE_FORMAT
 from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
 from loftq_exp.initialise.plan import is_measured
+from loftq_exp.initialise.prequantized import check_files
 from loftq_exp.initialise.published import find_adapter
 from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
 from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION
@@ -39,10 +40,15 @@ MadeFrom = dict[str, Any]
 
 
 def made_from(source: Source, config: RunConfig) -> MadeFrom:
-    """Everything that shapes the initialisation of `source`. Raises UserError if a file cannot be read."""
+    """Everything that shapes the initialisation of `source`.
+
+    Raises UserError if a file cannot be read, or if the files show that `source` is no pre-trained model.
+    """
     off_the_shelf = config.quant.method == "off-the-shelf"
     adapter: list[Path] = []
-    if off_the_shelf:
+    if not off_the_shelf:
+        check_files(source.folder)  # before its gigabytes are read for a digest
+    else:
         with contextlib.suppress(UserError):  # a missing adapter is refused when its tensors are read
             weights = find_adapter(source)[1]
             adapter = [weights.parent / "adapter_config.json", weights]

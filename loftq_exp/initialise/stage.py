@@ -35,7 +35,7 @@ from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
 from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, log_plan, make_plan
-from loftq_exp.initialise.prequantized import check_files, check_types
+from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
@@ -77,7 +77,6 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
     Raises UserError if the checkpoint does not fit the settings, or if its folder holds another initialisation or cannot be
     written.
     """
-    check_files(source.folder)
     wanted = made_from(source, config)
     final = init_dir(config, digest_of(wanted))
     with exclusive(final):

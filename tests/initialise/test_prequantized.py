@@ -87,7 +87,7 @@ def test_tensors_of_a_quantized_base_are_refused_whatever_the_config_says(
 def test_an_initialised_checkpoint_is_no_source(tmp_path: Path, tiny_llama_dir: Path, save_format: str) -> None:
     init = made(tiny_llama_dir, tmp_path, save_format)
     message = refused(init.folder, tmp_path / "again")
-    assert "init_report.json is there" in message
+    assert "it has init_report.json" in message
     assert f"give the model that it was made from ({tiny_llama_dir})" in message
     assert ("quant=off-the-shelf" in message) == (save_format == "dense")
     # Without what makes it an initialised checkpoint, a packed backbone is still quantized.
@@ -115,4 +115,4 @@ def test_an_adapter_is_no_source(tmp_path: Path, tiny_llama_dir: Path) -> None:
     assert "is an adapter without its model" in refused(init.folder / "loftq_init", tmp_path / "again")
     folder = copy(tiny_llama_dir, tmp_path)
     shutil.copy(init.folder / "loftq_init" / "adapter_config.json", folder)  # transformers would load the adapter too
-    assert "adapter_config.json is there" in refused(folder, tmp_path / "again")
+    assert "it has adapter_config.json" in refused(folder, tmp_path / "again")
