@@ -348,7 +348,7 @@ def test_options_that_there_are_not(models: Models, tmp_path: Path, refused: Cal
     assert refused(init.folder, out, "--dtype", "int8").endswith("see python -m loftq_exp.export --help")
     assert "required: OUT" in refused(init.folder)
     assert refused(init.folder, out, "--to", "packed", "--dtype", "float32").startswith(
-        "--dtype=float32: --to packed leaves"
+        "--dtype=float32: --to packed keeps"
     )
     assert "is stored as dense, and only save_format=packed" in refused(init.folder, out, "--to", "packed")
 
@@ -397,7 +397,7 @@ BAD_ADAPTERS: dict[str, tuple[Change, str]] = {
     "fewer targets": (
         lambda s, t: s.update(target_modules=["q_proj"]), r"layers\.0\.mlp\.down_proj: the adapter has no factors for it",
     ),
-    "more targets": (lambda s, t: s["target_modules"].append("lm_head"), "lm_head: the adapter adapts it, and it is no part"),
+    "more targets": (lambda s, t: s["target_modules"].append("lm_head"), "lm_head: the adapter adapts it, but it is not part"),
     "no targets": (lambda s, t: s.update(target_modules=["query"]), "PEFT cannot put it on DIR="),
     "another rank": (lambda s, t: s.update(r=4), r"has shape \(8, \d+\), DIR=.* need \(4, \d+\)"),
     "rank zero": (lambda s, t: s.update(r=0), "PEFT cannot put it on DIR="),

@@ -186,7 +186,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(module, "_extract", full)
     message = refused(tiny[0], tmp_path / "cache")
     assert "No space left on device" in message
-    assert "give cache_dir=" in message
+    assert "set cache_dir=" in message
 
 
 def test_a_cache_that_cannot_be_a_folder(tiny: tuple[ModelConfig, Index], tmp_path: Path) -> None:
