@@ -585,7 +585,7 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize(("stage", "place", "calls"), [
     ("quantize", "loftq_exp.initialise.decomposer.decompose", 5),
-    pytest.param("quantize", "loftq_exp.initialise.stage.write_surroundings", 0, marks=pytest.mark.slow),
+    pytest.param("quantize", "loftq_exp.initialise.stage.check_written", 0, marks=pytest.mark.slow),
     ("finetune", "transformers.Trainer.training_step", 1),
     pytest.param("finetune", "peft.PeftModel.save_pretrained", 0, marks=pytest.mark.slow),
     ("finetune", "peft.PeftModel.save_pretrained", 1),
