@@ -6,7 +6,6 @@ side by side, by key. That of the last call is also copied to the top of the fol
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.keys import Identity
 from loftq_exp.report.record import FORMAT, write_json
 from loftq_exp.training.origin import adapter_digest, file_digest, read_origin
-from loftq_exp.whole import whole_file
+from loftq_exp.whole import read_object, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class Records:
         return self.adapter if origin and origin.initialisation == self.init_key else None
 
     def _read(self, stage: str, key: str | None = None, folder: Path | None = None) -> Record | None:
-        found = _read_json((folder or self.folder) / f"{stage}.json")
+        found = read_object((folder or self.folder) / f"{stage}.json")
         if found.get("format") != FORMAT or found.get("initialisation") != self.init_key:
             return None
         return found if key in (None, found.get("key")) else None
@@ -126,7 +125,7 @@ def write_config(folder: Path, config: RunConfig, identity: Identity) -> None:
 
 def read_config(folder: Path) -> RunConfig:
     """Return the settings of the run in `folder`. Raises UserError if they are missing or of another version."""
-    found = _read_json(folder / CONFIG)
+    found = read_object(folder / CONFIG)
     if found.get("format") != FORMAT:
         raise UserError(f"{folder}: no run of this version (its {CONFIG} has format {found.get('format')}, not {FORMAT}); "
                         "give a folder of outputs/runs")  # fmt: skip
@@ -137,19 +136,11 @@ def read_config(folder: Path) -> RunConfig:
 
 def init_of_run(folder: Path) -> Path | None:
     """Return the initialised checkpoint that the run in `folder` starts from, or None if the folder names none."""
-    start = _read_json(folder / CONFIG).get("initialisation")
+    start = read_object(folder / CONFIG).get("initialisation")
     return Path(str(start.get("folder"))) if isinstance(start, dict) else None
 
 
 def is_of_version_0_1(folder: Path) -> bool:
     """Return whether `folder` holds results of version 0.1, which do not record their inputs."""
-    found = _read_json(folder / CONFIG)
+    found = read_object(folder / CONFIG)
     return bool(found) and "format" not in found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

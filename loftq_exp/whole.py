@@ -7,6 +7,7 @@ protects against a killed process, not against a power failure.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _DAY = 24 * 3600.0
 _OWNED = re.compile(r"\..+\.(?P<host>[^/]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
@@ -44,6 +46,15 @@ def write_whole(place: Path, text: str) -> None:
     """Write `text` to the file `place`."""
     with whole_file(place) as beside:
         beside.write_text(text)
+
+
+def read_object(place: Path) -> dict[str, Any]:
+    """Return the JSON object in the file `place`; an empty one if the file is absent, unreadable or holds something else."""
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from loftq_exp.errors import UserError
-from loftq_exp.whole import whole_file
+from loftq_exp.whole import read_object, whole_file
 
 _FORMAT = 1
 _SETTLED_NS = 2_000_000_000
@@ -55,7 +55,7 @@ class FileDigests:
 
         The entry of a file that is gone or visibly changed is never used, so it is removed.
         """
-        found = _read(entry)
+        found = read_object(entry)
         path = Path(str(found.get("path")))
         try:
             if _dates(path) != found.get("dates"):
@@ -69,7 +69,7 @@ class FileDigests:
     def _one(self, path: Path) -> str:
         path = path.resolve()
         entry = self.folder / f"{hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()}.json"
-        found = _read(entry)
+        found = read_object(entry)
         if found.get("format") == _FORMAT and found.get("dates") == _dates(path):
             return str(found["digest"])
         for _ in range(_ATTEMPTS):
@@ -97,14 +97,6 @@ def _dates(path: Path) -> dict[str, int]:
     """The size, inode and timestamps, at least one of which differs after a change."""
     stat = path.stat()
     return {"size": stat.st_size, "inode": stat.st_ino, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
-
-
-def _read(entry: Path) -> dict[str, object]:
-    try:
-        found = json.loads(entry.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write(entry: Path, value: dict[str, object]) -> None:

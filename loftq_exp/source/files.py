@@ -19,6 +19,7 @@ import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from loftq_exp.errors import UserError
+from loftq_exp.whole import read_object
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:
     transformers 4 took its class from the model type (also for mistral). transformers 5 reads it with a generic class. That
     class silently omits the blank before a text, and <s> unless a setting asks for it.
     """
-    config, settings = (_read_json(source / name) for name in ("config.json", "tokenizer_config.json"))
+    config, settings = (read_object(source / name) for name in ("config.json", "tokenizer_config.json"))
     own_class = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or _class_of_model_type(config))
     llama = own_class.removesuffix("Fast") in ("LlamaTokenizer", "LLaMATokenizer", "TokenizersBackend", "None")
     place = source / "tokenizer.model"
@@ -74,7 +75,7 @@ def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:
 def _convert_llama(source: Path, folder: Path) -> None:
     """Write tokenizer.json with llama's class, so that any class reads the same tokenizer."""
     log.info("tokenizer.model: also saved as tokenizer.json, because transformers 5 reads it with a generic class")
-    add_bos_token = _read_json(source / "tokenizer_config.json").get("add_bos_token", True)
+    add_bos_token = read_object(source / "tokenizer_config.json").get("add_bos_token", True)
     transformers.LlamaTokenizer.from_pretrained(source, add_bos_token=add_bos_token).save_pretrained(folder)
 
 
@@ -99,7 +100,7 @@ def _carried(source: Path, trust_remote_code: bool) -> set[Path]:
 
 def _vocabulary_names(source: Path) -> Iterator[str]:
     """The file names that the tokenizer's class and its fast or slow counterpart read."""
-    config, own = (_read_json(source / name) for name in ("config.json", "tokenizer_config.json"))
+    config, own = (read_object(source / name) for name in ("config.json", "tokenizer_config.json"))
     classes = (own.get("tokenizer_class"), config.get("tokenizer_class"), _class_of_model_type(config))
     for name in {str(name).removesuffix("Fast") for name in classes if name}:
         for variant in (name, f"{name}Fast"):
@@ -130,7 +131,7 @@ def _lies_in(source: Path, path: Path) -> bool:
 
 def _point_at_local_code(folder: Path, name: str) -> None:
     """Remove the repository from each `auto_map` entry (`OWNER/NAME--module.Class`) whose module is in `folder`."""
-    settings = _read_json(folder / name)
+    settings = read_object(folder / name)
     entries = settings.get("auto_map")
     if not isinstance(entries, dict):
         return
@@ -144,11 +145,3 @@ def _local(folder: Path, entry: Any) -> Any:
         return [_local(folder, item) for item in entry]
     reference = str(entry).rpartition("--")[2]
     return reference if entry and (folder / f"{reference.split('.')[0]}.py").is_file() else entry
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}

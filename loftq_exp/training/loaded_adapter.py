@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.loads import with_adapter
+from loftq_exp.source.finite import is_finite
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -27,7 +28,7 @@ def read_adapter(folder: Path, advice: str) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
     for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise UserError(f"{folder}: {name} has NaN or infinite values; {advice}")
     return values
 
