@@ -15,7 +15,7 @@ from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig, digest_of, local_path
 from loftq_exp.config.schema import ADAPTER, INITIALISATION, SCORES, shaping
-from loftq_exp.initialise.key import content_in, init_dir, made_from, named_by
+from loftq_exp.initialise.key import content_in, init_dir, made_from, named_by, used
 from loftq_exp.initialise.published import source_of
 from loftq_exp.source.content import Content
 from loftq_exp.source.locate import Source
@@ -64,12 +64,12 @@ def scores_key(init_key: str, adapter: Path | None, rows: Iterable[dict[str, Any
 def _run_dir(config: RunConfig, content: Content) -> Path:
     """Return the run's folder. Its digest covers everything that shapes the initialisation or the adapter except the rows.
 
-    It also covers the location of the training rows, so that a sweep over files makes one folder per file. If the rows in a
+    It also covers the location of the training rows and of the calibration text, so that a sweep over files makes one folder per file. If the rows in a
     file change, the folder stays the same and the new adapter replaces the earlier one.
     """
-    rows = {name: _resolved(value) if name.endswith("_file") else value
-            for name, value in shaping(config, ADAPTER, mark="locates").items()}  # fmt: skip
-    digest = digest_of([content, shaping(config, INITIALISATION, ADAPTER), rows])[:_RUN_DIGITS]
+    located = used(config, shaping(config, INITIALISATION, ADAPTER, mark="locates"))
+    rows = {name: _resolved(value) if name.endswith("file") else value for name, value in located.items()}
+    digest = digest_of([content, used(config, shaping(config, INITIALISATION, ADAPTER)), rows])[:_RUN_DIGITS]
     return named_by(config.runs_path, config.label, digest)
 
 

@@ -22,6 +22,9 @@ BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
 BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
 """Types without blocks: one scale per weight or per row, or no scales."""
 
+GPTQ_TYPES = ("nf", "nf-symmetric", "uniform")
+"""Types that GPTQ can round to: levels times one scale, or a minimum and a step, per block."""
+
 
 @dataclass(frozen=True)
 class Scheme:

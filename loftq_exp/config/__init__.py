@@ -3,6 +3,7 @@
 Imports errors and schemes, nothing else of loftq_exp. It does not import torch, so that a typo is reported at once.
 """
 
+from loftq_exp.config.calibration import CalibrationConfig
 from loftq_exp.config.digest import digest_of
 from loftq_exp.config.model import KINDS, ModelConfig
 from loftq_exp.config.paths import local_path
@@ -16,6 +17,7 @@ __all__ = [
     "HUB_ID",
     "KINDS",
     "STAGES",
+    "CalibrationConfig",
     "HubConfig",
     "ModelConfig",
     "QuantConfig",

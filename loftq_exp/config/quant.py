@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
-from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, Scheme
+from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, GPTQ_TYPES, Scheme
 
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
@@ -83,6 +83,38 @@ class QuantConfig:
         choices=("randomized", "exact"),
         shapes=(INITIALISATION,),
     )
+    calibration: str = setting(
+        "norm in which the error of a weight is minimised. none: that of the weight itself; full: that of the layer's outputs "
+        "on calibration text, by the second moment H of its inputs; diagonal: the same with H's diagonal alone",
+        "none",
+        choices=("none", "diagonal", "full"),
+        shapes=(INITIALISATION,),
+        off="none",
+    )
+    rounding: str = setting(
+        "how values become codes. nearest: each to the nearest level; gptq: column by column, where later columns compensate "
+        "the error of earlier ones (needs quant.calibration=full)",
+        "nearest",
+        choices=("nearest", "gptq"),
+        shapes=(INITIALISATION,),
+        off="nearest",
+    )
+    order: str = setting(
+        "inputs on which a layer is calibrated. parallel: those in the pre-trained model; sequential: those in the model whose "
+        "earlier blocks are initialised already",
+        "parallel",
+        choices=("parallel", "sequential"),
+        shapes=(INITIALISATION,),
+        off="parallel",
+    )
+    polish_steps: int = setting(
+        "training steps that tune the initial factors until the last hidden state on the calibration text is that of the "
+        "pre-trained model (RILQ's objective); 0: none",
+        0,
+        ge=0,
+        shapes=(INITIALISATION,),
+        off=0,
+    )
     path: str | None = setting(
         "off-the-shelf only: Hub id or folder of the published checkpoint; null: the one known for model, bits and rank",
         None,
@@ -110,6 +142,7 @@ class QuantConfig:
             raise UserError(
                 f"quant.iter={self.iter}: {self.method} has no alternating steps; use quant=loftq, or leave quant.iter at 0"
             )
+        self._check_calibration()
         if self.block_size & (self.block_size - 1) or not 16 <= self.block_size <= 4096:
             raise UserError(
                 f"quant.block_size={self.block_size}: not a block size; choose a power of two from 16 to 4096 (64 is usual)"
@@ -165,6 +198,28 @@ class QuantConfig:
         if min(self.rank_choices) > self.rank:
             raise UserError(f"{shown}: a budget under the smallest choice, the adapter may be as large as at "
                             f"quant.rank={self.rank}; add a rank of at most {self.rank}")  # fmt: skip
+
+    def _check_calibration(self) -> None:
+        if self.calibration != "none" and self.method not in ("loftq", "qlora"):
+            raise UserError(f"quant.calibration={self.calibration}: {self.method} quantizes no weight that could be calibrated; "
+                            "use quant=loftq, or leave it at none")  # fmt: skip
+        if self.rounding == "gptq" and self.calibration != "full":
+            raise UserError(f"quant.rounding=gptq: needs all of H, and quant.calibration={self.calibration}; "
+                            "add quant.calibration=full, or use quant.rounding=nearest")  # fmt: skip
+        if self.rounding == "gptq" and self.type not in GPTQ_TYPES:
+            raise UserError(f"quant.rounding=gptq: type {self.type} has no levels per block to round to; "
+                            f"choose quant.type={' or '.join(GPTQ_TYPES)}, or quant.rounding=nearest")  # fmt: skip
+        if self.order != "parallel" and self.calibration == "none":
+            raise UserError(f"quant.order={self.order}: nothing is calibrated; add quant.calibration=full, "
+                            "or leave the order at parallel")  # fmt: skip
+        if self.polish_steps and self.method not in ("loftq", "qlora"):
+            raise UserError(f"quant.polish_steps={self.polish_steps}: {self.method} has no quantization error to repair; "
+                            "use quant=loftq or qlora, or leave it at 0")  # fmt: skip
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the initialisation reads calibration text."""
+        return self.calibration != "none" or self.polish_steps > 0
 
     def _check_off_the_shelf(self) -> None:
         if self.method != "off-the-shelf":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_exp.config.calibration import CalibrationConfig
 from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.publishing import HubConfig
@@ -34,6 +35,7 @@ class RunConfig:
     task: TaskConfig
     train: TrainConfig
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
+    calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     stages: tuple[str, ...] = setting(
         "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()
     )

@@ -9,6 +9,7 @@ import torch
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
+from loftq_exp.initialise.calibrate import Calibration
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Kept, Recipe, weight_digest
 from loftq_exp.initialise.plan import Errors, candidates
 from loftq_exp.initialise.workers import Phases, side_by_side
@@ -35,6 +36,8 @@ class Decomposer:
         self.quant = config.quant
         self.device = compute_device(config.device)
         self.cache = DecompositionCache(config.cache_path)
+        self.calibration: Calibration | None = None
+        """The norms of the outputs; None: weights are decomposed in Frobenius' norm."""
         self._workspace = Workspace()
         self.quantizers = {}
         if config.quant.type != "none":
@@ -49,22 +52,34 @@ class Decomposer:
     ) -> Decomposed:
         """The decomposition of the target's weight with this `digest`. A computed result is stored in the cache."""
         quantizer = self.quantizers[precision.bits]
-        recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver)
+        hessian = self.calibration.digest(target.module) if self.calibration else None
+        recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver, hessian, self.quant.rounding)
         with phases.timed("cache"):
             found = self.cache.find(recipe, digest, target.shape)
         if found and found.steps == recipe.steps:
             return Decomposed(found, True, 0)
         solved = recipe.after(recipe.steps, target.shape)
+        metric = None
+        if self.calibration:
+            with phases.timed("metric"):
+                metric = self.calibration.metric(target.module, self.device)
         try:
             with phases.timed("decompose"):
                 result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
-                                   start=found, workspace=self._workspace.of_thread())  # fmt: skip
+                                   start=found.unpacked() if found else None, workspace=self._workspace.of_thread(),
+                                   metric=metric, rounding=self.quant.rounding)  # fmt: skip
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
         with phases.timed("cache"):
             kept = self.cache.put(solved, digest, result)
         computed = recipe.steps - (found.steps if found else 0)
         return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
+
+    def initialised(self, target: Target, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """Q + s B A of the target's weight: float32 (out, in), on the CPU."""
+        result = self.decomposed(target, weight, weight_digest(weight), precision, Phases()).result
+        values = self.quantizers[precision.bits].decode_stored(result.quantized)
+        return torch.addmm(values, result.lora_B, result.lora_A) if self.quant.iter else values
 
     def measure(self, tensors: CheckpointTensors, layout: Layout) -> dict[str, Errors]:
         """The error of each target at every candidate precision. The decompositions are stored in the cache."""
@@ -78,7 +93,7 @@ class Decomposer:
             digest = weight_digest(weight)
             tried = {precision: self.decomposed(target, weight, digest, precision, Phases())
                      for precision in candidates(target, self.quant)}  # fmt: skip
-            found = {precision: decomposed.result.errors[-1] for precision, decomposed in tried.items()}
+            found = {precision: decomposed.result.error for precision, decomposed in tried.items()}
             return target.module, found, sum(decomposed.cache_hit for decomposed in tried.values())
 
         with progress("measure") as advance:

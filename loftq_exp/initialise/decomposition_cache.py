@@ -30,7 +30,7 @@ import xxhash
 
 from loftq_exp.artifact.writer import tensor_bytes
 from loftq_exp.errors import UserError
-from loftq_exp.loftq import SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
+from loftq_exp.loftq import METRIC_VERSION, SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
 from loftq_exp.storage.codes import pack_codes, unpack_codes
 from loftq_exp.whole import is_abandoned, whole_file
 
@@ -72,13 +72,19 @@ class Kept(Factors):
         codes, scales, lora_A, lora_B = (
             tensor.cpu().contiguous() for tensor in (*result.quantized, result.lora_A, result.lora_B)
         )
-        return cls(lora_A, lora_B, result.errors, result.norm, result.unit, pack_codes(codes, bits), scales, bits)
+        return cls(lora_A, lora_B, result.errors, result.norm, result.unit, result.output_errors, result.kept_step,
+                   pack_codes(codes, bits), scales, bits)  # fmt: skip
 
     @property
     def quantized(self) -> Quantized:
         """The codes, one byte each, and the scales."""
         codes = unpack_codes(self.packed, self.bits, math.prod(self.shape))
         return Quantized(codes.reshape(self.shape), self.scales)
+
+    def unpacked(self) -> Decomposition:
+        """The decomposition with one byte per code, from which an alternation can continue."""
+        return Decomposition(self.lora_A, self.lora_B, self.errors, self.norm, self.unit, self.output_errors, self.kept_step,
+                             self.quantized)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,22 @@ class Recipe:
     rank: int
     steps: int
     solver: str
+    hessian: str | None = None
+    """Digest of the second moment of the weight's inputs in whose norm it is solved; None: Frobenius' norm."""
+    rounding: str = "nearest"
+
+    @property
+    def published(self) -> bool:
+        """Whether this is the published form, whose last step is kept, and whose first step serves smaller ranks."""
+        return self.hessian is None and self.quantizer.published
 
     def after(self, steps: int, shape: tuple[int, ...]) -> Recipe:
         """The recipe of the entry that holds the result after `steps` steps for a weight of this shape.
 
-        A one-step result is stored at the rank at which it was solved, see `first_rank`. It serves all smaller ranks.
+        A one-step result of the published form is stored at the rank at which it was solved, see `first_rank`. It serves all smaller ranks.
         """
-        rank = first_rank(self.rank, shape, self.solver) if steps == 1 else self.rank
+        shared = steps == 1 and self.published
+        rank = first_rank(self.rank, shape, self.solver) if shared else self.rank
         return dataclasses.replace(self, rank=rank, steps=steps)
 
     def key(self, digest: str) -> str:
@@ -113,6 +128,8 @@ class Recipe:
         }
         if self.steps:  # quantization alone depends on neither rank nor solver
             shaping |= {"rank": self.rank, "solver": self.solver, "solver_version": SOLVER_VERSION}
+        if self.hessian is not None:
+            shaping |= {"hessian": self.hessian, "rounding": self.rounding, "metric_version": METRIC_VERSION}
         return shaping
 
 
@@ -123,7 +140,7 @@ class DecompositionCache:
         self.folder = folder / "decompositions"
 
     def find(self, recipe: Recipe, digest: str, shape: tuple[int, ...]) -> Kept | None:
-        """The result with the most steps up to the recipe's, or None. A shorter one can be continued.
+        """The result with the most steps up to the recipe's, or None. A shorter one is given only if it can be continued.
 
         Raises UserError if an entry exists but cannot be read.
         """
@@ -140,9 +157,11 @@ class DecompositionCache:
             except OSError as error:
                 raise UserError(f"cache_dir={self.folder.parent}: {path} cannot be read ({error.strerror}); "
                                 "fix that or set another cache_dir") from None  # fmt: skip
+            if steps < recipe.steps and not found.continues:
+                continue
             with contextlib.suppress(OSError):  # pruned meanwhile, or owned by another user
                 os.utime(path)
-            return found.truncated(recipe.rank) if steps == 1 else found
+            return found.truncated(recipe.rank) if len(found.lora_A) > recipe.rank else found
         return None
 
     def put(self, recipe: Recipe, digest: str, result: Decomposition) -> Kept:
@@ -192,6 +211,8 @@ def read_entry(path: Path) -> Kept:
         errors=tuple(entry["errors"]),
         norm=entry["norm"],
         unit=entry["unit"],
+        output_errors=tuple(entry.get("output_errors", ())),
+        kept_step=entry.get("kept_step", len(entry["errors"]) - 1),
         packed=tensors["codes"],
         scales=tensors["scales"],
         bits=entry["bits"],
@@ -214,7 +235,8 @@ def describe_entry(path: Path) -> dict[str, Any]:
 def _encoded(key: str, recipe: Recipe, digest: str, kept: Kept) -> bytes:
     tensors = {"codes": kept.packed, "scales": kept.scales, "lora_A": kept.lora_A, "lora_B": kept.lora_B}
     entry = json.dumps({"key": key, "recipe": recipe.shaping(digest), "shape": list(kept.shape), "bits": kept.bits,
-                        "errors": list(kept.errors), "norm": kept.norm, "unit": kept.unit})  # fmt: skip
+                        "errors": list(kept.errors), "norm": kept.norm, "unit": kept.unit,
+                        "output_errors": list(kept.output_errors), "kept_step": kept.kept_step})  # fmt: skip
     return safetensors.torch.save(tensors, metadata={"entry": entry, "checksum": _checksum(tensors, entry)})
 
 

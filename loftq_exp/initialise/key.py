@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.calibration.cache import FORMAT as STATISTICS_FORMAT
+from loftq_exp.calibration.samples import calibration_origin
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.config.schema import INITIALISATION, shaping
 from loftq_exp.errors import UserError
@@ -21,7 +23,7 @@ from loftq_exp.initialise.plan import is_measured
 from loftq_exp.initialise.prequantized import check_files
 from loftq_exp.initialise.published import find_adapter
 from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
-from loftq_exp.loftq import QUANTIZER_VERSION, SOLVER_VERSION
+from loftq_exp.loftq import METRIC_VERSION, QUANTIZER_VERSION, SOLVER_VERSION
 from loftq_exp.source.content import CONTENT, Content, content_of
 from loftq_exp.source.files import FORMAT as FILES_FORMAT
 from loftq_exp.source.head import FORMAT as HEAD_FORMAT
@@ -55,7 +57,8 @@ def made_from(source: Source, config: RunConfig) -> MadeFrom:
     drawn = not off_the_shelf and (config.quant.iter == 0 or draws_head(source.folder, config))
     given = f"{'quant' if off_the_shelf else 'model'}.path={source.requested}"
     content = content_of(source.folder, given, config.model.trust_remote_code, config.cache_path, adapter)
-    return {"source": content, "settings": _settings(config, drawn), "versions": _versions(config)}
+    text = {"text": calibration_origin(config)} if config.quant.needs_text else {}
+    return {"source": content, "settings": _settings(config, drawn) | text, "versions": _versions(config)}
 
 
 def _settings(config: RunConfig, drawn: bool) -> dict[str, Any]:
@@ -63,7 +66,13 @@ def _settings(config: RunConfig, drawn: bool) -> dict[str, Any]:
     unused: tuple[str, ...] = () if drawn else ("seed",)
     if config.quant.method == "off-the-shelf":  # the published backbone is kept unchanged
         unused = ("seed", "save_dtype", "save_format")
-    return {name: value for name, value in shaping(config, INITIALISATION).items() if name not in unused}
+    return {name: value for name, value in used(config, shaping(config, INITIALISATION)).items() if name not in unused}
+
+
+def used(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` by dotted name, without those of the calibration text if none is read."""
+    return {name: value for name, value in settings.items()
+            if config.quant.needs_text or not name.startswith("calibration.")}  # fmt: skip
 
 
 def _versions(config: RunConfig) -> dict[str, int | str]:
@@ -72,6 +81,7 @@ def _versions(config: RunConfig) -> dict[str, int | str]:
         return versions | {"taken": TAKEN_VERSION}
     versions |= {"cache": CACHE_FORMAT, "quantizer": QUANTIZER_VERSION, "solver": SOLVER_VERSION}
     versions |= {"head": HEAD_FORMAT} if config.model.kind in HEAD_KINDS else {}
+    versions |= {"metric": METRIC_VERSION, "statistics": STATISTICS_FORMAT} if config.quant.calibration != "none" else {}
     return versions | ({"plan": PLAN_VERSION} if is_measured(config.quant) else {})
 
 

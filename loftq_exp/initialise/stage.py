@@ -30,6 +30,7 @@ from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import peak_memory
 from loftq_exp.errors import UserError
+from loftq_exp.initialise.calibrate import Calibration, calibrate
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
@@ -56,7 +57,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WeightReport:
-    """The result of one weight. `errors[0]` is the relative error of quantization alone, `errors[t]` after step t."""
+    """The result of one weight. `errors[0]` is the relative error of quantization alone, `errors[t]` after step t.
+
+    `output_errors` are the same in the norm of the layer's outputs on the calibration text; empty without calibration. The
+    result is that of `kept_step`.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -64,11 +69,19 @@ class WeightReport:
     bits: int
     rank: int
     errors: tuple[float, ...]
+    output_errors: tuple[float, ...]
+    kept_step: int
     seconds: float
     cache_hit: bool
     steps_computed: int
     phases: dict[str, float]
-    """Seconds by phase: `digest` (which also reads the weight from its file), `cache`, `decompose`, `decode`, `write`."""
+    """Seconds by phase: `digest` (which also reads the weight from its file), `cache`, `metric`, `decompose`, `decode`,
+    `write`."""
+
+    @property
+    def error(self) -> float:
+        """The relative error of the weight as it is written."""
+        return self.errors[self.kept_step]
 
 
 def initialise(source: Source, config: RunConfig) -> Initialised:
@@ -91,7 +104,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             check_finite(tensors, names)
             began = time.perf_counter()
             worker = _Worker(config)
-            plan = worker.plan(tensors, layout)
+            plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
                 write_surroundings(folder, final, source, layout, plan, config)
                 check_surroundings(source.folder, folder, plan, config.model)
@@ -182,12 +195,38 @@ class _Worker:
         self.decomposer = Decomposer(config)
         self.device = self.decomposer.device
 
-    def plan(self, tensors: CheckpointTensors, layout: Layout) -> Plan:
-        """The bits and rank of each weight, logged if they differ."""
-        quant = self.config.quant
-        plan = make_plan(layout, quant, self.decomposer.measure(tensors, layout) if is_measured(quant) else None)
+    def plan(self, source: Source, wanted: MadeFrom, tensors: CheckpointTensors, layout: Layout) -> Plan:
+        """The bits and rank of each weight, logged if they differ. Weights are calibrated first, or with quant.order=sequential
+        again afterwards.
+        """
+        quant, decomposer = self.config.quant, self.decomposer
+        calibrated = quant.calibration != "none"
+        if calibrated and (quant.order == "parallel" or is_measured(quant)):
+            decomposer.calibration = calibrate(source, wanted["source"], self.config, tensors, layout)
+        plan = make_plan(layout, quant, decomposer.measure(tensors, layout) if is_measured(quant) else None)
         log_plan(describe_plan(layout, plan, quant))
+        if calibrated and quant.order == "sequential":
+            decomposer.calibration = self._calibrate_in_order(source, wanted, tensors, layout, plan)
         return plan
+
+    def _calibrate_in_order(
+        self, source: Source, wanted: MadeFrom, tensors: CheckpointTensors, layout: Layout, plan: Plan
+    ) -> Calibration:
+        """Calibrate each block on the outputs of the initialised blocks before it."""
+
+        def initialised(block: str, calibration: Calibration) -> dict[str, torch.Tensor]:
+            self.decomposer.calibration = calibration
+            targets = [target for target in layout.targets if target.block == block]
+
+            def one(target: Target) -> tuple[str, torch.Tensor]:
+                weight = tensors.read(target.tensor)
+                return target.module, self.decomposer.initialised(target, weight, plan[target.module])
+
+            return dict(side_by_side(one, targets, self.device))
+
+        bits = {module: dataclasses.astuple(precision) for module, precision in plan.items()}
+        prefix = {"settings": wanted["settings"], "versions": wanted["versions"], "plan": bits}
+        return calibrate(source, wanted["source"], self.config, tensors, layout, initialised, prefix)
 
     def initialise(
         self, target: Target, precision: Precision, weight: torch.Tensor, phases: Phases
@@ -206,18 +245,21 @@ class _Worker:
             stored = {target.tensor: values.cpu()}
             wide = weight.double()
             errors: tuple[float, ...] = (float((wide - values.double()).norm() / wide.norm().clamp(min=1e-300)),)
+            output_errors: tuple[float, ...] = ()
+            kept_step = 0
         else:
             found = self.decomposer.decomposed(target, weight, digest, precision, phases)
             result, hit, computed = found.result, found.cache_hit, found.steps_computed
             with phases.timed("decode"):
                 stored = self._stored(target.tensor, result, precision.bits)
-            errors = result.errors
+            errors, output_errors, kept_step = result.errors, result.output_errors, result.kept_step
             if quant.iter:
                 share = math.sqrt(
                     quant.scaling
                 )  # absorb s equally into both factors, so that s B A is the fitted product for any alpha
                 lora_A, lora_B = result.lora_A / share, result.lora_B / share
-        report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, 0.0, hit, computed, {})
+        report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, output_errors, kept_step,
+                              0.0, hit, computed, {})  # fmt: skip
         return stored, lora_A.cpu(), lora_B.cpu(), report
 
     def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
@@ -262,7 +304,7 @@ def _adapter_specs(layout: Layout, plan: Plan, head: dict[str, torch.Tensor]) ->
 
 
 def _show(advance: Advance, reports: list[WeightReport], total: int) -> None:
-    mean = sum(report.errors[-1] for report in reports) / len(reports)
+    mean = sum(report.error for report in reports) / len(reports)
     hits = sum(report.cache_hit for report in reports)
     advance(len(reports), total, f"mean relative error {mean:.4f}, {hits} from the cache")
 
@@ -297,7 +339,8 @@ def _report(
             "computed": sum(not weight.cache_hit for weight in weights) if quant.type != "none" else 0,
             "cache_hits": sum(weight.cache_hit for weight in weights),
             "mean_error_quantized": sum(weight.errors[0] for weight in weights) / len(weights),
-            "mean_error": sum(weight.errors[-1] for weight in weights) / len(weights),
+            "mean_error": sum(weight.error for weight in weights) / len(weights),
+            **_output_errors(weights),
             **totals,
             "phases": _summed([weight.phases for weight in weights]),
         },
@@ -305,6 +348,16 @@ def _report(
         "weights": [dataclasses.asdict(weight) for weight in weights],
         "provenance": provenance(),
     }  # fmt: skip
+
+
+def _output_errors(weights: list[WeightReport]) -> dict[str, float]:
+    """The mean relative errors of the layers' outputs; nothing without calibration."""
+    if not all(weight.output_errors for weight in weights):
+        return {}
+    return {
+        "mean_output_error_quantized": sum(weight.output_errors[0] for weight in weights) / len(weights),
+        "mean_output_error": sum(weight.output_errors[weight.kept_step] for weight in weights) / len(weights),
+    }
 
 
 def _summed(phases: list[dict[str, float]]) -> dict[str, float]:

@@ -8,14 +8,17 @@ from loftq_exp.loftq.alternation import Decomposition, Factors
 from loftq_exp.loftq.decompose import decompose, first_rank, kaiming_uniform_A, loftq_init
 from loftq_exp.loftq.lowrank import SOLVER_VERSION, truncated_svd
 from loftq_exp.loftq.memory import Workspace
+from loftq_exp.loftq.metric import METRIC_VERSION, Metric, metric_of
 from loftq_exp.loftq.quantizer import QUANTIZER_VERSION, Quantized, Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
 
 __all__ = [
+    "METRIC_VERSION",
     "QUANTIZER_VERSION",
     "SOLVER_VERSION",
     "Decomposition",
     "Factors",
+    "Metric",
     "Quantized",
     "Quantizer",
     "Workspace",
@@ -24,5 +27,6 @@ __all__ = [
     "kaiming_uniform_A",
     "loftq_init",
     "make_quantizer",
+    "metric_of",
     "truncated_svd",
 ]

@@ -53,11 +53,25 @@ class Factors:
     """Frobenius norm of W."""
     unit: float
     """The power of two that scales W's largest magnitude to about 1."""
+    output_errors: tuple[float, ...]
+    """Relative errors in the norm of a `Metric`, as `errors`; empty without one."""
+    kept_step: int
+    """The step whose backbone and factors these are; `steps`, unless an earlier one had a smaller error."""
 
     @property
     def steps(self) -> int:
         """Number of alternating steps taken."""
         return len(self.errors) - 1
+
+    @property
+    def error(self) -> float:
+        """The error of this backbone and these factors: that of the outputs if it is known, else that of the weight."""
+        return (self.output_errors or self.errors)[self.kept_step]
+
+    @property
+    def continues(self) -> bool:
+        """Whether an alternation can continue from these factors: they are those of the last step."""
+        return self.kept_step == self.steps
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +83,7 @@ class Factors:
 
         The squares of the dropped singular values, sigma_i = |b_i| |a_i|, are added to the squared error.
         """
-        if self.steps != 1 or not 1 <= rank <= len(self.lora_A):
+        if self.steps != 1 or self.output_errors or not 1 <= rank <= len(self.lora_A):
             raise ValueError("only one step can be truncated, to a rank that is not larger")
         sizes = torch.linalg.vector_norm(self.lora_B.double(), dim=0) * torch.linalg.vector_norm(
             self.lora_A.double(), dim=1
@@ -87,6 +101,19 @@ class Decomposition(Factors):
     quantized: Quantized
     """Codes and scales of Q. Decode them with the quantizer that made them."""
 
+    def to(self, device: torch.device) -> Self:
+        """Return the same with tensors on `device`."""
+        codes, scales = self.quantized
+        return dataclasses.replace(self, lora_A=self.lora_A.to(device), lora_B=self.lora_B.to(device),
+                                   quantized=Quantized(codes.to(device), scales.to(device)))  # fmt: skip
+
+    def copied(self) -> Self:
+        """Return the same with memory of its own, which no later step overwrites."""
+        codes, scales = self.quantized
+        return dataclasses.replace(
+            self, lora_A=self.lora_A.clone(), lora_B=self.lora_B.clone(), quantized=Quantized(codes.clone(), scales.clone())
+        )
+
     def backbone(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """Return Q's values, (out, in) in `dtype`. They are exact if `dtype` is the quantizer's `scale_dtype` or wider."""
         codes, scales = self.quantized
@@ -101,7 +128,7 @@ class Decomposition(Factors):
         return values
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Some rows of a weight with their codes, scales and residual, few enough to fit a CPU's cache."""
 
     weight: torch.Tensor
@@ -133,6 +160,7 @@ class Alternation:
         measure: bool = True,
         unit: float | None = None,
         workspace: Workspace | None = None,
+        residual_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocate the codes, scales and residual of `weight`, (out, in).
 
@@ -142,6 +170,7 @@ class Alternation:
             measure: whether to measure the error after each step.
             unit: `Factors.unit` of the weight; None: compute it.
             workspace: memory to reuse; None: new memory.
+            residual_dtype: dtype of the solver's products; None: the device's fastest.
 
         Raises:
             UserError: if `unit` is None and the weight is not a finite matrix.
@@ -149,6 +178,8 @@ class Alternation:
         self.weight = weight.detach().contiguous()
         self.quantizer = quantizer
         self.measure = measure
+        self.importance: torch.Tensor | None = None
+        """Weight of each input in the search of scales, (in,) float32; None: all the same."""
         self.unit = unit or _unit(self.weight)
         device, self.shape = weight.device, tuple(weight.shape)
         groups, numbers = quantizer.scales_shape(self.shape)
@@ -156,7 +187,9 @@ class Alternation:
         self._tiles = _tiles(self.shape, quantizer.aligned_rows(self.shape), device)
         self.codes = self._workspace.take("codes", self.shape, torch.uint8, device)
         self.scales = torch.empty(groups, numbers, dtype=torch.float32, device=device)
-        self.residual = self._workspace.take("residual", self.shape, compute_dtype(device, None), device)
+        self.residual = self._workspace.take(
+            "residual", self.shape, residual_dtype or compute_dtype(device, None), device
+        )
         """(W - Q) * unit, in the dtype of the solver's products."""
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
@@ -184,10 +217,10 @@ class Alternation:
         def pass_over(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             tile = self._tile(rows)
             self._requantize(tile)
-            return self._left_norms(tile), _row_norms(tile.weight.to(torch.float32) * self.unit)
+            return self._left_norms(tile), row_norms(tile.weight.to(torch.float32) * self.unit)
 
         norms = spread(pass_over, self._tiles)
-        self.norm = _norm([norm for _, norm in norms]) / self.unit
+        self.norm = norm_of_rows([norm for _, norm in norms]) / self.unit
         self._note_error([left for left, _ in norms])
 
     def resume(self, start: Factors) -> None:
@@ -229,23 +262,25 @@ class Alternation:
         lora_A = self.scales.new_zeros(rank, columns) if self.lora_A is None else self.lora_A
         lora_B = self.scales.new_zeros(rows, rank) if self.lora_B is None else self.lora_B
         quantized = Quantized(self.codes, self.scales)
-        return Decomposition(lora_A, lora_B, tuple(self.errors), self.norm, self.unit, quantized)
+        return Decomposition(lora_A, lora_B, tuple(self.errors), self.norm, self.unit, (), self.steps, quantized)
 
     # Passes over a tile
 
-    def _requantize(self, tile: _Tile) -> None:
+    def _requantize(self, tile: Tile) -> None:
         """Write codes, scales and residual of quantize(W - B A)."""
-        self.quantizer.requantize(tile.weight, tile.product, self.unit, tile.codes, tile.scales, tile.residual)
+        self.quantizer.requantize(
+            tile.weight, tile.product, self.unit, tile.codes, tile.scales, tile.residual, self.importance
+        )
 
-    def _left_norms(self, tile: _Tile) -> torch.Tensor:
+    def _left_norms(self, tile: Tile) -> torch.Tensor:
         """Return the norms of the rows of (W - Q - B A) * unit."""
         left = self._scratch(tile.codes.shape, "left")
         self.quantizer.leave(tile.weight, tile.product, self.unit, tile.codes, tile.scales, left)
-        return _row_norms(left)
+        return row_norms(left)
 
     def _note_error(self, norms: list[torch.Tensor]) -> None:
         """Append the relative error, given the norms of the rows of (W - Q - B A) * unit."""
-        self.errors.append(_norm(norms) / self.unit / self.norm if self.norm else 0.0)
+        self.errors.append(norm_of_rows(norms) / self.unit / self.norm if self.norm else 0.0)
 
     def _in_float32(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield row slices and the float32 residual of these rows. Each yield overwrites the buffer of the one before."""
@@ -265,8 +300,8 @@ class Alternation:
             spread(fill, tiles)
             yield slice(first, last), wide
 
-    def _tile(self, rows: slice) -> _Tile:
-        return _Tile(self._weight(rows), self._product(rows), *self._quantized(rows), self.residual[rows])
+    def _tile(self, rows: slice) -> Tile:
+        return Tile(self._weight(rows), self._product(rows), *self._quantized(rows), self.residual[rows])
 
     def _weight(self, rows: slice) -> torch.Tensor:
         """Return these rows of W, in a dtype that the quantizer's passes accept."""
@@ -315,10 +350,10 @@ def _unit(weight: torch.Tensor) -> float:
     return 2.0 ** -min(max(math.frexp(max(-low, high))[1], -126), 126)
 
 
-def _row_norms(values: torch.Tensor) -> torch.Tensor:
+def row_norms(values: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(values, dim=1)
 
 
-def _norm(rows: list[torch.Tensor]) -> float:
+def norm_of_rows(rows: list[torch.Tensor]) -> float:
     """Return the Frobenius norm of a matrix from the norms of its rows, summed in float64."""
     return float(torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64))

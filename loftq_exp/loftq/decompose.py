@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal, overload
 
 import torch
 
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.alternation import Alternation, Decomposition, Factors
+from loftq_exp.loftq.alternation import Alternation, Decomposition
+from loftq_exp.loftq.calibrated import CalibratedAlternation
 from loftq_exp.loftq.lowrank import check_svd_settings
 from loftq_exp.loftq.memory import Workspace
+from loftq_exp.loftq.metric import Metric, check_metric
 from loftq_exp.loftq.pieces import in_thread_pool
 from loftq_exp.loftq.quantizer import Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
+
+ROUNDINGS = ("nearest", "gptq")
 
 SHARED_RANK = 64
 """Minimum rank at which the first step is solved, see `first_rank`."""
@@ -34,71 +39,108 @@ def decompose(
     rank: int,
     num_iter: int,
     solver: str = "randomized",
-    start: Factors | None = None,
+    start: Decomposition | None = None,
     measure: bool = True,
     workspace: Workspace | None = None,
+    metric: Metric | None = None,
+    rounding: str = "nearest",
 ) -> Decomposition:
-    """Minimise ||W - Q - B A||_F over quantized Q and rank-r B A by alternating steps (the paper's algorithm 1).
+    """Minimise ||W - Q - B A|| over quantized Q and rank-r B A by alternating steps (the paper's algorithm 1).
 
         A_0 = B_0 = 0
         Q_t = quantize(W - B_{t-1} A_{t-1});    U S V' = svd_r(W - Q_t);    B_t = U sqrt(S),  A_t = sqrt(S) V'
 
     Q_t is rounded to the quantizer's `scale_dtype`, so the factors are fitted to exactly the values stored in the
-    checkpoint. A step usually lowers the error, but not always. Nearest levels under an absmax scale do not minimise the
-    norm, and at 2 bits the error may rise again after a few steps.
+    checkpoint. The norm is Frobenius', or that of a `metric`: then see `CalibratedAlternation` for the two moves.
+
+    A step usually lowers the error, but not always, because scales are stored rounded and one scale serves a block. The
+    published form (NormalFloat under absmax scales, no metric) returns the last step, whose error at 2 bits may have risen
+    again. All others return the step of least error.
 
     Args:
         weight: W, (out, in), finite, any floating type and device. Not changed.
         quantizer: from `make_quantizer`.
         rank: r, from 1 to min(out, in).
         num_iter: steps T. 0 is QLoRA's backbone with zero factors.
-        solver: `randomized` or `exact`, see `truncated_svd` and `leading_factors`.
-        start: factors of the same weight with the same settings and fewer steps, on any device, to continue from. The
+        solver: `randomized` or `exact`, see `truncated_svd`, `leading_factors` and `leading_left`.
+        start: result for the same weight with the same settings and fewer steps, on any device, to continue from. The
             result has the same bytes as one from scratch.
         measure: whether to measure the error after each step, which takes about a fifth of the time. If not, it is NaN.
+            The step of least error can only be returned if it is measured.
         workspace: memory to reuse across weights. The next decomposition in it overwrites the codes of this one.
+        metric: the norm of the errors; None: Frobenius'.
+        rounding: `nearest`, or `gptq` with a metric.
 
     Returns:
         The decomposition after T steps, with tensors on the weight's device. An all-zero weight has errors of 0.
 
     Raises:
         UserError: if the weight is not a finite floating-point matrix, or a setting is unknown or out of range.
-        ValueError: if `start` has another shape or rank, or not fewer steps.
+        ValueError: if `start` has another shape or rank, not fewer steps, or is not of its last step.
     """
-    return in_thread_pool(
-        lambda: _decompose(weight, quantizer, rank, num_iter, solver, start, measure, workspace), weight.device
-    )
-
-
-@torch.no_grad()  # here, because gradient mode is set per thread
-def _decompose(
-    weight: torch.Tensor,
-    quantizer: Quantizer,
-    rank: int,
-    num_iter: int,
-    solver: str,
-    start: Factors | None,
-    measure: bool,
-    workspace: Workspace | None,
-) -> Decomposition:
     if num_iter < 0:
         raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
-    alternation = Alternation(weight, quantizer, measure, start.unit if start else None, workspace)
+    if rounding not in ROUNDINGS or (rounding == "gptq" and metric is None):
+        raise UserError(f"rounding={rounding}: not available; choose nearest, or gptq with a hessian")
     check_svd_settings(weight.shape, rank, solver)
-    if start is not None and (start.shape != weight.shape or len(start.lora_A) != rank or start.steps >= num_iter):
-        raise ValueError("start has another shape or rank, or no fewer steps than num_iter")
+    _check_start(start, weight.shape, rank, num_iter)
+    unit = start.unit if start else None
+
+    def work() -> Decomposition:
+        with torch.no_grad():  # here, because gradient mode is set per thread
+            if metric is not None:
+                check_metric(metric, weight)
+                calibrated = CalibratedAlternation(weight, quantizer, metric, rounding, measure, unit, workspace)
+                return _best(calibrated, rank, num_iter, solver, start)
+            alternation = Alternation(weight, quantizer, measure, unit, workspace)
+            if quantizer.published or not measure:
+                return _last(alternation, rank, num_iter, solver, start)
+            return _best(alternation, rank, num_iter, solver, start)
+
+    return in_thread_pool(work, weight.device)
+
+
+def _last(alternation: Alternation, rank: int, num_iter: int, solver: str, start: Decomposition | None) -> Decomposition:
+    """Return the result of the last step."""
+    shape = torch.Size(alternation.shape)
     if start is not None and start.steps:
         alternation.resume(start)
     else:
         alternation.start()
         if num_iter:
-            alternation.fit(first_rank(rank, weight.shape, solver), solver)
+            alternation.fit(first_rank(rank, shape, solver), solver)
             if alternation.rank > rank:
                 alternation.resume(alternation.result().truncated(rank))
     for _ in range(alternation.steps, num_iter):
         alternation.quantize()
         alternation.fit(rank, solver)
     return alternation.result() if num_iter else alternation.result(rank)
+
+
+def _best(alternation: Alternation, rank: int, num_iter: int, solver: str, start: Decomposition | None) -> Decomposition:
+    """Return the result of the step with the least error, the first of several."""
+    best: Decomposition | None = None
+    if start is not None and start.steps:
+        alternation.resume(start)
+        best = start
+    else:
+        alternation.start()
+    for step in range(alternation.steps, num_iter):
+        if step:
+            alternation.quantize()
+        alternation.fit(rank, solver)
+        current = alternation.result()
+        if best is None or current.error < best.error:
+            best = current.copied() if step + 1 < num_iter else current
+    last = alternation.result(rank)
+    return dataclasses.replace(best or last, errors=last.errors, output_errors=last.output_errors).to(last.lora_A.device)
+
+
+def _check_start(start: Decomposition | None, shape: torch.Size, rank: int, num_iter: int) -> None:
+    if start is None:
+        return
+    if start.shape != shape or len(start.lora_A) != rank or start.steps >= num_iter or not start.continues:
+        raise ValueError("start has another shape or rank, no fewer steps than num_iter, or is not of its last step")
 
 
 @overload

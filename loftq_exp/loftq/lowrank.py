@@ -144,7 +144,7 @@ def _sweep(matrix: torch.Tensor, left: torch.Tensor, total: float | None) -> _Tr
             return None
         left, singular, right = found
         shift = SHIFT * singular[-1].square() / singular
-        better = _orthonormal(_times_thin(matrix, right.T) - left * shift)
+        better = _orthonormal(times_thin(matrix, right.T) - left * shift)
         found = None if better is None else _ritz(matrix, better)
         if total is None or found is None:
             break
@@ -159,7 +159,7 @@ def _ritz(matrix: torch.Tensor, left: torch.Tensor) -> _Triplets | None:
 
     Rotating to them in each sweep keeps rounding errors of a large component from swamping the small ones.
     """
-    return _turned(left, _thin_times(left.T.contiguous(), matrix))  # contiguous: a transposed matrix would be copied
+    return _turned(left, thin_times(left.T.contiguous(), matrix))  # contiguous: a transposed matrix would be copied
 
 
 def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
@@ -171,13 +171,13 @@ def _turned(left: torch.Tensor, right: torch.Tensor) -> _Triplets | None:
     return left @ vectors, singular, (vectors / singular).T @ right
 
 
-def _times_thin(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
+def times_thin(matrix: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
     """Return matrix @ thin, computed in the matrix's dtype, as float32."""
     thin = thin.to(matrix.dtype)
     return torch.cat(spread(lambda rows: (matrix[rows] @ thin).to(torch.float32), _pieces(matrix, 0)))
 
 
-def _thin_times(thin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def thin_times(thin: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Return thin @ matrix, computed in the matrix's dtype, as float32."""
     thin = thin.to(matrix.dtype)
     return torch.cat(spread(lambda some: (thin @ matrix[:, some]).to(torch.float32), _pieces(matrix, 1)), dim=1)

@@ -1,0 +1,129 @@
+"""The alternation on one weight in the norm of its layer's outputs, see `loftq_exp.loftq.metric`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from loftq_exp.loftq.alternation import Alternation, Decomposition, Factors, Tile, norm_of_rows, row_norms
+from loftq_exp.loftq.gptq import FeedbackRounding
+from loftq_exp.loftq.lowrank import thin_times
+from loftq_exp.loftq.memory import Workspace
+from loftq_exp.loftq.metric import Metric
+from loftq_exp.loftq.pieces import spread
+from loftq_exp.loftq.projection import leading_left
+from loftq_exp.loftq.quantizer import Quantizer
+
+RANK=[64]; SHARE=[1.0]; FLOOR=[0.01]
+CANCELLED = 1e-3
+"""Share of the squared norm under which what the factors leave is computed from the factors, not as a difference."""
+
+
+class CalibratedAlternation(Alternation):
+    """Alternates between rounding W - B A and fitting B A to W - Q, both in the norm ||D||_H of a `Metric`.
+
+    Rounding is to the nearest level under scales that minimise the error weighted by H's diagonal, or GPTQ's. For the
+    factors let H = S S' and U S V' be the leading singular triplets of (W - Q) S. The minimum of ||W - Q - B A||_H is at
+
+        B = U sqrt(S),   A = sqrt(S) V' S^-1 = U' (W - Q) / sqrt(S)
+
+    The second form of A needs no inverse. Each step records the relative error ||W - Q - B A||_H / ||W||_H.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        quantizer: Quantizer,
+        metric: Metric,
+        rounding: str = "nearest",
+        measure: bool = True,
+        unit: float | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """As `Alternation`, with the `metric` of the weight's inputs and `rounding` nearest or gptq."""
+        super().__init__(weight, quantizer, measure, unit, workspace, residual_dtype=torch.float32)
+        self.metric = metric
+        self.importance = metric.importance
+        self._rounding = rounding
+        self._feedback: FeedbackRounding | None = None
+        self.output_errors: list[float] = []
+        """||W - quantize(W)||_H / ||W||_H, then ||W - Q - B A||_H / ||W||_H after each step."""
+        self._output_norm = 0.0
+
+    def start(self) -> None:
+        """As `Alternation.start`; also measure the output error of quantization alone."""
+        self._absorb(self.metric.leading(RANK[0]))
+        super().start()
+        self._measure_norm()
+        self.output_errors.append(self._relative(self._squares(self._image())))
+
+    def resume(self, start: Factors) -> None:
+        """As `Alternation.resume`."""
+        super().resume(start)
+        self.output_errors = list(start.output_errors)
+        self._measure_norm()
+
+    def fit(self, rank: int, solver: str) -> None:
+        """Compute the B A of rank r that minimises ||W - Q - B A||_H, starting from the current factors."""
+        start = self.lora_B if self.rank == rank else None
+        image = self._image()
+        squares = self._squares(image)
+        left, singular = leading_left(image, squares, rank, solver, start)
+        lora_A = thin_times(left.T.contiguous(), self.residual)
+        peaks = lora_A.gather(1, lora_A.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+        roots = singular.sqrt() * torch.where(peaks < 0, -1.0, 1.0)
+        share = math.sqrt(1 / self.unit)
+        self.lora_B = (left * roots).mul_(share).contiguous()
+        self.lora_A = torch.where(roots == 0, 0.0, 1 / roots)[:, None].mul(lora_A).mul_(share).contiguous()
+        if self.metric.full:
+            right = thin_times(left.T.contiguous(), image) / singular[:, None].clamp(min=1e-30)
+            self._absorb(self.metric.root @ right.T)
+        else:
+            right = thin_times(left.T.contiguous(), image) / singular[:, None].clamp(min=1e-30)
+            self._absorb(self.metric.root[:, None] * right.T)
+        self.steps += 1
+        if not self.measure:
+            self.errors.append(math.nan)
+        remaining = squares - float(singular.double().square().sum())
+        if remaining < CANCELLED * squares:
+            remaining = self._squares(self.metric.times_root(self.residual - left @ lora_A))
+        self.output_errors.append(self._relative(remaining))
+
+    def result(self, rank: int = 0) -> Decomposition:
+        """As `Alternation.result`, with the output errors."""
+        return dataclasses.replace(super().result(rank), output_errors=tuple(self.output_errors))
+
+    def _requantize(self, tile: Tile) -> None:
+        super()._requantize(tile)
+        if self._feedback is not None:
+            self._feedback.round(tile.weight, tile.product, tile.codes, tile.scales)
+            self.quantizer.leave(tile.weight, None, self.unit, tile.codes, tile.scales, tile.residual)
+
+    def _absorb(self, absorbed: torch.Tensor) -> None:
+        """Round from now on in the norm of H - T T' (T: (in, r)), without what the factors' rows absorb."""
+        if SHARE[0] == 0: 
+            if self._rounding=="gptq": self._feedback = FeedbackRounding(self.quantizer, self.metric)
+            return
+        T = absorbed*SHARE[0]
+        self.importance = (self.metric.importance - T.square().sum(dim=1)).clamp(min=FLOOR[0])
+        if self._rounding == "gptq":
+            self._feedback = FeedbackRounding(self.quantizer, self.metric.without(T, FLOOR[0]))
+
+    def _image(self) -> torch.Tensor:
+        """Return (W - Q) S * unit, whose Frobenius norm is the output error of quantization."""
+        out = self._workspace.take("image", self.shape, torch.float32, self.weight.device)
+        return self.metric.times_root(self.residual, out)
+
+    def _measure_norm(self) -> None:
+        def pass_over(rows: slice) -> torch.Tensor:
+            return row_norms(self.metric.times_root(self._weight(rows).to(torch.float32) * self.unit))
+
+        self._output_norm = norm_of_rows(spread(pass_over, self._tiles))
+
+    def _squares(self, image: torch.Tensor) -> float:
+        return norm_of_rows(spread(lambda rows: row_norms(image[rows]), self._tiles)) ** 2
+
+    def _relative(self, squares: float) -> float:
+        return math.sqrt(squares) / self._output_norm if self._output_norm else 0.0

@@ -1,0 +1,142 @@
+"""The norm of a weight's errors in a calibrated decomposition: the error of the layer's outputs over calibration inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from loftq_exp.errors import UserError
+from loftq_exp.loftq.pieces import in_thread_pool, slices, spread
+
+DAMPING = 0.01
+"""Share of H's mean diagonal added to its diagonal. It keeps H definite, and directions without data from being free."""
+
+METRIC_VERSION = 1
+"""Part of the cache keys of calibrated results: increment it when damping or scaling change."""
+
+PANEL = 512
+"""Columns of the triangular root per piece of a product."""
+
+TILE_ROWS = 256
+"""Rows of the other factor per piece of a product."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The norm ||D||_H = sqrt(tr(D H D')) of an error D (out, in), for a root S of H = S S'.
+
+    H = E[x x'] is the second moment of the layer's inputs, so ||D||_H^2 = E||D x||^2. It is scaled to a mean diagonal of 1
+    and damped, see `metric_of`. S is lower triangular (a Cholesky factor), or a vector if H is diagonal.
+    """
+
+    root: torch.Tensor
+    """S: float32 (in, in), lower triangular, or (in,) for a diagonal H."""
+    importance: torch.Tensor
+    """The diagonal of H: float32 (in,), positive."""
+
+    @property
+    def full(self) -> bool:
+        """Whether H has more than a diagonal."""
+        return self.root.ndim == 2
+
+    def times_root(self, matrix: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return matrix @ S, float32 (rows, in), whose Frobenius norm is ||matrix||_H. Skips the zeros of S."""
+        out = torch.empty_like(matrix, dtype=torch.float32) if out is None else out
+        if not self.full:
+            return torch.mul(matrix, self.root, out=out)
+        root, columns = self.root, matrix.shape[1]
+
+        def product(rows: slice) -> None:
+            for panel in slices(columns, PANEL):
+                torch.mm(matrix[rows, panel.start :], root[panel.start :, panel], out=out[rows, panel])
+
+        spread(product, slices(len(matrix), TILE_ROWS if matrix.device.type == "cpu" else len(matrix)))
+        return out
+
+    def leading(self, rank):
+        if not self.full:
+            T = torch.zeros(len(self.root), rank); i = self.root.topk(rank).indices; T[i, torch.arange(rank)] = self.root[i]
+            return T
+        if not hasattr(self, '_lead'):
+            from loftq_exp.loftq.projection import leading_left
+            left, s = leading_left(self.root, float(self.root.double().square().sum()), rank, "randomized")
+            object.__setattr__(self, '_lead', left * s)
+        return self._lead
+
+    def without(self, T, floor):
+        R = self.root.double() if self.full else torch.diag(self.root.double())
+        Hm = R @ R.T - T.double() @ T.double().T
+        Hm.diagonal().add_(floor)
+        root = torch.linalg.cholesky(Hm)
+        return Metric(root.float(), Hm.diagonal().float().clone())
+
+    def inverse_factor(self) -> torch.Tensor:
+        """Return the upper triangular U with H^-1 = U' U: float32 (in, in), what GPTQ spreads errors with."""
+        if not self.full:
+            return torch.diag(1 / self.root)
+        hessian = (self.root.double() @ self.root.double().T).flip(0, 1)
+        flipped = torch.linalg.cholesky(hessian)
+        identity = torch.eye(len(flipped), dtype=flipped.dtype, device=flipped.device)
+        inverse = torch.linalg.solve_triangular(flipped, identity, upper=False)
+        return inverse.flip(0, 1).to(torch.float32)
+
+
+def metric_of(hessian: torch.Tensor, damping: float = DAMPING) -> Metric:
+    """Return the norm of H: scaled to a mean diagonal of 1, with `damping` added to the diagonal.
+
+    Inputs that are always zero therefore still weigh `damping`, so that their columns stay close to the weight's. If H is
+    zero, all inputs weigh the same.
+
+    Args:
+        hessian: H (in, in), symmetric positive semidefinite, or its diagonal (in,); any floating type.
+        damping: share of the mean diagonal, positive.
+
+    Raises:
+        UserError: if H is not finite, not symmetric, or not positive semidefinite.
+    """
+    return in_thread_pool(lambda: _metric_of(hessian, damping), hessian.device)
+
+
+@torch.no_grad()
+def _metric_of(hessian: torch.Tensor, damping: float) -> Metric:
+    _check(hessian)
+    diagonal = (hessian.diagonal() if hessian.ndim == 2 else hessian).double()
+    mean = float(diagonal.mean())
+    scaled = diagonal / mean if mean else torch.ones_like(diagonal)
+    importance = (scaled + damping).to(torch.float32)
+    if hessian.ndim == 1:
+        return Metric((scaled + damping).sqrt().to(torch.float32), importance)
+    damped = hessian.double() / mean if mean else torch.zeros_like(hessian, dtype=torch.float64)
+    damped.diagonal().copy_(scaled + damping)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise UserError("hessian: not positive semidefinite; pass E[x x'] of the layer's inputs")
+    return Metric(root.to(torch.float32), importance)
+
+
+def _check(hessian: torch.Tensor) -> None:
+    shape = tuple(hessian.shape)
+    if not hessian.is_floating_point() or not (len(shape) == 1 or (len(shape) == 2 and shape[0] == shape[1])):
+        raise UserError(f"hessian of shape {shape} and {hessian.dtype}: pass a floating-point (in, in) matrix, or its diagonal")
+    diagonal = hessian.diagonal() if len(shape) == 2 else hessian
+    if not bool(torch.isfinite(hessian).all()) or bool((diagonal < 0).any()):
+        raise UserError("hessian: values are NaN, infinite, or negative on the diagonal; pass E[x x'] of the layer's inputs")
+    peak = float(diagonal.max())
+    if len(shape) == 2 and not torch.allclose(hessian, hessian.T, rtol=1e-4, atol=1e-5 * peak):
+        raise UserError("hessian: not symmetric; pass E[x x'] of the layer's inputs")
+
+
+def hessian_digest(hessian: torch.Tensor) -> str:
+    """A hex digest (128-bit XXH3) of the values, type and shape of H, for cache keys."""
+    digest = xxhash.xxh3_128(f"{hessian.dtype} {tuple(hessian.shape)} ".encode())
+    digest.update(hessian.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_metric(metric: Metric, weight: torch.Tensor) -> None:
+    """Raise UserError unless the metric's H has as many inputs as the weight (out, in)."""
+    if len(metric.importance) != weight.shape[-1]:
+        raise UserError(f"hessian of {len(metric.importance)} inputs: the weight is {tuple(weight.shape)}; "
+                        f"pass E[x x'] of its {weight.shape[-1]} inputs")  # fmt: skip

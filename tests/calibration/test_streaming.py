@@ -1,0 +1,72 @@
+"""Statistics collected block by block equal those of the whole model, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from zoo import FAMILIES, seeded
+
+from loftq_exp.calibration import Statistics, collect_statistics
+from loftq_exp.calibration.statistics import BOUND
+from loftq_exp.calibration.streaming import BlockRunner
+from loftq_exp.device import compute_device
+from loftq_exp.source.layout import Layout, find_layout
+from loftq_exp.source.locate import Source
+from loftq_exp.source.tensors import open_tensors
+
+CPU = compute_device("cpu")
+
+
+def batches_for(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for rows, length in ((2, 9), (1, 14), (3, 5)):
+        ids = torch.randint(3, 90, (rows, length), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if model.config.is_encoder_decoder:
+            batch["labels"] = torch.randint(3, 90, (rows, length - 2), generator=generator)
+        batches.append(batch)
+    return batches
+
+
+def assert_same(found: dict[str, Statistics], expected: dict[str, Statistics], factor: float = 1.0) -> None:
+    assert found.keys() == expected.keys()
+    for name, one in found.items():
+        two = expected[name]
+        assert one.tokens == two.tokens, name
+        scale = two.hessian.diagonal().sqrt() if two.hessian.ndim == 2 else None
+        bound = two.hessian if scale is None else torch.outer(scale, scale)
+        # The activations themselves are computed by other batches' products: a few units in the last place.
+        assert bool(((one.hessian - two.hessian).abs() <= factor * BOUND * bound + 1e-12).all()), name
+
+
+class Place:
+    """A saved model of a family, open for a runner."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.kind = FAMILIES[family].kind
+        self.model = seeded(FAMILIES[family].make).eval()
+        self.model.save_pretrained(folder)
+        self.source = Source(folder, family, str(folder), None)
+        self.batches = batches_for(self.model)
+
+    def layout(self) -> Layout:
+        with open_tensors(self.source.folder) as tensors:
+            return find_layout(self.source.folder, self.kind, tensors.shapes())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_is_whole(family: str, tmp_path: Path) -> None:
+    place = Place(family, tmp_path)
+    layout = place.layout()
+    expected = collect_statistics(place.model, place.batches, modules=[target.module for target in layout.targets])
+    found: dict[str, Statistics] = {}
+    with open_tensors(tmp_path) as tensors:
+        runner = BlockRunner(place.source, layout, place.kind, False, tensors, place.batches, CPU)
+        for block in runner.blocks:
+            with runner.loaded(block):
+                found |= runner.collect(block, "full")
+    assert_same(found, expected, 4)
