@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
-from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, GPTQ_TYPES, Scheme
+from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, SCALES, SEARCHED_TYPES, TYPES_OF_LEVELS, Scheme
 
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
@@ -68,6 +68,22 @@ class QuantConfig:
         False,
         shapes=(INITIALISATION,),
     )
+    scale: str = setting(
+        "scale of a block. absmax: it covers the block's range, as published; search: of 15 fractions of that, the one with the "
+        "smallest squared error (types nf, nf-symmetric and uniform)",
+        "absmax",
+        choices=SCALES,
+        shapes=(INITIALISATION,),
+        before="absmax",
+    )
+    levels: str = setting(
+        "levels of type nf. nf: NormalFloat's, as published; optimal: a subset of NF4's levels with nearly the smallest "
+        "squared error, at 2, 3 and 4 bits exact in bitsandbytes' NF4",
+        "nf",
+        choices=tuple(TYPES_OF_LEVELS),
+        shapes=(INITIALISATION,),
+        before="nf",
+    )
     alpha: float | None = setting(
         "LoRA alpha; the adapter's output is scaled by alpha / rank. null: equal to the rank",
         None,
@@ -89,7 +105,7 @@ class QuantConfig:
         "none",
         choices=("none", "diagonal", "full"),
         shapes=(INITIALISATION,),
-        off="none",
+        before="none",
     )
     rounding: str = setting(
         "how values become codes. nearest: each to the nearest level; gptq: column by column, where later columns compensate "
@@ -97,7 +113,7 @@ class QuantConfig:
         "nearest",
         choices=("nearest", "gptq"),
         shapes=(INITIALISATION,),
-        off="nearest",
+        before="nearest",
     )
     order: str = setting(
         "inputs on which a layer is calibrated. parallel: those in the pre-trained model; sequential: those in the model whose "
@@ -105,7 +121,7 @@ class QuantConfig:
         "parallel",
         choices=("parallel", "sequential"),
         shapes=(INITIALISATION,),
-        off="parallel",
+        before="parallel",
     )
     polish_steps: int = setting(
         "training steps that tune the initial factors until the last hidden state on the calibration text is that of the "
@@ -113,7 +129,7 @@ class QuantConfig:
         0,
         ge=0,
         shapes=(INITIALISATION,),
-        off=0,
+        before=0,
     )
     path: str | None = setting(
         "off-the-shelf only: Hub id or folder of the published checkpoint; null: the one known for model, bits and rank",
@@ -150,6 +166,12 @@ class QuantConfig:
         if self.double and self.type in BLOCKLESS_TYPES:
             raise UserError(f"quant.double=true: type {self.type} has no blocks whose scales could be quantized; "
                             "leave quant.double out, or use nf or uniform")  # fmt: skip
+        if self.scale == "search" and self.type not in SEARCHED_TYPES:
+            raise UserError(f"quant.scale=search: type {self.type} has no range per block to search; "
+                            f"leave quant.scale out, or use quant.type={' or '.join(SEARCHED_TYPES)}")  # fmt: skip
+        if self.type not in TYPES_OF_LEVELS[self.levels]:
+            raise UserError(f"quant.levels={self.levels}: type {self.type} does not use these levels; "
+                            "leave quant.levels out, or use quant.type=nf")  # fmt: skip
 
     def _check_bits(self) -> None:
         allowed = BITS_OF_TYPE[self.type]
@@ -206,9 +228,9 @@ class QuantConfig:
         if self.rounding == "gptq" and self.calibration != "full":
             raise UserError(f"quant.rounding=gptq: needs all of H, and quant.calibration={self.calibration}; "
                             "add quant.calibration=full, or use quant.rounding=nearest")  # fmt: skip
-        if self.rounding == "gptq" and self.type not in GPTQ_TYPES:
+        if self.rounding == "gptq" and self.type not in SEARCHED_TYPES:
             raise UserError(f"quant.rounding=gptq: type {self.type} has no levels per block to round to; "
-                            f"choose quant.type={' or '.join(GPTQ_TYPES)}, or quant.rounding=nearest")  # fmt: skip
+                            f"choose quant.type={' or '.join(SEARCHED_TYPES)}, or quant.rounding=nearest")  # fmt: skip
         if self.order != "parallel" and self.calibration == "none":
             raise UserError(f"quant.order={self.order}: nothing is calibrated; add quant.calibration=full, "
                             "or leave the order at parallel")  # fmt: skip
@@ -232,6 +254,8 @@ class QuantConfig:
             "type": "nf",
             "block_size": 64,
             "double": False,
+            "scale": "absmax",
+            "levels": "nf",
             "alpha": None,
             "allocation": None,
             "bits_per_layer": None,
@@ -263,7 +287,7 @@ class QuantConfig:
     @property
     def scheme(self) -> Scheme:
         """The quantization scheme against which storage formats are checked."""
-        return Scheme(self.type, self.widths, self.block_size, self.double)
+        return Scheme(self.type, self.widths, self.block_size, self.double, self.levels)
 
     @property
     def ranks(self) -> tuple[int, ...]:

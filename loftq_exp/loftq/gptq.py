@@ -13,7 +13,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.kernels.feedback import PANEL, rounding_panel
 from loftq_exp.loftq.metric import Metric
 from loftq_exp.loftq.quantizer import Quantizer
-from loftq_exp.schemes import GPTQ_TYPES
+from loftq_exp.schemes import SEARCHED_TYPES
 
 
 class FeedbackRounding:
@@ -25,9 +25,9 @@ class FeedbackRounding:
 
     def __init__(self, quantizer: Quantizer, metric: Metric) -> None:
         """Compute U. Raise UserError for a quantizer type that GPTQ does not support."""
-        if quantizer.type not in GPTQ_TYPES:
+        if quantizer.type not in SEARCHED_TYPES:
             raise UserError(f"rounding=gptq: type {quantizer.type} has no levels per block to round to; "
-                            f"choose one of {', '.join(GPTQ_TYPES)}, or rounding=nearest")  # fmt: skip
+                            f"choose one of {', '.join(SEARCHED_TYPES)}, or rounding=nearest")  # fmt: skip
         self.quantizer = quantizer
         factor = metric.inverse_factor()
         self._factor = (factor / factor.diagonal()[:, None]).contiguous()
