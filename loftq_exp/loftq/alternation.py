@@ -180,7 +180,7 @@ class Alternation:
         self.measure = measure
         self.importance: torch.Tensor | None = None
         """Weight of each input in the search of scales, (in,) float32; None: all the same."""
-        self.unit = unit or _unit(self.weight)
+        self.unit = unit or unit_of(self.weight)
         device, self.shape = weight.device, tuple(weight.shape)
         groups, numbers = quantizer.scales_shape(self.shape)
         self._workspace = workspace or Workspace()
@@ -335,7 +335,7 @@ def _tiles(shape: tuple[int, ...], aligned: int, device: torch.device) -> list[s
     return slices(rows, size)
 
 
-def _unit(weight: torch.Tensor) -> float:
+def unit_of(weight: torch.Tensor) -> float:
     """Return the power of two that scales the largest magnitude to about 1. Raise UserError if not a finite matrix."""
     name = f"weight of shape {tuple(weight.shape)}"
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():

@@ -16,7 +16,6 @@ from loftq_exp.loftq.pieces import spread
 from loftq_exp.loftq.projection import leading_left
 from loftq_exp.loftq.quantizer import Quantizer
 
-RANK=[64]; SHARE=[1.0]; FLOOR=[0.01]
 CANCELLED = 1e-3
 """Share of the squared norm under which what the factors leave is computed from the factors, not as a difference."""
 
@@ -24,8 +23,9 @@ CANCELLED = 1e-3
 class CalibratedAlternation(Alternation):
     """Alternates between rounding W - B A and fitting B A to W - Q, both in the norm ||D||_H of a `Metric`.
 
-    Rounding is to the nearest level under scales that minimise the error weighted by H's diagonal, or GPTQ's. For the
-    factors let H = S S' and U S V' be the leading singular triplets of (W - Q) S. The minimum of ||W - Q - B A||_H is at
+    Rounding is to the nearest level, or GPTQ's. Searched scales minimise the plain squared error of a block. Weights from
+    H's diagonal make them worse: a few inputs dominate it, and the factors repair just their errors. Only without factors
+    are scales `weighted`. For the factors let H = S S' and U S V' be the leading singular triplets of (W - Q) S. The minimum of ||W - Q - B A||_H is at
 
         B = U sqrt(S),   A = sqrt(S) V' S^-1 = U' (W - Q) / sqrt(S)
 
@@ -38,23 +38,33 @@ class CalibratedAlternation(Alternation):
         quantizer: Quantizer,
         metric: Metric,
         rounding: str = "nearest",
+        weighted: bool = False,
         measure: bool = True,
         unit: float | None = None,
         workspace: Workspace | None = None,
     ) -> None:
-        """As `Alternation`, with the `metric` of the weight's inputs and `rounding` nearest or gptq."""
+        """As `Alternation`.
+
+        Args:
+            weight: W.
+            quantizer: makes Q.
+            metric: the norm of the errors.
+            rounding: `nearest` or `gptq`.
+            weighted: whether scales are searched by the error weighted by H's diagonal.
+            measure: whether to measure the weight's error after each step.
+            unit: `Factors.unit` of the weight; None: compute it.
+            workspace: memory to reuse; None: new memory.
+        """
         super().__init__(weight, quantizer, measure, unit, workspace, residual_dtype=torch.float32)
         self.metric = metric
-        self.importance = metric.importance
-        self._rounding = rounding
-        self._feedback: FeedbackRounding | None = None
+        self.importance = metric.importance if weighted else None
+        self._feedback = FeedbackRounding(quantizer, metric) if rounding == "gptq" else None
         self.output_errors: list[float] = []
         """||W - quantize(W)||_H / ||W||_H, then ||W - Q - B A||_H / ||W||_H after each step."""
         self._output_norm = 0.0
 
     def start(self) -> None:
         """As `Alternation.start`; also measure the output error of quantization alone."""
-        self._absorb(self.metric.leading(RANK[0]))
         super().start()
         self._measure_norm()
         self.output_errors.append(self._relative(self._squares(self._image())))
@@ -77,12 +87,6 @@ class CalibratedAlternation(Alternation):
         share = math.sqrt(1 / self.unit)
         self.lora_B = (left * roots).mul_(share).contiguous()
         self.lora_A = torch.where(roots == 0, 0.0, 1 / roots)[:, None].mul(lora_A).mul_(share).contiguous()
-        if self.metric.full:
-            right = thin_times(left.T.contiguous(), image) / singular[:, None].clamp(min=1e-30)
-            self._absorb(self.metric.root @ right.T)
-        else:
-            right = thin_times(left.T.contiguous(), image) / singular[:, None].clamp(min=1e-30)
-            self._absorb(self.metric.root[:, None] * right.T)
         self.steps += 1
         if not self.measure:
             self.errors.append(math.nan)
@@ -100,16 +104,6 @@ class CalibratedAlternation(Alternation):
         if self._feedback is not None:
             self._feedback.round(tile.weight, tile.product, tile.codes, tile.scales)
             self.quantizer.leave(tile.weight, None, self.unit, tile.codes, tile.scales, tile.residual)
-
-    def _absorb(self, absorbed: torch.Tensor) -> None:
-        """Round from now on in the norm of H - T T' (T: (in, r)), without what the factors' rows absorb."""
-        if SHARE[0] == 0: 
-            if self._rounding=="gptq": self._feedback = FeedbackRounding(self.quantizer, self.metric)
-            return
-        T = absorbed*SHARE[0]
-        self.importance = (self.metric.importance - T.square().sum(dim=1)).clamp(min=FLOOR[0])
-        if self._rounding == "gptq":
-            self._feedback = FeedbackRounding(self.quantizer, self.metric.without(T, FLOOR[0]))
 
     def _image(self) -> torch.Tensor:
         """Return (W - Q) S * unit, whose Frobenius norm is the output error of quantization."""

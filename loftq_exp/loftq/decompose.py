@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 
 from loftq_exp.errors import UserError
-from loftq_exp.loftq.alternation import Alternation, Decomposition
+from loftq_exp.loftq.alternation import Alternation, Decomposition, unit_of
 from loftq_exp.loftq.calibrated import CalibratedAlternation
 from loftq_exp.loftq.lowrank import check_svd_settings
 from loftq_exp.loftq.memory import Workspace
@@ -82,15 +82,17 @@ def decompose(
         raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
     if rounding not in ROUNDINGS or (rounding == "gptq" and metric is None):
         raise UserError(f"rounding={rounding}: not available; choose nearest, or gptq with a hessian")
-    check_svd_settings(weight.shape, rank, solver)
     _check_start(start, weight.shape, rank, num_iter)
-    unit = start.unit if start else None
+    unit = start.unit if start else unit_of(weight)
+    check_svd_settings(weight.shape, rank, solver)
 
     def work() -> Decomposition:
         with torch.no_grad():  # here, because gradient mode is set per thread
             if metric is not None:
                 check_metric(metric, weight)
-                calibrated = CalibratedAlternation(weight, quantizer, metric, rounding, measure, unit, workspace)
+                calibrated = CalibratedAlternation(
+                    weight, quantizer, metric, rounding, num_iter == 0, measure, unit, workspace
+                )
                 return _best(calibrated, rank, num_iter, solver, start)
             alternation = Alternation(weight, quantizer, measure, unit, workspace)
             if quantizer.published or not measure:

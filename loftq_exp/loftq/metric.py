@@ -55,23 +55,6 @@ class Metric:
         spread(product, slices(len(matrix), TILE_ROWS if matrix.device.type == "cpu" else len(matrix)))
         return out
 
-    def leading(self, rank):
-        if not self.full:
-            T = torch.zeros(len(self.root), rank); i = self.root.topk(rank).indices; T[i, torch.arange(rank)] = self.root[i]
-            return T
-        if not hasattr(self, '_lead'):
-            from loftq_exp.loftq.projection import leading_left
-            left, s = leading_left(self.root, float(self.root.double().square().sum()), rank, "randomized")
-            object.__setattr__(self, '_lead', left * s)
-        return self._lead
-
-    def without(self, T, floor):
-        R = self.root.double() if self.full else torch.diag(self.root.double())
-        Hm = R @ R.T - T.double() @ T.double().T
-        Hm.diagonal().add_(floor)
-        root = torch.linalg.cholesky(Hm)
-        return Metric(root.float(), Hm.diagonal().float().clone())
-
     def inverse_factor(self) -> torch.Tensor:
         """Return the upper triangular U with H^-1 = U' U: float32 (in, in), what GPTQ spreads errors with."""
         if not self.full:

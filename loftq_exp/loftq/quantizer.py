@@ -251,6 +251,11 @@ class Quantizer(ABC):
         return self.levels().to(codes.device).index_select(0, indices).reshape(codes.shape)
 
     @property
+    def published(self) -> bool:
+        """Whether levels and scales are those of the published algorithm."""
+        return self.table == "nf" and self.scale == "absmax"
+
+    @property
     def identity(self) -> dict[str, str | int]:
         """Everything that determines the result, for cache keys."""
         return {
