@@ -37,7 +37,9 @@ An empty product is zero. `out` must not overlap the other arguments."""
 class QuantizerPasses(NamedTuple):
     """The compiled passes of one quantizer. Weights, residuals and restored values are float32 or bfloat16."""
 
-    requantize: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    requantize: Callable[
+        [torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None
+    ]
     """f(weight, product, unit, codes, scales, residual, importance): as `BlockPass`, with the importance of each column of the
     weight, float32, or nothing if the scales are not searched."""
     leave: BlockPass
@@ -225,9 +227,7 @@ def _levels_encoder(bits: int, block: int, rounded: bool, searched: bool) -> Any
     smallest, one = np.float32(SMALLEST_ABSMAX), np.float32(1)
     choose = search.best_absmax(bits, block, rounded) if searched else _stored_absmax(rounded)
 
-    def encode(
-        x: Any, codes: Any, scales: Any, thresholds: Any, levels: Any, importance: Any, blocks: int
-    ) -> None:
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, levels: Any, importance: Any, blocks: int) -> None:
         lanes = np.empty(LANES, np.float32)
         for b in range(blocks):
             values = x[b * block : (b + 1) * block]
@@ -332,9 +332,7 @@ def _uniform_encoder(top: int, block: int, rounded: bool, searched: bool) -> Any
     stored, groups = storing(rounded), block // LANES
     zero, last, infinite = np.float32(0), np.float32(top), np.float32(np.inf)
 
-    def encode(
-        x: Any, codes: Any, scales: Any, thresholds: Any, levels: Any, importance: Any, blocks: int
-    ) -> None:
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, levels: Any, importance: Any, blocks: int) -> None:
         lows, highs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for b in range(blocks):
             values = x[b * block : (b + 1) * block]

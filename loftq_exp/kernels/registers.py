@@ -288,7 +288,9 @@ def _all_summed(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
         # What remains of a sum lies in `2 * width` consecutive lanes.
         places = [first + lane for first in range(0, 2 * lanes, 2 * width) for lane in range(width)]
         vectors = [
-            builder.fadd(*(builder.shuffle_vector(one, other, _constant([p + half for p in places])) for half in (0, width)))
+            builder.fadd(
+                *(builder.shuffle_vector(one, other, _constant([p + half for p in places])) for half in (0, width))
+            )
             for one, other in zip(vectors[::2], vectors[1::2], strict=True)
         ]
     return vectors

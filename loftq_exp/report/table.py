@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loftq_exp.schemes import variation
+
 BEFORE = ("run", "bits", "rank", "weight error")
 QUANTIZED = "quantized"
 """Heading of the share of quantized values in the blocks. The column appears only if the share is below 1."""
