@@ -1,4 +1,4 @@
-"""The inner loop of GPTQ on a panel of columns, compiled by numba where it is installed, else in Python over columns."""
+"""The inner loop of GPTQ on a panel of columns: row by row, compiled by numba, or column by column in torch."""
 
 from __future__ import annotations
 
@@ -22,45 +22,75 @@ PanelPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, to
 
 
 @functools.cache
-def rounding_panel(quantizer: Quantizer) -> PanelPass:
+def rounding_panel(quantizer: Quantizer, device: str) -> PanelPass:
     """Return the pass over a panel for a quantizer with levels times a scale, or with a minimum and a step."""
-    levels = quantizer.levels().numpy() if quantizer.type != "uniform" else np.arange(2**quantizer.bits, dtype=np.float32)
-    thresholds = ((levels[:-1] + levels[1:]) / np.float32(2)).astype(np.float32)
-    run, block = _panel() if numba is not None else _panel_in_python, quantizer.block_size
+    levels = torch.arange(2.0**quantizer.bits) if quantizer.type == "uniform" else quantizer.levels()
+    thresholds, block = (levels[:-1] + levels[1:]) / 2, quantizer.block_size
+    if device != "cpu" or numba is None:
+        on_device = levels.to(device), thresholds.to(device)
+        return lambda *arguments: _in_torch(*arguments, block, *on_device)
+    run, tables = _panel(), (levels.numpy(), thresholds.numpy())
 
     def call(values: torch.Tensor, fixed: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
              factor: torch.Tensor, errors: torch.Tensor, first: int) -> None:  # fmt: skip
-        run(values.numpy(), fixed.numpy(), codes.numpy(), scales.numpy(), factor.numpy(), errors.numpy(), first, block,
-            levels, thresholds)  # fmt: skip
+        arrays = [tensor.numpy() for tensor in (values, fixed, codes, scales, factor, errors)]
+        run(*arrays, first, block, *tables)
 
     return call
 
 
-def _panel_in_python(values: Any, fixed: Any, all_codes: Any, scales: Any, factor: Any, errors: Any, first: int,
-                     block: int, levels: Any, thresholds: Any) -> None:  # fmt: skip
+def _in_torch(
+    values: torch.Tensor,
+    fixed: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    factor: torch.Tensor,
+    errors: torch.Tensor,
+    first: int,
+    block: int,
+    levels: torch.Tensor,
+    thresholds: torch.Tensor,
+) -> None:
     rows, columns = values.shape
-    width, top = errors.shape[1], levels.size - 1
-    affine = scales.shape[1] == 2
-    for i in range(rows):
-        row = values[i, first : first + width]
-        for j in range(width):
-            group = (i * columns + first + j) // block
-            zero = scales[group, 0] if affine else np.float32(0)
-            scale = scales[group, 1] if affine else scales[group, 0]
-            x = (row[j] - zero) / scale if scale > 0 else np.float32(0)
-            code = 0
-            if fixed[i, first + j]:
-                code = top if x > 0 else 0
-            else:
-                for k in range(top):
-                    code += x > thresholds[k]
-            all_codes[i, first + j] = code
-            error = row[j] - (zero + levels[code] * scale)
-            errors[i, j] = error
-            for k in range(j + 1, width):
-                row[k] -= error * factor[first + j, first + k]
+    last = first + errors.shape[1]
+    starts = torch.arange(rows, device=values.device) * columns
+    for j in range(first, last):
+        each = scales[(starts + j) // block]
+        zero, scale = (each[:, 0], each[:, 1]) if scales.shape[1] == 2 else (torch.zeros_like(each[:, 0]), each[:, 0])
+        x = torch.where(scale > 0, (values[:, j] - zero) / scale, 0.0)
+        nearest = torch.bucketize(x, thresholds)
+        ends = torch.where(x > 0, len(levels) - 1, 0)
+        code = torch.where(fixed[:, j] > 0, ends, nearest)
+        error = values[:, j] - (zero + levels[code] * scale)
+        codes[:, j], errors[:, j - first] = code.to(torch.uint8), error
+        values[:, j + 1 : last] -= error[:, None] * factor[j, j + 1 : last]
 
 
 @functools.cache
 def _panel() -> Any:
-    return compiled(_panel_in_python)
+    def panel(values: Any, fixed: Any, all_codes: Any, scales: Any, factor: Any, errors: Any, first: int, block: int,
+              levels: Any, thresholds: Any) -> None:  # fmt: skip
+        rows, columns = values.shape
+        width, top = errors.shape[1], levels.size - 1
+        affine = scales.shape[1] == 2
+        for i in range(rows):
+            row = values[i, first : first + width]
+            for j in range(width):
+                group = (i * columns + first + j) // block
+                zero = scales[group, 0] if affine else np.float32(0)
+                scale = scales[group, 1] if affine else scales[group, 0]
+                x = (row[j] - zero) / scale if scale > 0 else np.float32(0)
+                code = 0
+                if fixed[i, first + j]:
+                    code = top if x > 0 else 0
+                else:
+                    for k in range(top):
+                        code += x > thresholds[k]
+                all_codes[i, first + j] = code
+                error = row[j] - (zero + levels[code] * scale)
+                errors[i, j] = error
+                spread = factor[first + j, first : first + width]
+                for k in range(j + 1, width):
+                    row[k] -= error * spread[k]
+
+    return compiled(panel)

@@ -45,7 +45,7 @@ class FeedbackRounding:
         """
         values = weight.to(torch.float32) if product is None else weight.to(torch.float32) - product
         values = values.clone() if values.data_ptr() == weight.data_ptr() else values
-        run = rounding_panel(self.quantizer)
+        run = rounding_panel(self.quantizer, values.device.type)
         columns = values.shape[1]
         fixed = self._fixed(values)
         for first in range(0, columns, PANEL):
@@ -58,8 +58,8 @@ class FeedbackRounding:
     def _fixed(self, values: torch.Tensor) -> torch.Tensor:
         """Return 1 where a value is the largest magnitude of its block, else 0: uint8, the values' shape."""
         flat, size = values.reshape(-1), self.quantizer.block_size
-        fixed = torch.zeros(flat.numel(), dtype=torch.uint8)
+        fixed = torch.zeros(flat.numel(), dtype=torch.uint8, device=values.device)
         if self.quantizer.type != "uniform":
             padded = torch.nn.functional.pad(flat.abs(), (0, -flat.numel() % size), value=-1.0).reshape(-1, size)
-            fixed[padded.argmax(dim=1) + torch.arange(0, len(padded) * size, size)] = 1
+            fixed[padded.argmax(dim=1) + torch.arange(0, len(padded) * size, size, device=values.device)] = 1
         return fixed.reshape(values.shape)
