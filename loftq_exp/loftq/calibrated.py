@@ -64,10 +64,9 @@ class CalibratedAlternation(Alternation):
         self._output_norm = 0.0
 
     def start(self) -> None:
-        """As `Alternation.start`; also measure the output error of quantization alone."""
+        """As `Alternation.start`; also measure ||W||_H."""
         super().start()
         self._measure_norm()
-        self.output_errors.append(self._relative(self._squares(self._image())))
 
     def resume(self, start: Factors) -> None:
         """As `Alternation.resume`."""
@@ -80,6 +79,8 @@ class CalibratedAlternation(Alternation):
         start = self.lora_B if self.rank == rank else None
         image = self._image()
         squares = self._squares(image)
+        if not self.output_errors:
+            self.output_errors.append(self._relative(squares))
         left, singular = leading_left(image, squares, rank, solver, start)
         lora_A = thin_times(left.T.contiguous(), self.residual)
         peaks = lora_A.gather(1, lora_A.abs().argmax(dim=1, keepdim=True)).squeeze(1)
@@ -97,6 +98,8 @@ class CalibratedAlternation(Alternation):
 
     def result(self, rank: int = 0) -> Decomposition:
         """As `Alternation.result`, with the output errors."""
+        if not self.output_errors:
+            self.output_errors.append(self._relative(self._squares(self._image())))
         return dataclasses.replace(super().result(rank), output_errors=tuple(self.output_errors))
 
     def _requantize(self, tile: Tile) -> None:
