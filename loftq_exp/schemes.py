@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
     "nf": (2, 3, 4),
@@ -22,6 +23,21 @@ BITS_OF_TYPE: dict[str, tuple[int, ...]] = {
 BLOCKLESS_TYPES = ("uniform-clipped", "int", "none")
 """Types without blocks: one scale per weight or per row, or no scales."""
 
+SEARCHED_TYPES = ("nf", "nf-symmetric", "uniform")
+"""Types with a range per block, which `quant.scale=search` can shrink."""
+
+TYPES_OF_LEVELS: dict[str, tuple[str, ...]] = {"nf": tuple(BITS_OF_TYPE), "optimal": ("nf",)}
+"""The types that each `quant.levels` goes with. Other types than `nf` have only their own levels, and ignore `nf`."""
+
+SCALES = ("absmax", "search")
+"""The values of `quant.scale`."""
+
+
+def variation(settings: Mapping[str, Any]) -> str:
+    """Return what differs from the published algorithm in settings or an identity: "", " optimal", " searched" or both."""
+    optimal = " optimal" if settings.get("levels") == "optimal" else ""
+    return optimal + (" searched" if settings.get("scale") == "search" else "")
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -32,10 +48,12 @@ class Scheme:
     """Bits that a weight may have."""
     block_size: int
     double: bool
+    levels: str = "nf"
 
     def __str__(self) -> str:
         widths = "/".join(map(str, self.widths))
-        return f"{self.type} at {widths} bits with blocks of {self.block_size}{' and double' if self.double else ''}"
+        levels = " with optimal levels" if self.levels == "optimal" else ""
+        return f"{self.type}{levels} at {widths} bits with blocks of {self.block_size}{' and double' if self.double else ''}"
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,8 @@ class Capacity:
     codes: bool = True
     """Whether it needs a quantizer's codes."""
     types: Container[str] = tuple(BITS_OF_TYPE)
-    widths: frozenset[int] | None = None
-    """Bits that it can hold; None: any."""
+    widths: Mapping[str, frozenset[int]] | None = None
+    """Bits that it can hold, by levels; None: any."""
     block_size: int | None = None
     """Block size that it can hold; None: any."""
     double: bool = True
@@ -62,7 +80,7 @@ class Capacity:
         """Return whether it holds every value of a backbone quantized with `scheme`."""
         return (
             scheme.type in self.types
-            and (self.widths is None or self.widths.issuperset(scheme.widths))
+            and (self.widths is None or self.widths[scheme.levels].issuperset(scheme.widths))
             and self.block_size in (None, scheme.block_size)
             and (self.double or not scheme.double)
         )
@@ -74,10 +92,11 @@ FORMATS: dict[str, Capacity] = {
         "4-bit layers",
         ("bnb4",),
         types=("nf",),
-        widths=frozenset({2, 4}),  # every NF2 level is an NF4 level
+        # Every NF2 level and every optimal one is an NF4 level; NF3's are not.
+        widths={"nf": frozenset({2, 4}), "optimal": frozenset({2, 3, 4})},
         block_size=64,
         double=False,
-        instead="quant.type=nf with 4 or 2 bits and blocks of 64",
+        instead="quant.type=nf with 4 or 2 bits (3 with quant.levels=optimal) and blocks of 64",
     ),
     "packed": Capacity("packed layers", ("packed",)),
 }

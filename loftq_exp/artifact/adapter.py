@@ -128,6 +128,7 @@ def _values_from(init: Initialised) -> list[Any]:
     """What determines Q's values: equal for two checkpoints of the same values, even in different storage formats."""
     quant = init.report["quant"]
     settings = [quant.get(name) for name in ("method", "type", "block_size", "double", "iter", "save_dtype")]
+    settings += [quant.get("scale", "absmax"), quant.get("levels", "nf")]  # older reports lack them
     weights = [
         [weight.get(key) for key in ("name", "shape", "digest", "bits", "rank")] for weight in init.report["weights"]
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from loftq_exp.artifact.folder import ADAPTER, Initialised
 from loftq_exp.config import RunConfig
+from loftq_exp.schemes import variation
 from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.storage.format import LoadCode, storage_format
 
@@ -66,7 +67,7 @@ def _facts(report: dict[str, Any]) -> str:
     quant, totals, shelf = report["quant"], report["totals"], report.get("off_the_shelf")
     alpha = quant["scaling"] * quant["rank"]
     rows = {
-        "quantizer": f"{quant['type']}, blocks of {quant['block_size']}",
+        "quantizer": f"{quant['type']}{variation(quant)}, blocks of {quant['block_size']}",
         "bits": f"{_bits(report)} ({totals['bits_per_weight']:.2f} per weight, scales included)",
         "rank": _ranks(report),
         "alpha": f"{alpha:g} (s = {quant['scaling']:g})",

@@ -23,6 +23,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
 from loftq_exp.progress import progress
 from loftq_exp.report.table import print_table
+from loftq_exp.schemes import variation
 from loftq_exp.source.digests import FileDigests
 
 DEFAULT_FOLDER = "outputs/cache"
@@ -134,7 +135,7 @@ def _quantizer(identity: dict[str, Any] | None) -> str:
     if identity is None:
         return "-"
     blocks = f", blocks of {identity['block_size']}" if "block_size" in identity else ""
-    return f"{identity['type']} {identity['bits']} bits{blocks}, {identity['scale_dtype']}"
+    return f"{identity['type']} {identity['bits']} bits{variation(identity)}{blocks}, {identity['scale_dtype']}"
 
 
 def _size(folder: Path, options: argparse.Namespace) -> int:

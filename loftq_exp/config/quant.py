@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
-from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, Scheme
+from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, SCALES, SEARCHED_TYPES, TYPES_OF_LEVELS, Scheme
 
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
@@ -68,6 +68,22 @@ class QuantConfig:
         False,
         shapes=(INITIALISATION,),
     )
+    scale: str = setting(
+        "scale of a block. absmax: it covers the block's range, as published; search: of 15 fractions of that, the one with the "
+        "smallest squared error (types nf, nf-symmetric and uniform)",
+        "absmax",
+        choices=SCALES,
+        shapes=(INITIALISATION,),
+        before="absmax",
+    )
+    levels: str = setting(
+        "levels of type nf. nf: NormalFloat's, as published; optimal: a subset of NF4's levels with nearly the smallest "
+        "squared error, at 2, 3 and 4 bits exact in bitsandbytes' NF4",
+        "nf",
+        choices=tuple(TYPES_OF_LEVELS),
+        shapes=(INITIALISATION,),
+        before="nf",
+    )
     alpha: float | None = setting(
         "LoRA alpha; the adapter's output is scaled by alpha / rank. null: equal to the rank",
         None,
@@ -117,6 +133,12 @@ class QuantConfig:
         if self.double and self.type in BLOCKLESS_TYPES:
             raise UserError(f"quant.double=true: type {self.type} has no blocks whose scales could be quantized; "
                             "leave quant.double out, or use nf or uniform")  # fmt: skip
+        if self.scale == "search" and self.type not in SEARCHED_TYPES:
+            raise UserError(f"quant.scale=search: type {self.type} has no range per block to search; "
+                            f"leave quant.scale out, or use quant.type={' or '.join(SEARCHED_TYPES)}")  # fmt: skip
+        if self.type not in TYPES_OF_LEVELS[self.levels]:
+            raise UserError(f"quant.levels={self.levels}: type {self.type} does not use these levels; "
+                            "leave quant.levels out, or use quant.type=nf")  # fmt: skip
 
     def _check_bits(self) -> None:
         allowed = BITS_OF_TYPE[self.type]
@@ -177,6 +199,8 @@ class QuantConfig:
             "type": "nf",
             "block_size": 64,
             "double": False,
+            "scale": "absmax",
+            "levels": "nf",
             "alpha": None,
             "allocation": None,
             "bits_per_layer": None,
@@ -208,7 +232,7 @@ class QuantConfig:
     @property
     def scheme(self) -> Scheme:
         """The quantization scheme against which storage formats are checked."""
-        return Scheme(self.type, self.widths, self.block_size, self.double)
+        return Scheme(self.type, self.widths, self.block_size, self.double, self.levels)
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -38,14 +38,16 @@ def setting(
     gt: float | None = None,
     lt: float | None = None,
     locates: tuple[str, ...] = (),
+    before: Any = None,
 ) -> Any:
     """A dataclass field with its meaning (`doc`) and its allowed values: `choices`, lower bounds `ge`, `gt`, upper bound `lt`.
 
     `shapes` names the RESULTS that change with the value. It is empty for a setting that changes none of them. It is also
     empty for a location, because the content there is part of the key. If that content is rows of data, `locates` names the
-    RESULTS made from them.
+    RESULTS made from them. `before` is the value that results had before the setting existed, for one that was added later.
     """
-    metadata = {"doc": doc, "shapes": shapes, "choices": choices, "ge": ge, "gt": gt, "lt": lt, "locates": locates}
+    metadata = {"doc": doc, "shapes": shapes, "choices": choices, "ge": ge, "gt": gt, "lt": lt, "locates": locates,
+                "before": before}  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -133,7 +135,8 @@ def shaping(config: Any, *results: str, mark: str = "shapes", prefix: str = "") 
     """Return the settings in the dataclass `config` that shape one of `results`, by dotted name, in plain containers.
 
     `mark="locates"` selects the settings that locate the rows of these results instead. A setting at its default of None or
-    False is omitted, so that adding such a setting in a new version changes no key. The order of patterns is significant.
+    False, or at the value `before` it existed, is omitted, so that adding such a setting in a new version changes no key. The
+    order of patterns is significant.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -142,7 +145,8 @@ def shaping(config: Any, *results: str, mark: str = "shapes", prefix: str = "") 
             found |= shaping(value, *results, mark=mark, prefix=f"{prefix}{field.name}.")
         elif not set(results).isdisjoint(field.metadata[mark]):
             off = field.default is None or field.default is False
-            if not (off and value is field.default):
+            before = field.metadata["before"]
+            if not (off and value is field.default) and (before is None or value != before):
                 found[prefix + field.name] = _plain(value)
     return found
 

@@ -38,10 +38,12 @@ class Decomposer:
         self._workspace = Workspace()
         self.quantizers = {}
         if config.quant.type != "none":
-            dtype = getattr(torch, config.save_dtype)
+            quant, dtype = config.quant, getattr(torch, config.save_dtype)
             self.quantizers = {
-                bits: make_quantizer(config.quant.type, bits, config.quant.block_size, dtype, config.quant.double)
-                for bits in config.quant.widths
+                bits: make_quantizer(
+                    quant.type, bits, quant.block_size, dtype, quant.double, levels=quant.levels, scale=quant.scale
+                )
+                for bits in quant.widths
             }
 
     def decomposed(

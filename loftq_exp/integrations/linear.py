@@ -118,7 +118,9 @@ class PackedLinear(nn.Linear):
         """Return nn.Linear's text, and how the weight is packed."""
         quantizer = self.quantizer
         double = ", double=True" if quantizer.double else ""
-        return f"{super().extra_repr()}, type={quantizer.type}, bits={quantizer.bits}, block_size={quantizer.block_size}{double}"
+        levels = f", levels={quantizer.table}" if quantizer.table != "nf" else ""
+        kind = f"type={quantizer.type}, bits={quantizer.bits}, block_size={quantizer.block_size}"
+        return f"{super().extra_repr()}, {kind}{double}{levels}"
 
 
 class _Product(torch.autograd.Function):

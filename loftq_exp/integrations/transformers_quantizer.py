@@ -39,7 +39,11 @@ class LoftQConfig(QuantizationConfigMixin):
         double: whether the scales are quantized themselves.
         scale_dtype: type of the scales and of the decoded values.
         version: format version.
+        levels: levels of type `nf`, see `loftq_exp.loftq.quantizers`.
     """
+
+    levels: str = "nf"
+    """Written only if it is not `nf`, as an attribute of the instance."""
 
     def __init__(
         self,
@@ -49,10 +53,11 @@ class LoftQConfig(QuantizationConfigMixin):
         double: bool = False,
         scale_dtype: str = "bfloat16",
         version: int = VERSION,
+        levels: str = "nf",
         **unknown: Any,
     ) -> None:
         packing = Packing.of({"bits": bits, "type": type, "block_size": block_size, "double": double,
-                              "scale_dtype": scale_dtype, "version": version} | unknown)  # fmt: skip
+                              "scale_dtype": scale_dtype, "version": version, "levels": levels} | unknown)  # fmt: skip
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration has only its own methods
         self.bits, self.type, self.block_size, self.double = (
             packing.bits,
@@ -61,10 +66,13 @@ class LoftQConfig(QuantizationConfigMixin):
             packing.double,
         )
         self.scale_dtype, self.version = packing.scale_dtype, VERSION
+        if packing.levels != "nf":
+            self.levels = packing.levels
 
     def quantizer(self, bits: int) -> Quantizer:
         """Return the quantizer of the modules with `bits` bits."""
-        return Packing(self.bits, self.type, self.block_size, self.double, self.scale_dtype).quantizer(bits)
+        packing = Packing(self.bits, self.type, self.block_size, self.double, self.scale_dtype, self.levels)
+        return packing.quantizer(bits)
 
 
 @register_quantizer(METHOD)

@@ -53,3 +53,27 @@ def widening() -> Any:
         return buffer[: values.size]
 
     return compiled(widen)
+
+
+@functools.cache
+def rounding_if(rounded: bool) -> Any:
+    """Return `rounding()` if `rounded`, else a function that does nothing."""
+    return rounding() if rounded else compiled(lambda values, count: None)
+
+
+def largest_stored(rounded: bool) -> Any:
+    """Return the largest finite bfloat16 if `rounded`, else the largest float32: a numpy float32."""
+    return np.float32(torch.finfo(torch.bfloat16 if rounded else torch.float32).max)
+
+
+@functools.cache
+def storing(rounded: bool) -> Any:
+    """Return f(scale, scratch), compiled: the scale as it is stored, rounded and finite, see `Quantizer._round`."""
+    largest, round_in_place = largest_stored(rounded), rounding_if(rounded)
+
+    def stored(scale: Any, scratch: Any) -> Any:
+        scratch[0] = min(max(scale, -largest), largest)
+        round_in_place(scratch, 1)
+        return scratch[0]
+
+    return compiled(stored)

@@ -17,6 +17,12 @@ CPU_TYPES = (torch.float32, torch.bfloat16)
 CHUNK_VALUES = 1024
 """Approximate values per chunk. What one loop writes to a chunk is still in the L1 cache for the next loop."""
 
+LANES = 16
+"""Values compared or added in parallel within a block. The order of a block's sums is defined by it, see `search`."""
+
+SMALLEST_ABSMAX = 1e-38
+"""Smallest divisor, as in bitsandbytes, so that a block of zeros stays finite."""
+
 
 def compiled(function: Any) -> Any:
     """Return `function` compiled by numba: single-threaded, without the GIL, with float32 operations in the given order."""

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from loftq_exp.kernels import registers
-from loftq_exp.kernels.bfloat16 import flat, narrowing, rounding, widening
-from loftq_exp.kernels.compiled import CHUNK_VALUES, CPU_TYPES, compiled, numba
+from loftq_exp.kernels import registers, search
+from loftq_exp.kernels.bfloat16 import flat, narrowing, rounding_if, storing, widening
+from loftq_exp.kernels.compiled import CHUNK_VALUES, CPU_TYPES, LANES, SMALLEST_ABSMAX, compiled, numba
 
 if TYPE_CHECKING:
     from loftq_exp.loftq.quantizer import Quantizer
@@ -37,17 +37,14 @@ An empty product is zero. `out` must not overlap the other arguments."""
 class QuantizerPasses(NamedTuple):
     """The compiled passes of one quantizer. Weights, residuals and restored values are float32 or bfloat16."""
 
-    requantize: BlockPass
+    requantize: Callable[
+        [torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None
+    ]
+    """f(weight, product, unit, codes, scales, residual, importance): as `BlockPass`, with the importance of each column of the
+    weight, float32, or nothing if the scales are not searched."""
     leave: BlockPass
     restore: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     """f(codes, scales, out)."""
-
-
-LANES = 16
-"""Values compared in parallel when searching for a block's extremes."""
-
-SMALLEST_ABSMAX = 1e-38
-"""Smallest divisor, as in bitsandbytes, so that a block of zeros stays finite."""
 
 
 @functools.cache
@@ -61,16 +58,16 @@ def quantizing(quantizer: Quantizer) -> QuantizerPasses | None:
         return None
     top, rounded = 2**quantizer.bits - 1, quantizer.scale_dtype == torch.bfloat16
     if family == "levels":
-        encode = _levels_encoder(quantizer.bits, block, rounded)
+        encode = _levels_encoder(quantizer.bits, block, rounded, quantizer.scale == "search")
         decode = _levels_decoder(quantizer.bits, block, rounded)
         tables = registers.padded(quantizer.thresholds().numpy()), registers.padded(quantizer.levels().numpy())
     else:
-        encode = _uniform_encoder(top, block, rounded)
+        encode = _uniform_encoder(top, block, rounded, quantizer.scale == "search")
         decode = _uniform_decoder(block, rounded)
         tables = np.empty(0, np.float32), np.empty(0, np.float32)
     return QuantizerPasses(
-        _caller(lambda *narrow: _requantize(encode, decode, block, *narrow), tables, block),
-        _caller(lambda narrow, _: _leave(decode, block, narrow), tables, block),
+        _requantizer(lambda *narrow: _requantize(encode, decode, block, *narrow), tables, block),
+        _leaver(lambda narrow: _leave(decode, block, narrow), tables[1], block),
         _restorer(lambda narrow: _restore(decode, block, narrow), tables[1], block),
     )
 
@@ -80,9 +77,27 @@ def _warn_once() -> None:
     log.warning("numba is not installed: quantizing is several times slower, with the same result; pip install numba")
 
 
-def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray, ...], block: int) -> BlockPass:
-    """Return the pass that calls `compiled_for(whether the weight, whether the result is bfloat16)`."""
+def _requantizer(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray, ...], block: int) -> Any:
+    """Return the pass that calls `compiled_for(whether the weight, whether the residual is bfloat16)`."""
 
+    def call(
+        weight: torch.Tensor,
+        product: torch.Tensor,
+        unit: float,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        residual: torch.Tensor,
+        importance: torch.Tensor,
+    ) -> None:
+        # numpy, because each torch operation releases the GIL and has to wait for it again.
+        arrays = [flat(tensor) for tensor in (weight, product, importance, codes, residual)]
+        run = compiled_for(weight.dtype == torch.bfloat16, residual.dtype == torch.bfloat16)
+        run(*arrays[:4], scales.numpy(), arrays[4], np.float32(unit), *tables, weight.numel() // block)
+
+    return call
+
+
+def _leaver(compiled_for: Callable[[bool], Any], levels: np.ndarray, block: int) -> BlockPass:
     def call(
         weight: torch.Tensor,
         product: torch.Tensor,
@@ -91,10 +106,9 @@ def _caller(compiled_for: Callable[[bool, bool], Any], tables: tuple[np.ndarray,
         scales: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        # numpy, because each torch operation releases the GIL and has to wait for it again.
         arrays = [flat(tensor) for tensor in (weight, product, codes, out)]
-        run = compiled_for(weight.dtype == torch.bfloat16, out.dtype == torch.bfloat16)
-        run(*arrays[:3], scales.numpy(), arrays[3], np.float32(unit), *tables, weight.numel() // block)
+        run = compiled_for(weight.dtype == torch.bfloat16)
+        run(*arrays[:3], scales.numpy(), arrays[3], np.float32(unit), levels, weight.numel() // block)
 
     return call
 
@@ -113,10 +127,12 @@ def _restorer(
 def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narrow_residual: bool) -> Any:
     """Return `Quantizer.requantize` over chunks of blocks. Narrow arrays are bfloat16, all others float32."""
     most, widened, written = max(CHUNK_VALUES // block, 1), _widened(narrow_weight), _written(narrow_residual)
+    repeat = search.repeating()
 
-    def requantize(weights: Any, products: Any, all_codes: Any, all_scales: Any, residuals: Any, unit: Any,
-                   thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
+    def requantize(weights: Any, products: Any, importances: Any, all_codes: Any, all_scales: Any, residuals: Any,
+                   unit: Any, thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
         x, buffer = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
+        importance = np.empty(most * block if importances.size else 0, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
             start, end = first * block, (first + some) * block
@@ -132,7 +148,9 @@ def _requantize(encode: Any, decode: Any, block: int, narrow_weight: bool, narro
             else:
                 for i in range(end - start):
                     x[i] = weight[i]
-            encode(x, codes, scales, thresholds, some)
+            if importances.size:
+                repeat(importances, start, importance)
+            encode(x, codes, scales, thresholds, levels, importance, some)
             decode(codes, scales, levels, x, some)
             for i in range(end - start):
                 x[i] = (weight[i] - x[i]) * unit
@@ -147,7 +165,7 @@ def _leave(decode: Any, block: int, narrow_weight: bool) -> Any:
     most, widened = max(CHUNK_VALUES // block, 1), _widened(narrow_weight)
 
     def leave(weights: Any, products: Any, all_codes: Any, all_scales: Any, outs: Any, unit: Any,
-              thresholds: Any, levels: Any, blocks: int) -> None:  # fmt: skip
+              levels: Any, blocks: int) -> None:  # fmt: skip
         x, buffer = np.empty(most * block, np.float32), np.empty(most * block, np.float32)
         for first in range(0, blocks, most):
             some = min(most, blocks - first)
@@ -199,36 +217,17 @@ def _written(narrow: bool) -> Any:
 
 
 @functools.cache
-def _rounding(rounded: bool) -> Any:
-    """Return f(values, count): round the first `count` float32 values to bfloat16 in place if `rounded`, else do nothing."""
-    return rounding() if rounded else compiled(lambda values, count: None)
-
-
-@functools.cache
-def _storing(rounded: bool) -> Any:
-    """Return f(scale, scratch): the scale as it is stored, rounded and finite, see `Quantizer._round`."""
-    largest = np.float32(torch.finfo(torch.bfloat16 if rounded else torch.float32).max)
-    round_in_place = _rounding(rounded)
-
-    def stored(scale: Any, scratch: Any) -> Any:
-        scratch[0] = min(max(scale, -largest), largest)
-        round_in_place(scratch, 1)
-        return scratch[0]
-
-    return compiled(stored)
-
-
-@functools.cache
-def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
-    """Return NormalFloat's encoder, see `NormalFloat._encode_groups`: absmax of each block, nearest level.
+def _levels_encoder(bits: int, block: int, rounded: bool, searched: bool) -> Any:
+    """Return NormalFloat's encoder, see `NormalFloat._encode_groups`: absmax or searched scale of each block, nearest level.
 
     `block` is a compile-time constant, so loops over it are unrolled. Values are not clamped to [-1, 1] as in the torch
     code. All thresholds lie inside that range, so the codes are the same.
     """
-    stored, nearest, groups = _storing(rounded), _nearest(bits), block // LANES
+    nearest, groups = _nearest(bits), block // LANES
     smallest, one = np.float32(SMALLEST_ABSMAX), np.float32(1)
+    choose = search.best_absmax(bits, block, rounded) if searched else _stored_absmax(rounded)
 
-    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, blocks: int) -> None:
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, levels: Any, importance: Any, blocks: int) -> None:
         lanes = np.empty(LANES, np.float32)
         for b in range(blocks):
             values = x[b * block : (b + 1) * block]
@@ -240,14 +239,28 @@ def _levels_encoder(bits: int, block: int, rounded: bool) -> Any:
             absmax = lanes[0]
             for lane in range(1, LANES):
                 absmax = max(absmax, lanes[lane])
-            absmax = stored(absmax, lanes)
             scales[b, 0] = absmax
-            inverse = one / max(absmax, smallest)
+        choose(x, scales, importance, thresholds, levels, blocks)
+        for b in range(blocks):
+            values, inverse = x[b * block : (b + 1) * block], one / max(scales[b, 0], smallest)
             for i in range(block):
                 values[i] *= inverse
         nearest(x, thresholds, codes, blocks * block)
 
     return compiled(encode)
+
+
+@functools.cache
+def _stored_absmax(rounded: bool) -> Any:
+    """Return f(values, scales, importance, thresholds, levels, blocks): round each block's absmax as it is stored."""
+    stored = storing(rounded)
+
+    def choose(values: Any, scales: Any, importance: Any, thresholds: Any, levels: Any, blocks: int) -> None:
+        scratch = np.empty(1, np.float32)
+        for b in range(blocks):
+            scales[b, 0] = stored(scales[b, 0], scratch)
+
+    return compiled(choose)
 
 
 @functools.cache
@@ -299,7 +312,7 @@ def _levels_of(bits: int) -> Any:
 @functools.cache
 def _levels_decoder(bits: int, block: int, rounded: bool) -> Any:
     """Return NormalFloat's decoder of stored values: level times absmax."""
-    round_in_place, levels_of = _rounding(rounded), _levels_of(bits)
+    round_in_place, levels_of = rounding_if(rounded), _levels_of(bits)
 
     def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:
         levels_of(codes, levels, x, blocks * block)
@@ -313,12 +326,13 @@ def _levels_decoder(bits: int, block: int, rounded: bool) -> Any:
 
 
 @functools.cache
-def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
+def _uniform_encoder(top: int, block: int, rounded: bool, searched: bool) -> Any:
     """Return the encoder of the paper's uniform quantizer, see `Uniform._encode_groups`: minimum and step, nearest level."""
-    stored, groups = _storing(rounded), block // LANES
+    choose = search.best_range(top, block, rounded) if searched else compiled(lambda *_: None)
+    stored, groups = storing(rounded), block // LANES
     zero, last, infinite = np.float32(0), np.float32(top), np.float32(np.inf)
 
-    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, blocks: int) -> None:
+    def encode(x: Any, codes: Any, scales: Any, thresholds: Any, levels: Any, importance: Any, blocks: int) -> None:
         lows, highs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
         for b in range(blocks):
             values = x[b * block : (b + 1) * block]
@@ -331,6 +345,10 @@ def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
             low, high = lows[0], highs[0]
             for lane in range(1, LANES):
                 low, high = min(low, lows[lane]), max(high, highs[lane])
+            scales[b, 0], scales[b, 1] = low, high
+        choose(x, scales, importance, blocks)
+        for b in range(blocks):
+            values, low, high = x[b * block : (b + 1) * block], scales[b, 0], scales[b, 1]
             minimum = stored(low, lows) + zero
             step = stored(max((high - minimum) / last, zero), lows)
             scales[b, 0], scales[b, 1] = minimum, step
@@ -346,7 +364,7 @@ def _uniform_encoder(top: int, block: int, rounded: bool) -> Any:
 @functools.cache
 def _uniform_decoder(block: int, rounded: bool) -> Any:
     """Return the uniform decoder of stored values: minimum + code times step."""
-    round_in_place = _rounding(rounded)
+    round_in_place = rounding_if(rounded)
 
     def decode(codes: Any, scales: Any, levels: Any, x: Any, blocks: int) -> None:
         for i in range(blocks * block):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loftq_exp.kernels.compiled import compiled, numba
+from loftq_exp.kernels.compiled import LANES, compiled, numba
 
 if numba is not None:
     from llvmlite import binding, ir
@@ -92,17 +92,13 @@ def _look_up(bits: int, lanes: int) -> Any:
 def nearest(bits: int, lanes: int) -> Any:
     """Return f(x, thresholds, codes, first) for compiled functions: write the codes of `lanes` values from `first` on.
 
-    A code is the number of thresholds below the value. It is found by bisection of the 2**bits - 1 ascending thresholds.
+    A code is the number of thresholds below the value.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, thresholds, codes = (_data(context, builder, signature, arguments, at) for at in range(3))
         values = _load(builder, builder.gep(x, [arguments[3]]), ir.VectorType(ir.FloatType(), lanes), 4)
-        bounds, below = _levels(builder, thresholds, bits, lanes), _constant([0] * lanes)
-        for half in (2**bit for bit in reversed(range(bits))):
-            bound = _named(builder, bounds, builder.add(below, _constant([half - 1] * lanes)), lanes)
-            above = builder.fcmp_ordered(">", values, bound)
-            below = builder.add(below, builder.select(above, _constant([half] * lanes), _constant([0] * lanes)))
+        below = _below(builder, values, _levels(builder, thresholds, bits, lanes), bits, lanes)
         found = builder.trunc(below, ir.VectorType(ir.IntType(8), lanes))
         target = builder.gep(codes, [arguments[3]])
         _store(builder, found, target, 1)
@@ -113,6 +109,53 @@ def nearest(bits: int, lanes: int) -> Any:
         return types.void(x, thresholds, codes, types.intp), emit
 
     return nearest_of_some
+
+
+def errors_of(bits: int, lanes: int, block: int) -> Any:
+    """Return f(values, importance, thresholds, levels, ratios, errors, number) for compiled functions: 16 errors of a block.
+
+    An error is the sum of (value - level)**2 * importance, where levels and thresholds are multiplied by one of the block's
+    16 ratios. The order of operations is that of `loftq_exp.kernels.search`. A block is a multiple of 16 values.
+    """
+    vector = ir.VectorType(ir.FloatType(), lanes)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values, importance, thresholds, table, ratios, errors = (
+            _data(context, builder, signature, arguments, at) for at in range(6)
+        )
+        values, importance = (builder.gep(of, [builder.mul(arguments[6], _long(block))]) for of in (values, importance))
+        ratios, errors = (builder.gep(of, [builder.mul(arguments[6], _long(LANES))]) for of in (ratios, errors))
+        bounds, levels = (_levels(builder, source, bits, lanes) for source in (thresholds, table))
+        sums = cgutils.alloca_once(builder, vector, LANES)
+        with cgutils.for_range(builder, _long(LANES)) as loop:
+            ratio = _broadcast(builder, builder.load(builder.gep(ratios, [loop.index])), lanes)
+            now, scaled = ([builder.fmul(some, ratio) for some in kept] for kept in (bounds, levels))
+            totals = [cgutils.alloca_once(builder, vector) for _ in range(LANES // lanes)]
+            for total in totals:
+                builder.store(ir.Constant(vector, [0.0] * lanes), total)
+            with cgutils.for_range(builder, _long(block // LANES)) as inner:
+                for part, total in enumerate(totals):
+                    at = builder.add(builder.mul(inner.index, _long(LANES)), _long(part * lanes))
+                    some, weights = (_load(builder, builder.gep(of, [at]), vector, 4) for of in (values, importance))
+                    below = _below(builder, some, now, bits, lanes)
+                    left = builder.fsub(some, _named(builder, scaled, below, lanes))
+                    error = builder.fmul(builder.fmul(left, left), weights)
+                    builder.store(builder.fadd(builder.load(total), error), total)
+            halves = [builder.load(total) for total in totals]
+            both = halves[0] if len(halves) == 1 else builder.fadd(*halves)
+            builder.store(both, builder.gep(sums, [loop.index]))
+        found = _all_summed(builder, [builder.load(builder.gep(sums, [_long(at)])) for at in range(LANES)], lanes)
+        for at, some in enumerate(found):
+            _store(builder, some, builder.gep(errors, [_long(at * lanes)]), 4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def errors_of_block(
+        typing: Any, values: Any, importance: Any, thresholds: Any, table: Any, ratios: Any, errors: Any, number: Any
+    ) -> Any:
+        return types.void(values, importance, thresholds, table, ratios, errors, types.intp), emit
+
+    return errors_of_block
 
 
 def levels_of(bits: int, lanes: int) -> Any:
@@ -181,6 +224,16 @@ def _levels(builder: Any, table: Any, bits: int, lanes: int) -> list[Any]:
     return [_load(builder, builder.gep(table, [_long(at)]), kind, 4) for at in range(0, 2**bits, lanes)]
 
 
+def _below(builder: Any, values: Any, bounds: list[Any], bits: int, lanes: int) -> Any:
+    """Return how many of the 2**bits - 1 ascending bounds are below each lane's value, by bisection."""
+    below = _constant([0] * lanes)
+    for half in (2**bit for bit in reversed(range(bits))):
+        bound = _named(builder, bounds, builder.add(below, _constant([half - 1] * lanes)), lanes)
+        above = builder.fcmp_ordered(">", values, bound)
+        below = builder.add(below, builder.select(above, _constant([half] * lanes), _constant([0] * lanes)))
+    return below
+
+
 def _looked_up(builder: Any, source: Any, levels: list[Any], bits: int, lanes: int) -> Any:
     """Return the levels of the packed codes that begin at `source`, one per lane."""
     words, shifts = _words(builder, source, bits, lanes)
@@ -203,6 +256,11 @@ def _scale(builder: Any, scales: Any, at: Any, lanes: int) -> Any:
     if value.type != ir.FloatType():
         word = builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16))
         value = builder.bitcast(word, ir.FloatType())
+    return _broadcast(builder, value, lanes)
+
+
+def _broadcast(builder: Any, value: Any, lanes: int) -> Any:
+    """Return a float32 in every lane."""
     vector = ir.Constant(ir.VectorType(ir.FloatType(), lanes), ir.Undefined)
     vector = builder.insert_element(vector, value, ir.IntType(32)(0))
     return builder.shuffle_vector(vector, vector, _constant([0] * lanes))
@@ -217,6 +275,25 @@ def _summed(builder: Any, vector: Any, lanes: int) -> Any:
         )
         vector = builder.fadd(low, high)
     return builder.extract_element(vector, ir.IntType(32)(0))
+
+
+def _all_summed(builder: Any, vectors: list[Any], lanes: int) -> list[Any]:
+    """Return the sums of the lanes of each vector, `lanes` per vector, by adding halves as `_summed` does.
+
+    Two vectors share each addition: one fills the lower half of the lanes, the other the upper half.
+    """
+    width = lanes
+    while width > 1:
+        width //= 2
+        # What remains of a sum lies in `2 * width` consecutive lanes.
+        places = [first + lane for first in range(0, 2 * lanes, 2 * width) for lane in range(width)]
+        vectors = [
+            builder.fadd(
+                *(builder.shuffle_vector(one, other, _constant([p + half for p in places])) for half in (0, width))
+            )
+            for one, other in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    return vectors
 
 
 def _words(builder: Any, source: Any, bits: int, lanes: int) -> tuple[Any, list[int]]:

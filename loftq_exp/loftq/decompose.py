@@ -110,6 +110,8 @@ def loftq_init(
     *,
     quant_type: str = ...,
     block_size: int = ...,
+    scale: str = ...,
+    levels: str = ...,
     alpha: float | None = ...,
     solver: str = ...,
     seed: int = ...,
@@ -126,6 +128,8 @@ def loftq_init(
     *,
     quant_type: str = ...,
     block_size: int = ...,
+    scale: str = ...,
+    levels: str = ...,
     alpha: float | None = ...,
     solver: str = ...,
     seed: int = ...,
@@ -142,6 +146,8 @@ def loftq_init(
     *,
     quant_type: str = "nf",
     block_size: int = 64,
+    scale: str = "absmax",
+    levels: str = "nf",
     alpha: float | None = None,
     solver: str = "randomized",
     seed: int = 0,
@@ -170,6 +176,8 @@ def loftq_init(
         num_iter: alternating steps. 0 is QLoRA: B is zero, and A is Kaiming uniform from `seed`, as in LoRA.
         quant_type: `nf`, `nf-symmetric`, `uniform`, `uniform-clipped`, `uniform-sigma` or `int`, see `make_quantizer`.
         block_size: consecutive values (row-major) that share scales. The last block may be shorter.
+        scale: `absmax`, as published, or `search`: the scale of each block with the smallest squared error, see `make_quantizer`.
+        levels: of quant_type `nf`: `nf`, as published, or `optimal`, see `make_quantizer`.
         alpha: LoRA's alpha; None: the rank, that is s = 1.
         solver: `randomized` or `exact` (a full SVD), see `truncated_svd`.
         seed: seed of A if num_iter is 0; otherwise without effect.
@@ -188,7 +196,7 @@ def loftq_init(
         raise UserError(f"alpha={alpha}: not a positive number; choose one, or None for the rank")
     quantizer_type = "int" if (quant_type, num_bits) == ("nf", 8) else quant_type
     scale_dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    quantizer = make_quantizer(quantizer_type, num_bits, block_size, scale_dtype)
+    quantizer = make_quantizer(quantizer_type, num_bits, block_size, scale_dtype, levels=levels, scale=scale)
     result = decompose(weight, quantizer, reduced_rank, num_iter, solver, measure=return_errors)
     if num_iter == 0:
         lora_A, lora_B = kaiming_uniform_A(result.lora_A.shape, seed).to(weight.device), result.lora_B

@@ -8,11 +8,21 @@ from statistics import NormalDist
 
 import torch
 
-from loftq_exp.kernels.quantize import SMALLEST_ABSMAX
+from loftq_exp.kernels.compiled import SMALLEST_ABSMAX
 from loftq_exp.loftq.quantizer import Quantizer
+from loftq_exp.loftq.search import best_absmax
 
 NORMAL_OFFSET = 0.9677083
 """Probability of the outermost normal quantile of NormalFloat, as in bitsandbytes and the paper."""
+
+OPTIMAL_INDICES = {2: (0, 4, 11, 15), 3: (0, 2, 4, 6, 9, 11, 13, 15), 4: tuple(range(16))}
+"""The optimal levels by number of bits, as indices of the NF4 table.
+
+NF2 and NF3 minimise no error, and NF3 is no part of NF4. Lloyd-Max levels have the smallest squared error on normal values,
+but bitsandbytes' NF4 does not have them. Of all subsets of NF4 with both ends, the one for 2 bits has the smallest error on
+normal blocks of 64 with searched scales: 0.335, where Lloyd-Max has 0.334. The one for 3 bits has 0.178, and the best of all
+3003 has 0.177.
+"""
 
 
 class NormalFloat(Quantizer):
@@ -25,10 +35,14 @@ class NormalFloat(Quantizer):
     kernel_family = "levels"
 
     def levels(self) -> torch.Tensor:
-        return normal_float_levels(self.type, self.bits)
+        return optimal_levels(self.bits) if self.table == "optimal" else normal_float_levels(self.type, self.bits)
 
-    def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_groups(
+        self, groups: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = groups.abs().amax(dim=1, keepdim=True)
+        if self.scale == "search":
+            absmax = best_absmax(groups, absmax, importance, self.thresholds(), self.levels(), self._round_alone)
         if groups.shape[1] < self.block_size:
             # bitsandbytes handles the short last block differently: it clamps the absmax and divides by it, while full
             # blocks are multiplied by the reciprocal. A last-bit difference could move a value across a threshold.
@@ -61,6 +75,11 @@ def normal_float_levels(type: str, bits: int) -> torch.Tensor:
         levels = sorted([*negative, 0.0, *positive])
     table = torch.tensor(levels, dtype=torch.float32)
     return table / table.max()
+
+
+def optimal_levels(bits: int) -> torch.Tensor:
+    """Return the levels of `OPTIMAL_INDICES`: float32, (2**bits,), with the bits of the NF4 table."""
+    return normal_float_levels("nf", 4)[list(OPTIMAL_INDICES[bits])]
 
 
 def _normal_quantiles(start: float, end: float, count: int) -> list[float]:

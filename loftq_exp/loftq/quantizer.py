@@ -5,8 +5,9 @@ A group has one row of `scales`. It is a block of `block_size` consecutive value
 rows, as in bitsandbytes. The last block is short if `block_size` does not divide the number of values.
 
 Scales are rounded to `scale_dtype`, the type they are stored in, *before* codes are chosen and values decoded. Consider a
-backbone of type `nf` with 4 or 2 bits and blocks of 64, stored in that type (bfloat16 or float32). bitsandbytes, which
-quantizes it to NF4 again on load, therefore reproduces every value.
+backbone of type `nf` with 4 or 2 bits, or optimal levels, and blocks of 64, stored in that type (bfloat16 or float32).
+bitsandbytes, which quantizes it to NF4 again on load, therefore reproduces every value: all levels are NF4's, and a scale
+of at most the absmax keeps a value at -1 or 1 in every block.
 
 Arithmetic is float32 for every input type, on the weight's device.
 """
@@ -20,6 +21,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from loftq_exp.errors import UserError
 from loftq_exp.kernels.compiled import CPU_TYPES
 from loftq_exp.kernels.quantize import QuantizerPasses, quantizing
 from loftq_exp.loftq.scales import SCALES_PER_STEP, dequantize_scales, quantize_scales
@@ -54,11 +56,28 @@ class Quantizer(ABC):
     """Type in which scales and the decoded backbone are stored."""
     double: bool = False
     """Whether the scales are quantized themselves, see `loftq_exp.loftq.scales`, instead of stored in `scale_dtype`."""
+    table: str = "nf"
+    """Levels of type `nf`: `nf` or `optimal`, see `loftq_exp.loftq.normal_float`."""
+    scale: str = "absmax"
+    """How a block's scale is chosen: `absmax` (its whole range) or `search` (by squared error), see `loftq_exp.loftq.search`."""
 
-    def encode(self, weight: torch.Tensor) -> Quantized:
-        """Return codes and scales of a finite weight of any shape, floating type and device."""
+    def encode(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Quantized:
+        """Return codes and scales of a finite weight of any shape, floating type and device.
+
+        `importance` weighs the squared error of each column in the search for scales: float32, (in,), non-negative and
+        finite; None: 1 everywhere. Without a search it has no effect.
+
+        Raises:
+            UserError: if the importance has another length, or a value is negative or not finite.
+        """
+        return self._encode(weight, self._checked(importance, weight))
+
+    def _encode(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Quantized:
+        """As `encode`, with an importance that is checked, and has any shape that expands to the weight's."""
         size = self._group_size(weight.shape)
-        parts = [self._encode_groups(groups) for groups in _split(weight.detach().to(torch.float32), size)]
+        groups = _split(weight.detach().to(torch.float32), size)
+        each = [None] * 2 if importance is None else _split(importance.expand(weight.shape), size)
+        parts = [self._encode_groups(*pair) for pair in zip(groups, each, strict=False)]
         codes = torch.cat([codes.reshape(-1) for codes, _ in parts])
         return Quantized(codes.reshape(weight.shape), torch.cat([scales for _, scales in parts]))
 
@@ -101,8 +120,9 @@ class Quantizer(ABC):
         codes: torch.Tensor,
         scales: torch.Tensor,
         residual: torch.Tensor,
+        importance: torch.Tensor | None = None,
     ) -> None:
-        """Compute Q = encode(W - P) and the residual (W - decode_stored(Q)) * unit.
+        """Compute Q = encode(W - P, importance) and the residual (W - decode_stored(Q)) * unit.
 
         Args:
             weight: W, float32 or bfloat16, contiguous: whole blocks, or a whole weight.
@@ -111,13 +131,21 @@ class Quantizer(ABC):
             codes: output, uint8, W's shape.
             scales: output, the rows of these blocks.
             residual: output, float32 or bfloat16, W's shape.
+            importance: one number per column, see `encode`.
         """
         whole, kernels = self._fused_part(weight)
+        columns = weight.shape[-1]
+        importance = self._checked(importance, weight)
         if kernels:
-            kernels.requantize(weight, weight[:0] if product is None else product, unit, codes, scales, residual)
+            each = torch.empty(0)
+            if self.scale == "search":
+                each = torch.ones(columns) if importance is None else importance
+            kernels.requantize(weight, weight[:0] if product is None else product, unit, codes, scales, residual, each)
         if whole < weight.numel():
             rest, less = self._rest(whole, weight, product)
-            quantized = self.encode(rest if less is None else rest - less)
+            if importance is not None and whole:
+                importance = importance[torch.arange(whole, weight.numel()) % columns]
+            quantized = self._encode(rest if less is None else rest - less, importance)
             codes.view(-1)[whole:] = quantized.codes.view(-1)
             scales[len(scales) - len(quantized.scales) :] = quantized.scales
             left = rest - self.decode_stored(quantized)
@@ -182,9 +210,21 @@ class Quantizer(ABC):
         rest = (weight.view(-1)[done:] if done else weight).to(torch.float32)
         return rest, None if product is None else product.view(-1)[done:].view(rest.shape)
 
-    def quantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return decode_stored(encode(weight)): float32, the weight's shape."""
-        return self.decode_stored(self.encode(weight))
+    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """Return decode_stored(encode(weight, importance)): float32, the weight's shape."""
+        return self.decode_stored(self.encode(weight, importance))
+
+    def _checked(self, importance: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return the importance if it is used, as contiguous float32 on the weight's device; else None."""
+        if importance is None or self.scale != "search":
+            return None
+        if importance.shape != weight.shape[-1:]:
+            raise UserError(f"importance of shape {tuple(importance.shape)}: not one number per column; "
+                            f"give {weight.shape[-1]} numbers")  # fmt: skip
+        low, high = importance.aminmax()
+        if not 0 <= float(low) <= float(high) < math.inf:
+            raise UserError("importance: a number is negative, infinite or NaN; give finite numbers of at least 0")
+        return importance.to(weight.device, torch.float32).contiguous()
 
     numbers: ClassVar[int] = 1
     """Numbers per group in `Quantized.scales`."""
@@ -220,6 +260,8 @@ class Quantizer(ABC):
             "scale_dtype": str(self.scale_dtype).removeprefix("torch."),
             "version": QUANTIZER_VERSION,
             **({"double": True} if self.double else {}),
+            **({"levels": self.table} if self.table != "nf" else {}),
+            **({"scale": self.scale} if self.scale != "absmax" else {}),
         }
 
     def _group_size(self, shape: tuple[int, ...]) -> int:
@@ -233,9 +275,18 @@ class Quantizer(ABC):
         largest = torch.finfo(self.scale_dtype).max
         return scales.clamp(-largest, largest).to(self.scale_dtype).to(torch.float32)
 
+    def _round_alone(self, scales: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """As `_round`, for a search; scales that are quantized together are searched before that."""
+        return scales if self.double else self._round(scales, number)
+
     @abstractmethod
-    def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes (n, size) uint8 and scales (n, k) float32 of `groups` (n, size) float32."""
+    def _encode_groups(
+        self, groups: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes (n, size) uint8 and scales (n, k) float32 of `groups` (n, size) float32.
+
+        `importance`, of the same shape, is only for a search for scales. None: 1 everywhere.
+        """
 
     @abstractmethod
     def _decode_groups(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loftq_exp.kernels.quantize import SMALLEST_ABSMAX
+from loftq_exp.kernels.compiled import SMALLEST_ABSMAX
 from loftq_exp.loftq.quantizer import Quantizer
 
 
@@ -22,7 +22,9 @@ class RowInt(Quantizer):
     def _group_size(self, shape: tuple[int, ...]) -> int:
         return shape[-1]
 
-    def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_groups(
+        self, groups: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = self._round(groups.abs().amax(dim=1, keepdim=True))
         # Below SMALLEST_ABSMAX the factor would overflow, and a row of zeros would give 0 * inf.
         values = (groups * (127.0 / absmax.clamp(min=SMALLEST_ABSMAX))).round_().clamp_(-127, 127)

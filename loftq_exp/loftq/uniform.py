@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from loftq_exp.loftq.quantizer import Quantizer
+from loftq_exp.loftq.search import best_range
 
 
 class Uniform(Quantizer):
@@ -22,9 +23,13 @@ class Uniform(Quantizer):
     signed = (True, False)
     kernel_family: ClassVar[str | None] = "uniform"
 
-    def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_groups(
+        self, groups: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self._range(groups)
         top = 2**self.bits - 1
+        if self.scale == "search":
+            low, high = best_range(groups, low, high, importance, top, self._round_alone)
         minimum = self._round(low) + 0.0  # aminmax may return either zero: make it the positive one
         # From the rounded minimum, so that the highest level still reaches the maximum.
         step = self._round(((high - minimum) / top).clamp_(min=0), 1)
@@ -74,7 +79,9 @@ class UniformSigma(Quantizer):
     def levels(self) -> torch.Tensor:
         return torch.linspace(-1, 1, 2**self.bits)
 
-    def _encode_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_groups(
+        self, groups: torch.Tensor, importance: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         mean, deviation = _mean_and_deviation(groups)
         scale = self._round(mean + 2.5 * deviation)
         scaled = torch.where(scale == 0, 0.0, groups / scale)

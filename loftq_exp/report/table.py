@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loftq_exp.schemes import variation
+
 BEFORE = ("run", "bits", "rank", "weight error")
 QUANTIZED = "quantized"
 """Heading of the share of quantized values in the blocks. The column appears only if the share is below 1."""
@@ -73,7 +75,7 @@ def _name(config: dict[str, Any]) -> str:
     steps = f" iter {quant['iter']}" if quant["method"] == "loftq" else ""
     name = {"loftq": "LoftQ", "qlora": "QLoRA", "off-the-shelf": "LoftQ as published"}[quant["method"]]
     bits = f"{quant['bits']} {quant.get('allocation') or ''}".rstrip() if not quant.get("bits_per_layer") else " mixed"
-    return f"{name} {kind}{bits}{steps}"
+    return f"{name} {kind}{bits}{variation(quant)}{steps}"
 
 
 def _shown(value: float | None, form: str) -> str:

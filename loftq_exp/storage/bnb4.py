@@ -136,7 +136,7 @@ def four_bit_of_codes(
         packed: its codes, packed by `pack_codes`.
         scales: one number per block.
         shape: (out, in).
-        quantizer: NF4 or NF2 with blocks of 64.
+        quantizer: NF4, NF2 or optimal levels, with blocks of 64.
     """
     low_first = packed
     if not torch.equal(quantizer.levels(), _levels()):

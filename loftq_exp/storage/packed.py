@@ -68,7 +68,7 @@ class Packed(StorageFormat):
     ) -> Any:
         assert scheme is not None
         scale_dtype = str(dtype).removeprefix("torch.")
-        return Packing(dict(bits), scheme.type, scheme.block_size, scheme.double, scale_dtype).settings
+        return Packing(dict(bits), scheme.type, scheme.block_size, scheme.double, scale_dtype, scheme.levels).settings
 
     def modules(self, settings: Mapping[str, Any]) -> Collection[str]:
         return Packing.of(settings).bits

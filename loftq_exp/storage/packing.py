@@ -30,6 +30,8 @@ class Packing:
     """Whether the scales are quantized themselves."""
     scale_dtype: str = "bfloat16"
     """Type of the scales and of the decoded values."""
+    levels: str = "nf"
+    """Levels of type `nf`: `nf` or `optimal`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, dict):
@@ -44,7 +46,7 @@ class Packing:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Packing:
         """Parse a `quantization_config`."""
-        known = ("bits", "type", "block_size", "double", "scale_dtype")
+        known = ("bits", "type", "block_size", "double", "scale_dtype", "levels")
         version = settings.get("version", VERSION)
         unknown = [name for name in settings if name not in (*known, "version", "quant_method")]
         if version != VERSION or unknown:
@@ -55,10 +57,12 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The `quantization_config`."""
-        return {"quant_method": METHOD, "bits": self.bits, "type": self.type, "block_size": self.block_size,
-                "double": self.double, "scale_dtype": self.scale_dtype, "version": VERSION}  # fmt: skip
+        """The `quantization_config`. It has `levels` only if they are not `nf`, which older versions can read."""
+        settings = {"quant_method": METHOD, "bits": self.bits, "type": self.type, "block_size": self.block_size,
+                    "double": self.double, "scale_dtype": self.scale_dtype, "version": VERSION}  # fmt: skip
+        return settings if self.levels == "nf" else settings | {"levels": self.levels}
 
     def quantizer(self, bits: int) -> Quantizer:
         """Return the quantizer of the modules with `bits` bits."""
-        return make_quantizer(self.type, bits, self.block_size, getattr(torch, self.scale_dtype), self.double)
+        dtype = getattr(torch, self.scale_dtype)
+        return make_quantizer(self.type, bits, self.block_size, dtype, self.double, levels=self.levels)

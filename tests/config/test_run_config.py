@@ -147,6 +147,13 @@ def test_how_bits_are_given_to_weights(settings: dict[str, Any], rule: str, widt
     ({"allocation": "error+rank", "rank_choices": [8, 8]}, "quant.rank_choices=[8,8]: not a choice of ranks"),
     ({"allocation": "error+rank", "rank_choices": [65, 128]}, "quant.rank_choices=[65,128]: a budget under the smallest choice"),
     ({"method": "off-the-shelf", "iter": 0, "bits": 2.5}, "quant.bits=2.5: off-the-shelf takes a checkpoint as it was published"),
+    ({"scale": "absmin"}, "quant.scale=absmin: not a choice"), ({"levels": "nf4"}, "quant.levels=nf4: not a choice"),
+    ({"scale": "search", "type": "uniform-sigma"}, "quant.scale=search: type uniform-sigma has no range per block to search"),
+    ({"scale": "search", "type": "int", "bits": 8}, "quant.scale=search: type int has no range per block to search"),
+    ({"scale": "search", "type": "none", "bits": 16, "method": "lora", "iter": 0}, "quant.scale=search: type none has no"),
+    ({"levels": "optimal", "type": "uniform"}, "quant.levels=optimal: type uniform does not use these levels"),
+    ({"method": "off-the-shelf", "iter": 0, "scale": "search"}, "quant.scale=search: off-the-shelf takes a checkpoint as it"),
+    ({"method": "off-the-shelf", "iter": 0, "levels": "optimal"}, "quant.levels=optimal: off-the-shelf takes a checkpoint"),
     ({"method": "off-the-shelf", "iter": 0, "allocation": "paper"}, "quant.allocation=paper: off-the-shelf takes"),
     ({"method": "off-the-shelf", "iter": 0, "bits_per_layer": {"*": 4}}, "quant.bits_per_layer={'*': 4}: off-the-shelf takes"),
 ])  # fmt: skip
@@ -164,12 +171,13 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
-    later = {"double", "allocation", "bits_per_layer", "rank_choices"}
+    later = {"double", "allocation", "bits_per_layer", "rank_choices", "scale", "levels"}
     assert not later & {name.rpartition(".")[2] for name in shaping(config(), INITIALISATION)}
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
         {"allocation": "error+rank", "rank_choices": [8, 64]}, {"bits_per_layer": {"*.q_proj": 4, "*": 2}},
         {"bits_per_layer": {"*": 2, "*.q_proj": 4}}, {"double": True},
+        {"scale": "search"}, {"levels": "optimal"}, {"scale": "search", "levels": "optimal"},
     ]  # fmt: skip
     folders = {run_dir({f"quant.{name}": value for name, value in change.items()}) for change in changes}
     assert len(folders) == len(changes)

@@ -245,9 +245,14 @@ def test_a_dense_backbone_has_the_names_it_had(shelf: Shelf, changes: dict[str, 
     }
 
 
-@pytest.mark.parametrize("bits", [4, 2])
-def test_float32_reloads_in_float32_without_changing_a_value(shelf: Shelf, bits: int) -> None:
-    init = shelf.get({"save_dtype": "float32", "quant.bits": bits})
+OPTIMAL = {"quant.levels": "optimal", "quant.scale": "search"}
+IN_NF4 = [{"quant.bits": 4}, {"quant.bits": 2}, *({"quant.bits": bits} | OPTIMAL for bits in (2, 3, 4))]
+"""Settings whose values bitsandbytes' NF4 holds."""
+
+
+@pytest.mark.parametrize("quant", IN_NF4, ids=str)
+def test_float32_reloads_in_float32_without_changing_a_value(shelf: Shelf, quant: dict[str, Any]) -> None:
+    init = shelf.get({"save_dtype": "float32"} | quant)
     tensors = stored(init.folder)
     names = [name for name in tensors if name.endswith("_proj.weight")]
     assert {tensors[name].dtype for name in names} == {torch.float32}
@@ -259,9 +264,11 @@ def test_float32_reloads_in_float32_without_changing_a_value(shelf: Shelf, bits:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("bits", [4, 2])
-def test_bnb4_loads_plainly_with_the_same_values_in_a_quarter_of_the_space(shelf: Shelf, bits: int, dtype: str) -> None:
-    changes = {"quant.bits": bits, "save_dtype": dtype}
+@pytest.mark.parametrize("quant", IN_NF4, ids=str)
+def test_bnb4_loads_plainly_with_the_same_values_in_a_quarter_of_the_space(
+    shelf: Shelf, quant: dict[str, Any], dtype: str
+) -> None:
+    changes = quant | {"save_dtype": dtype}
     dense, packed = shelf.get(changes), shelf.get({**changes, "save_format": "bnb4"})
     model, info = hf.AutoModelForCausalLM.from_pretrained(packed.folder, output_loading_info=True)
     assert not info["missing_keys"]

@@ -73,6 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2.5 bits": {"quant__bits": 2.5},
     "uniform": {"quant__type": "uniform", "save_dtype": "float32"},
     "int": {"quant__type": "int", "quant__bits": 8},
+    "optimal": {"quant__bits": 3, "quant__levels": "optimal", "quant__scale": "search"},
 }
 
 
@@ -135,11 +136,12 @@ def test_it_loads_without_a_dense_copy(tmp_path: Path, monkeypatch: pytest.Monke
     assert largest["packed"] <= 16 * 128
 
 
-def test_what_is_saved_again_has_the_same_bytes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", [{"quant__double": True}, {"quant__levels": "optimal"}], ids=str)
+def test_what_is_saved_again_has_the_same_bytes(tiny_llama_dir: Path, tmp_path: Path, quant: dict[str, Any]) -> None:
     source = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16)
     source.save_pretrained(tmp_path / "source")
     folders = [
-        made(tmp_path / "source", tmp_path, quant__bits=3, quant__double=True),
+        made(tmp_path / "source", tmp_path, quant__bits=3, **quant),
         tmp_path / "one",
         tmp_path / "two",
     ]
@@ -149,6 +151,8 @@ def test_what_is_saved_again_has_the_same_bytes(tiny_llama_dir: Path, tmp_path: 
         assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
     config = json.loads((folders[0] / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "loftq"
+    assert config["quantization_config"].get("levels", "nf") == quant.get("quant__levels", "nf")
+    assert ("levels" in config["quantization_config"]) == ("quant__levels" in quant)
 
 
 def test_shards_that_are_saved_again_have_the_same_values(packed: Path, tmp_path: Path) -> None:

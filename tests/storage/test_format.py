@@ -22,6 +22,7 @@ SCHEMES = [
     for bits in sorted({widths[0], widths[-1]})  # those between add kernels to compile, no other code
     for double in ((False,) if kind in BLOCKLESS_TYPES else (False, True))
 ]
+SCHEMES += [(Scheme("nf", (bits,), 64, double, "optimal"), bits) for bits in (2, 3, 4) for double in (False, True)]
 HELD = [(name, scheme, bits) for name in FORMATS for scheme, bits in SCHEMES if FORMATS[name].holds(scheme)]
 
 
@@ -32,7 +33,8 @@ def test_no_value_that_a_format_can_hold_moves(name: str) -> None:
     for held, scheme, bits in HELD:
         if held != name:
             continue
-        quantizer = make_quantizer(scheme.type, bits, scheme.block_size, dtype, scheme.double)
+        levels, scale = scheme.levels, "search" if scheme.levels == "optimal" else "absmax"
+        quantizer = make_quantizer(scheme.type, bits, scheme.block_size, dtype, scheme.double, levels, scale)
         quantized = quantizer.encode(weight)
         codes = Codes(pack_codes(quantized.codes, bits), quantized.scales, SHAPE, quantizer)
         tensors = form.encode(NAME, codes, dtype)
@@ -50,7 +52,7 @@ def test_no_value_that_a_format_can_hold_moves(name: str) -> None:
         assert values.dtype == torch.float32
         assert torch.equal(values, quantizer.decode_stored(quantized)), (scheme, bits)
         seen += 1
-    assert seen == {"dense": len(SCHEMES), "packed": len(SCHEMES), "bnb4": 2}[name]
+    assert seen == {"dense": len(SCHEMES), "packed": len(SCHEMES), "bnb4": 5}[name]
 
 
 def as_dict(settings: object) -> dict[str, object]:
