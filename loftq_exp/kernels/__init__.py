@@ -1,4 +1,5 @@
 """Compiled (numba) versions of torch code in loftq and storage, which give the same bytes.
 
-quantize.py processes blocks of values, unpack.py packed codes; both use registers.py and bfloat16.py. Imports nothing.
+quantize.py processes blocks of values, search.py chooses their scales, unpack.py decodes packed codes; they use registers.py and
+bfloat16.py. Imports nothing.
 """

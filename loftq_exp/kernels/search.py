@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from loftq_exp.kernels import registers
-from loftq_exp.kernels.bfloat16 import largest_stored, rounding_if, storing
+from loftq_exp.kernels.bfloat16 import largest_stored, rounding_if
 from loftq_exp.kernels.compiled import LANES, SMALLEST_ABSMAX, compiled
 
 FACTORS = np.linspace(1, 0.3, 15, dtype=np.float32)
@@ -38,18 +38,14 @@ def best_absmax(bits: int, block: int, rounded: bool) -> Any:
     values are not divided by it.
     """
     largest, round_in_place = largest_stored(rounded), rounding_if(rounded)
-    errors_of, factors = _levels_errors(bits, block), _FACTORS
+    errors_of = _levels_errors(bits, block)
 
     def search(values: Any, scales: Any, importance: Any, thresholds: Any, levels: Any, blocks: int) -> None:
-        tried, ratios, errors = (
-            np.empty(blocks * LANES, np.float32),
-            np.empty(blocks * LANES, np.float32),
-            np.empty(blocks * LANES, np.float32),
-        )
-        relative = np.empty(blocks * block, np.float32)
+        tried, ratios = np.empty(blocks * LANES, np.float32), np.empty(blocks * LANES, np.float32)
+        errors, relative = np.empty(blocks * LANES, np.float32), np.empty(blocks * block, np.float32)
         for b in range(blocks):
             for k in range(LANES):
-                tried[b * LANES + k] = min(scales[b, 0] * factors[k], largest)
+                tried[b * LANES + k] = min(scales[b, 0] * _FACTORS[k], largest)
         round_in_place(tried, blocks * LANES)
         for b in range(blocks):
             inverse = _ONE / max(tried[b * LANES], _SMALLEST)
@@ -77,30 +73,45 @@ def best_range(top: int, block: int, rounded: bool) -> Any:
     `scales` (blocks, 2) has each block's minimum and maximum, which are replaced by the ends of the best range around the
     same middle. `importance` has one entry per value, and codes go to `top`.
     """
-    stored, summed, shrinks = storing(rounded), _summed(block), _ONE - FACTORS
-    half, last = np.float32(0.5), np.float32(top)
+    largest, round_in_place = largest_stored(rounded), rounding_if(rounded)
+    sum_lanes, sum_up = _lane_sums(block), _halving()
+    shrinks, half, last = _ONE - _FACTORS, np.float32(0.5), np.float32(top)
 
     def search(values: Any, scales: Any, importance: Any, blocks: int) -> None:
         relative, errors = np.empty(block, np.float32), np.empty(block, np.float32)
+        sums = np.empty(LANES**2, np.float32)
+        minima, steps = np.empty(blocks * LANES, np.float32), np.empty(blocks * LANES, np.float32)
+        for b in range(blocks):
+            low, high = scales[b, 0], scales[b, 1]
+            radius = high * half - low * half
+            for k in range(LANES):
+                minima[b * LANES + k] = min(max(low + shrinks[k] * radius, -largest), largest)
+        round_in_place(minima, blocks * LANES)
+        for b in range(blocks):
+            low, high = scales[b, 0], scales[b, 1]
+            radius = high * half - low * half
+            for k in range(LANES):
+                step = ((high - shrinks[k] * radius) - (minima[b * LANES + k] + _ZERO)) / last
+                steps[b * LANES + k] = min(max(step, _ZERO), largest)
+        round_in_place(steps, blocks * LANES)
         for b in range(blocks):
             low, high = scales[b, 0], scales[b, 1]
             unit, radius = _ONE / max(max(-low, high), _SMALLEST), high * half - low * half
             for i in range(block):
                 relative[i] = values[b * block + i] * unit
-            best, least = _ZERO, _ZERO
-            for k in range(shrinks.size):
-                less = shrinks[k] * radius
-                minimum = stored(low + less, errors) + _ZERO
-                step = stored(max(((high - less) - minimum) / last, _ZERO), errors) * unit
-                minimum *= unit
+            for k in range(LANES):
+                minimum, step = (minima[b * LANES + k] + _ZERO) * unit, steps[b * LANES + k] * unit
                 inverse = _ONE / step if step > _ZERO else _ZERO
                 for i in range(block):
                     code = min(max(np.rint((relative[i] - minimum) * inverse), _ZERO), last)
                     left = relative[i] - (code * step + minimum)
                     errors[i] = left * left * importance[b * block + i]
-                error = summed(errors)
-                if k == 0 or error < least:
-                    best, least = less, error
+                sum_lanes(errors, sums, k * LANES)
+            sum_up(sums)
+            best, least = _ZERO, sums[0]
+            for k in range(1, LANES):
+                less, error = shrinks[k] * radius, sums[k * LANES]
+                best, least = less if error < least else best, error if error < least else least
             scales[b, 0], scales[b, 1] = low + best, high - best
 
     return compiled(search)
@@ -130,7 +141,7 @@ def _levels_errors(bits: int, block: int) -> Any:
 
     There are LANES errors, one for each ratio by which levels and thresholds are multiplied.
     """
-    lanes, top, summed = registers.lanes(), 2**bits - 1, _summed(block)
+    lanes, top = registers.lanes(), 2**bits - 1
     if bits in registers.REGISTER_WIDTHS and lanes:
         of_block = registers.errors_of(bits, lanes, block)
         return compiled(
@@ -139,38 +150,52 @@ def _levels_errors(bits: int, block: int) -> Any:
             )
         )
 
+    sum_lanes, sum_up = _lane_sums(block), _halving()
+
     def errors_of(
         values: Any, importance: Any, thresholds: Any, levels: Any, ratios: Any, errors: Any, number: int
     ) -> None:
-        squares, first = np.empty(block, np.float32), number * block
-        for at in range(number * LANES, (number + 1) * LANES):
-            ratio = ratios[at]
+        squares, sums, first = np.empty(block, np.float32), np.empty(LANES**2, np.float32), number * block
+        for at in range(LANES):
+            ratio = ratios[number * LANES + at]
             for i in range(block):
                 value, level = values[first + i], levels[0] * ratio
                 for k in range(top):
                     level = levels[k + 1] * ratio if value > thresholds[k] * ratio else level
                 squares[i] = (value - level) * (value - level) * importance[first + i]
-            errors[at] = summed(squares)
+            sum_lanes(squares, sums, at * LANES)
+        sum_up(sums)
+        for at in range(LANES):
+            errors[number * LANES + at] = sums[at * LANES]
 
     return compiled(errors_of)
 
 
 @functools.cache
-def _summed(block: int) -> Any:
-    """Return f(errors): the sum of a block's errors in the order defined above. The errors are overwritten."""
+def _lane_sums(block: int) -> Any:
+    """Return f(errors, sums, first): write the sum of each lane of a block's errors from `first` on."""
     groups = block // LANES
 
-    def summed(errors: Any) -> Any:
+    def sum_lanes(errors: Any, sums: Any, first: int) -> None:
         for lane in range(LANES):
             total = errors[lane]
             for group in range(1, groups):
                 total += errors[group * LANES + lane]
-            errors[lane] = total
+            sums[first + lane] = total
+
+    return compiled(sum_lanes)
+
+
+@functools.cache
+def _halving() -> Any:
+    """Return f(sums): add up LANES times the sums of LANES lanes, by halves. Each total replaces its first sum."""
+
+    def sum_up(sums: Any) -> None:
         width = LANES // 2
         while width:
-            for lane in range(width):
-                errors[lane] += errors[lane + width]
+            for k in range(LANES):
+                for lane in range(k * LANES, k * LANES + width):
+                    sums[lane] += sums[lane + width]
             width //= 2
-        return errors[0]
 
-    return compiled(summed)
+    return compiled(sum_up)
