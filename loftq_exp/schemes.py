@@ -34,9 +34,16 @@ SCALES = ("absmax", "search")
 
 
 def variation(settings: Mapping[str, Any]) -> str:
-    """Return what differs from the published algorithm in settings or an identity: "", " optimal", " searched" or both."""
-    optimal = " optimal" if settings.get("levels") == "optimal" else ""
-    return optimal + (" searched" if settings.get("scale") == "search" else "")
+    """Return what differs from the published algorithm in settings or an identity, such as " optimal searched calibrated"."""
+    words = [
+        "optimal" if settings.get("levels") == "optimal" else "",
+        "searched" if settings.get("scale") == "search" else "",
+        {"full": "calibrated", "diagonal": "calibrated by diagonal"}.get(settings.get("calibration", ""), ""),
+        "GPTQ" if settings.get("rounding") == "gptq" else "",
+        "sequential" if settings.get("order") == "sequential" else "",
+        f"polished {settings['polish_steps']}" if settings.get("polish_steps") else "",
+    ]
+    return "".join(f" {word}" for word in words if word)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def _what(config: RunConfig, base_model: str | None) -> str:
     how = {
         "loftq": "quantized, with factors fitted to what quantization lost",
         "qlora": "quantized, with factors that start at zero",
+        "pissa": "without its leading components, which the factors hold, and quantized",
         "lora": "in 16 bits, with factors that start at zero",
         "off-the-shelf": "quantized, with fitted factors, taken unchanged from a published checkpoint",
     }[config.quant.method]

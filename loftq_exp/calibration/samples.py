@@ -42,7 +42,7 @@ def calibration_task(config: RunConfig) -> Task:
     if not chosen.file and not chosen.dataset and chosen.task in (None, config.task.kind):
         task = load_task(config.task)
     else:
-        place = {"train_file": chosen.file} if chosen.file else {"train_file": None}
+        place: dict[str, Any] = {"train_file": chosen.file}
         if chosen.dataset:
             place |= {"dataset": chosen.dataset, "dataset_config": chosen.dataset_config, "train_split": chosen.split}
         if kind == config.task.kind:
@@ -133,7 +133,9 @@ def _length(source: Source, config: RunConfig) -> int:
 
 def _cut(features: Features, length: int, kind: str) -> Features:
     """The arguments that the model's blocks depend on, cut to `length`. Labels make an encoder-decoder's decoder run."""
-    names = [name for name, ids in features.items() if isinstance(ids, list) and (name != "labels" or kind == "seq2seq")]
+    names = [
+        name for name, ids in features.items() if isinstance(ids, list) and (name != "labels" or kind == "seq2seq")
+    ]
     return {name: features[name][:length] for name in names}
 
 

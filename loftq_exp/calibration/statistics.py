@@ -106,7 +106,9 @@ class Collector:
             return
         rows = self._counted(name, inputs.detach())
         if not bool(torch.isfinite(rows).all()):
-            raise UserError(f"{name}: its inputs are NaN or infinite on the calibration text; use float32, or other text")
+            raise UserError(
+                f"{name}: its inputs are NaN or infinite on the calibration text; use float32, or other text"
+            )
         moment = self._moments.get(name)
         if moment is None:
             moment = self._moments[name] = Moment(self.kind, rows.shape[1], rows.device)
@@ -135,7 +137,10 @@ class Collector:
 
 @torch.no_grad()
 def collect_statistics(
-    model: nn.Module, data: Iterable[Mapping[str, torch.Tensor]], kind: str = "full", modules: Sequence[str] | None = None
+    model: nn.Module,
+    data: Iterable[Mapping[str, torch.Tensor]],
+    kind: str = "full",
+    modules: Sequence[str] | None = None,
 ) -> dict[str, Statistics]:
     """Return the second moment H = E[x x'] of the inputs of linear layers over text, for `loftq_init(..., hessian=H)`.
 
@@ -181,7 +186,9 @@ def _linears(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Mo
             raise UserError(f"{type(model).__name__}: has no linear layer in a block; name them in `modules`")
     for name in modules:
         if not isinstance(named.get(name), nn.Linear):
-            raise UserError(f"modules: {name} is no linear layer of {type(model).__name__}; give names of nn.Linear layers")
+            raise UserError(
+                f"modules: {name} is no linear layer of {type(model).__name__}; give names of nn.Linear layers"
+            )
     return {name: named[name] for name in modules}
 
 

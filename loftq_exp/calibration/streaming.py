@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -20,8 +19,8 @@ from loftq_exp.calibration.statistics import Collector, Statistics
 from loftq_exp.errors import UserError
 from loftq_exp.source.layout import AUTO_CLASSES, Layout, load_config
 from loftq_exp.source.loading import load_report
-from loftq_exp.source.tensors import CheckpointTensors
 from loftq_exp.source.locate import Source
+from loftq_exp.source.tensors import CheckpointTensors
 
 Batch = Mapping[str, torch.Tensor]
 """The arguments of a forward, each (batch, length)."""
@@ -54,7 +53,9 @@ class BlockRunner:
         """Build the model and load what its blocks read that is outside of them, such as embeddings."""
         config = load_config(source.folder, trust_remote_code, kind)
         with init_empty_weights(include_buffers=False):
-            self._model = AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+            self._model = AUTO_CLASSES[kind].from_config(
+                config, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
         self._model.eval().requires_grad_(False)
         self._model.config.use_cache = False
         self._tensors, self._device, self._layout = tensors, device, layout
@@ -129,7 +130,9 @@ class BlockRunner:
             hook.remove()
             self._replayed = {}
         if not returned:
-            raise UserError(f"{block}: {type(self._model).__name__} does not run it on calibration text; use quant.calibration=none")
+            raise UserError(
+                f"{block}: {type(self._model).__name__} does not run it on calibration text; use quant.calibration=none"
+            )
         return returned[0]
 
     def _load_outside(self) -> None:

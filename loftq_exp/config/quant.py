@@ -20,9 +20,9 @@ class QuantConfig:
     """How each weight W becomes a quantized backbone Q and LoRA factors A, B with Q + s B A close to W."""
 
     method: str = setting(
-        "loftq: Q and LoRA factors A, B fitted to W; qlora: Q = quantize(W), B = 0; lora: W kept in 16 bits, B = 0; "
-        "off-the-shelf: a published checkpoint",
-        choices=("loftq", "qlora", "lora", "off-the-shelf"),
+        "loftq: Q and LoRA factors A, B fitted to W; qlora: Q = quantize(W), B = 0; pissa: B A = the leading components of W, "
+        "Q = quantize(W - B A); lora: W kept in 16 bits, B = 0; off-the-shelf: a published checkpoint",
+        choices=("loftq", "qlora", "pissa", "lora", "off-the-shelf"),
         shapes=(INITIALISATION,),
     )
     type: str = setting(
@@ -154,7 +154,11 @@ class QuantConfig:
                 f"quant.type={self.type}: method {self.method} does not go with it; "
                 "quant=lora keeps the weights (type none), the other methods quantize"
             )
-        if self.method != "loftq" and self.iter != 0:
+        if self.method == "pissa" and self.iter != 1:
+            raise UserError(
+                f"quant.iter={self.iter}: pissa fits its factors once, before it quantizes; leave quant.iter at 1"
+            )
+        if self.method not in ("loftq", "pissa") and self.iter != 0:
             raise UserError(
                 f"quant.iter={self.iter}: {self.method} has no alternating steps; use quant=loftq, or leave quant.iter at 0"
             )
@@ -205,7 +209,7 @@ class QuantConfig:
                                 "choose one of them or another quant.type")  # fmt: skip
 
     def _check_rank_choices(self) -> None:
-        if self.allocation == "error+rank" and self.method != "loftq":
+        if self.allocation == "error+rank" and self.method not in ("loftq", "pissa"):
             raise UserError(f"quant.allocation=error+rank: the factors of {self.method} start at zero, at any rank; "
                             "use quant.allocation=error, or quant=loftq")  # fmt: skip
         if self.rank_choices is None:
@@ -223,8 +227,8 @@ class QuantConfig:
 
     def _check_calibration(self) -> None:
         if self.calibration != "none" and self.method not in ("loftq", "qlora"):
-            raise UserError(f"quant.calibration={self.calibration}: {self.method} quantizes no weight that could be calibrated; "
-                            "use quant=loftq, or leave it at none")  # fmt: skip
+            raise UserError(f"quant.calibration={self.calibration}: {self.method} is not calibrated; use quant=loftq or qlora, "
+                            "or leave it at none")  # fmt: skip
         if self.rounding == "gptq" and self.calibration != "full":
             raise UserError(f"quant.rounding=gptq: needs all of H, and quant.calibration={self.calibration}; "
                             "add quant.calibration=full, or use quant.rounding=nearest")  # fmt: skip
@@ -234,7 +238,7 @@ class QuantConfig:
         if self.order != "parallel" and self.calibration == "none":
             raise UserError(f"quant.order={self.order}: nothing is calibrated; add quant.calibration=full, "
                             "or leave the order at parallel")  # fmt: skip
-        if self.polish_steps and self.method not in ("loftq", "qlora"):
+        if self.polish_steps and self.method not in ("loftq", "qlora", "pissa"):
             raise UserError(f"quant.polish_steps={self.polish_steps}: {self.method} has no quantization error to repair; "
                             "use quant=loftq or qlora, or leave it at 0")  # fmt: skip
 

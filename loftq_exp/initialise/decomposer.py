@@ -55,7 +55,8 @@ class Decomposer:
         """The decomposition of the target's weight with this `digest`. A computed result is stored in the cache."""
         quantizer = self.quantizers[precision.bits]
         hessian = self.calibration.digest(target.module) if self.calibration else None
-        recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver, hessian, self.quant.rounding)
+        recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver, hessian, self.quant.rounding,
+                        self.quant.method == "pissa")  # fmt: skip
         with phases.timed("cache"):
             found = self.cache.find(recipe, digest, target.shape)
         if found and found.steps == recipe.steps:
@@ -69,7 +70,8 @@ class Decomposer:
             with phases.timed("decompose"):
                 result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
                                    start=found.unpacked() if found else None, workspace=self._workspace.of_thread(),
-                                   metric=metric, rounding=self.quant.rounding)  # fmt: skip
+                                   metric=metric, rounding=self.quant.rounding,
+                                   principal=recipe.principal)  # fmt: skip
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
         with phases.timed("cache"):

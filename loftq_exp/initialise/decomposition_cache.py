@@ -98,11 +98,13 @@ class Recipe:
     hessian: str | None = None
     """Digest of the second moment of the weight's inputs in whose norm it is solved; None: Frobenius' norm."""
     rounding: str = "nearest"
+    principal: bool = False
+    """Whether the factors are the leading components of the weight itself (PiSSA)."""
 
     @property
     def published(self) -> bool:
         """Whether this is the published form, whose last step is kept, and whose first step serves smaller ranks."""
-        return self.hessian is None and self.quantizer.published
+        return self.hessian is None and self.quantizer.published and not self.principal
 
     def after(self, steps: int, shape: tuple[int, ...]) -> Recipe:
         """The recipe of the entry that holds the result after `steps` steps for a weight of this shape.
@@ -128,6 +130,8 @@ class Recipe:
         }
         if self.steps:  # quantization alone depends on neither rank nor solver
             shaping |= {"rank": self.rank, "solver": self.solver, "solver_version": SOLVER_VERSION}
+        if self.principal:
+            shaping |= {"principal": True}
         if self.hessian is not None:
             shaping |= {"hessian": self.hessian, "rounding": self.rounding, "metric_version": METRIC_VERSION}
         return shaping

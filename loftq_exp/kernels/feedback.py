@@ -28,7 +28,7 @@ def rounding_panel(quantizer: Quantizer, device: str) -> PanelPass:
     thresholds, block = (levels[:-1] + levels[1:]) / 2, quantizer.block_size
     if device != "cpu" or numba is None:
         on_device = levels.to(device), thresholds.to(device)
-        return lambda *arguments: _in_torch(*arguments, block, *on_device)
+        return functools.partial(_in_torch, block=block, levels=on_device[0], thresholds=on_device[1])
     run, tables = _panel(), (levels.numpy(), thresholds.numpy())
 
     def call(values: torch.Tensor, fixed: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,

@@ -111,7 +111,10 @@ class Decomposition(Factors):
         """Return the same with memory of its own, which no later step overwrites."""
         codes, scales = self.quantized
         return dataclasses.replace(
-            self, lora_A=self.lora_A.clone(), lora_B=self.lora_B.clone(), quantized=Quantized(codes.clone(), scales.clone())
+            self,
+            lora_A=self.lora_A.clone(),
+            lora_B=self.lora_B.clone(),
+            quantized=Quantized(codes.clone(), scales.clone()),
         )
 
     def backbone(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
@@ -242,6 +245,12 @@ class Alternation:
         norms = spread(pass_over, self._tiles)
         if due:
             self._note_error([norm for norm in norms if norm is not None])
+
+    def quantize_around(self, lora_B: torch.Tensor, lora_A: torch.Tensor) -> None:
+        """Take a step to these factors: compute Q = quantize(W - B A)."""
+        self.lora_B, self.lora_A = lora_B, lora_A
+        spread(lambda rows: self._requantize(self._tile(rows)), self._tiles)
+        self.steps += 1
 
     def fit(self, rank: int, solver: str) -> None:
         """Compute B A = svd_r(W - Q), starting from the current factors."""

@@ -11,7 +11,7 @@ import torch
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.alternation import Alternation, Decomposition, unit_of
 from loftq_exp.loftq.calibrated import CalibratedAlternation
-from loftq_exp.loftq.lowrank import check_svd_settings
+from loftq_exp.loftq.lowrank import check_svd_settings, truncated_svd
 from loftq_exp.loftq.memory import Workspace
 from loftq_exp.loftq.metric import Metric, check_metric
 from loftq_exp.loftq.pieces import in_thread_pool
@@ -44,6 +44,7 @@ def decompose(
     workspace: Workspace | None = None,
     metric: Metric | None = None,
     rounding: str = "nearest",
+    principal: bool = False,
 ) -> Decomposition:
     """Minimise ||W - Q - B A|| over quantized Q and rank-r B A by alternating steps (the paper's algorithm 1).
 
@@ -70,6 +71,8 @@ def decompose(
         workspace: memory to reuse across weights. The next decomposition in it overwrites the codes of this one.
         metric: the norm of the errors; None: Frobenius'.
         rounding: `nearest`, or `gptq` with a metric.
+        principal: PiSSA's start instead (arXiv 2404.02948): B A = svd_r(W), then Q = quantize(W - B A). It takes one step and
+            no metric.
 
     Returns:
         The decomposition after T steps, with tensors on the weight's device. An all-zero weight has errors of 0.
@@ -82,6 +85,8 @@ def decompose(
         raise UserError(f"num_iter={num_iter}: not a number of steps; choose 0 (QLoRA) or more")
     if rounding not in ROUNDINGS or (rounding == "gptq" and metric is None):
         raise UserError(f"rounding={rounding}: not available; choose nearest, or gptq with a hessian")
+    if principal and (num_iter != 1 or metric is not None):
+        raise UserError(f"num_iter={num_iter}: principal factors are fitted once, without a hessian; choose num_iter=1")
     _check_start(start, weight.shape, rank, num_iter)
     unit = start.unit if start else unit_of(weight)
     check_svd_settings(weight.shape, rank, solver)
@@ -95,6 +100,10 @@ def decompose(
                 )
                 return _best(calibrated, rank, num_iter, solver, start)
             alternation = Alternation(weight, quantizer, measure, unit, workspace)
+            if principal:
+                alternation.start()
+                alternation.quantize_around(*truncated_svd(weight.to(torch.float32), rank, solver))
+                return alternation.result()
             if quantizer.published or not measure:
                 return _last(alternation, rank, num_iter, solver, start)
             return _best(alternation, rank, num_iter, solver, start)
@@ -102,7 +111,9 @@ def decompose(
     return in_thread_pool(work, weight.device)
 
 
-def _last(alternation: Alternation, rank: int, num_iter: int, solver: str, start: Decomposition | None) -> Decomposition:
+def _last(
+    alternation: Alternation, rank: int, num_iter: int, solver: str, start: Decomposition | None
+) -> Decomposition:
     """Return the result of the last step."""
     shape = torch.Size(alternation.shape)
     if start is not None and start.steps:
@@ -119,7 +130,9 @@ def _last(alternation: Alternation, rank: int, num_iter: int, solver: str, start
     return alternation.result() if num_iter else alternation.result(rank)
 
 
-def _best(alternation: Alternation, rank: int, num_iter: int, solver: str, start: Decomposition | None) -> Decomposition:
+def _best(
+    alternation: Alternation, rank: int, num_iter: int, solver: str, start: Decomposition | None
+) -> Decomposition:
     """Return the result of the step with the least error, the first of several."""
     best: Decomposition | None = None
     if start is not None and start.steps:
@@ -135,7 +148,9 @@ def _best(alternation: Alternation, rank: int, num_iter: int, solver: str, start
         if best is None or current.error < best.error:
             best = current.copied() if step + 1 < num_iter else current
     last = alternation.result(rank)
-    return dataclasses.replace(best or last, errors=last.errors, output_errors=last.output_errors).to(last.lora_A.device)
+    return dataclasses.replace(best or last, errors=last.errors, output_errors=last.output_errors).to(
+        last.lora_A.device
+    )
 
 
 def _check_start(start: Decomposition | None, shape: torch.Size, rank: int, num_iter: int) -> None:

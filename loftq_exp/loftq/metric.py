@@ -102,10 +102,14 @@ def _metric_of(hessian: torch.Tensor, damping: float) -> Metric:
 def _check(hessian: torch.Tensor) -> None:
     shape = tuple(hessian.shape)
     if not hessian.is_floating_point() or not (len(shape) == 1 or (len(shape) == 2 and shape[0] == shape[1])):
-        raise UserError(f"hessian of shape {shape} and {hessian.dtype}: pass a floating-point (in, in) matrix, or its diagonal")
+        raise UserError(
+            f"hessian of shape {shape} and {hessian.dtype}: pass a floating-point (in, in) matrix, or its diagonal"
+        )
     diagonal = hessian.diagonal() if len(shape) == 2 else hessian
     if not bool(torch.isfinite(hessian).all()) or bool((diagonal < 0).any()):
-        raise UserError("hessian: values are NaN, infinite, or negative on the diagonal; pass E[x x'] of the layer's inputs")
+        raise UserError(
+            "hessian: values are NaN, infinite, or negative on the diagonal; pass E[x x'] of the layer's inputs"
+        )
     peak = float(diagonal.max())
     if len(shape) == 2 and not torch.allclose(hessian, hessian.T, rtol=1e-4, atol=1e-5 * peak):
         raise UserError("hessian: not symmetric; pass E[x x'] of the layer's inputs")

@@ -12,6 +12,8 @@ from rich.table import Table
 from loftq_exp.schemes import variation
 
 BEFORE = ("run", "bits", "rank", "weight error")
+OUTPUT = "output error"
+"""Heading of the mean relative error of the layers' outputs. The column appears only if a run was calibrated."""
 QUANTIZED = "quantized"
 """Heading of the share of quantized values in the blocks. The column appears only if the share is below 1."""
 AFTER = ("init s", "train s", "backbone MB", "adapter MB")
@@ -22,7 +24,8 @@ def columns(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     scores = dict.fromkeys(column["title"] for metrics in runs for column in metrics["table"])
     shares = [_quantized(metrics) for metrics in runs]
     partial = [QUANTIZED] if any(share is not None and share < 1 for share in shares) else []
-    return (*BEFORE[:2], *partial, *BEFORE[2:], *scores, *AFTER)
+    calibrated = [OUTPUT] if any("mean_output_error" in metrics["init"] for metrics in runs) else []
+    return (*BEFORE[:2], *partial, *BEFORE[2:], *calibrated, *scores, *AFTER)
 
 
 def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
@@ -34,6 +37,7 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
         QUANTIZED: _shown(_quantized(metrics), "{:.2%}"),
         "rank": str(metrics["config"]["quant"]["rank"]),
         "weight error": _shown(init["mean_error"], "{:.4f}"),
+        OUTPUT: _shown(init.get("mean_output_error"), "{:.4f}"),
         "init s": _shown(seconds.get("quantize"), "{:.1f}"),
         "train s": _shown(seconds.get("finetune"), "{:.0f}"),
         "backbone MB": f"{metrics['backbone_bytes'] / 1e6:.0f}",
@@ -73,7 +77,9 @@ def _name(config: dict[str, Any]) -> str:
         return "LoRA 16-bit"
     kind = quant["type"].upper() if quant["type"] == "nf" else quant["type"] + "-"
     steps = f" iter {quant['iter']}" if quant["method"] == "loftq" else ""
-    name = {"loftq": "LoftQ", "qlora": "QLoRA", "off-the-shelf": "LoftQ as published"}[quant["method"]]
+    name = {"loftq": "LoftQ", "qlora": "QLoRA", "pissa": "PiSSA", "off-the-shelf": "LoftQ as published"}[
+        quant["method"]
+    ]
     bits = f"{quant['bits']} {quant.get('allocation') or ''}".rstrip() if not quant.get("bits_per_layer") else " mixed"
     return f"{name} {kind}{bits}{variation(quant)}{steps}"
 

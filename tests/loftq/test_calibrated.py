@@ -44,7 +44,11 @@ def output_error(weight: torch.Tensor, result: Decomposition, quantizer: Quantiz
 
 
 @given(
-    rows=st.integers(2, 40), columns=st.integers(2, 70), rank=st.integers(1, 8), diagonal=st.booleans(), seed=st.integers(0, 9)
+    rows=st.integers(2, 40),
+    columns=st.integers(2, 70),
+    rank=st.integers(1, 8),
+    diagonal=st.booleans(),
+    seed=st.integers(0, 9),
 )
 @settings(max_examples=25)
 def test_factors_are_the_closed_form(rows: int, columns: int, rank: int, diagonal: bool, seed: int) -> None:
@@ -54,7 +58,7 @@ def test_factors_are_the_closed_form(rows: int, columns: int, rank: int, diagona
     result = decompose(weight, NF2, rank, 1, metric=metric)
     root = torch.diag(metric.root.double()) if diagonal else metric.root.double()
     image = (weight.double() - NF2.decode_stored(result.quantized).double()) @ root
-    left, singular, right = torch.linalg.svd(image, full_matrices=False)
+    _left, singular, _right = torch.linalg.svd(image, full_matrices=False)
     best = float(singular[rank:].norm() / (weight.double() @ root).norm())
     assert result.output_errors[1] == pytest.approx(best, rel=1e-3, abs=1e-5)
     assert output_error(weight, result, NF2, metric) == pytest.approx(best, rel=1e-3, abs=1e-5)
@@ -74,7 +78,9 @@ def test_closed_form_is_the_minimum_of_gradient_descent() -> None:
         A = torch.randn(2, 16, dtype=torch.float64, generator=generator).requires_grad_()
         optimiser = torch.optim.LBFGS([A, B], max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
-        def loss(A: torch.Tensor = A, B: torch.Tensor = B, optimiser: torch.optim.Optimizer = optimiser) -> torch.Tensor:
+        def loss(
+            A: torch.Tensor = A, B: torch.Tensor = B, optimiser: torch.optim.Optimizer = optimiser
+        ) -> torch.Tensor:
             optimiser.zero_grad()
             left = residual - 0.01 * B @ A
             value = torch.trace(left @ hessian @ left.T)
@@ -89,12 +95,16 @@ def test_closed_form_is_the_minimum_of_gradient_descent() -> None:
 @pytest.mark.parametrize("shape", [(96, 320), (320, 192)])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 @pytest.mark.parametrize("quantizer", [NF2, SEARCHED], ids=["absmax", "searched"])
-def test_reported_errors_are_true_and_the_best_step_is_kept(shape: tuple[int, int], rounding: str, quantizer: Quantizer) -> None:
+def test_reported_errors_are_true_and_the_best_step_is_kept(
+    shape: tuple[int, int], rounding: str, quantizer: Quantizer
+) -> None:
     weight, metric = weight_of(*shape), metric_of(hessian_of(shape[1], 500))
     result = decompose(weight, quantizer, 16, 4, metric=metric, rounding=rounding)
     assert len(result.output_errors) == len(result.errors) == 5
     assert result.output_errors[result.kept_step] == min(result.output_errors[1:])
-    assert output_error(weight, result, quantizer, metric) == pytest.approx(result.output_errors[result.kept_step], rel=1e-3)
+    assert output_error(weight, result, quantizer, metric) == pytest.approx(
+        result.output_errors[result.kept_step], rel=1e-3
+    )
     left = weight - quantizer.decode_stored(result.quantized) - result.lora_B @ result.lora_A
     assert float(left.norm() / weight.norm()) == pytest.approx(result.errors[result.kept_step], rel=1e-4)
     if quantizer is SEARCHED:  # under absmax scales the error of NF2 rises again
@@ -198,7 +208,8 @@ def test_singular_second_moments_with_huge_and_dead_columns(tokens: int) -> None
     hessian[0, 0] *= 1e6
     result = decompose(weight_of(64, 128), NF2, 8, 3, metric=metric_of(hessian))
     assert all(0 <= error < 1 for error in result.output_errors)
-    assert bool(torch.isfinite(result.lora_A).all()) and bool(torch.isfinite(result.lora_B).all())
+    assert bool(torch.isfinite(result.lora_A).all())
+    assert bool(torch.isfinite(result.lora_B).all())
 
 
 def test_weight_of_zeros() -> None:

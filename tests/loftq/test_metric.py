@@ -46,7 +46,9 @@ def test_inverse_factor() -> None:
     hessian = second_moment(inputs(50, 24))
     factor = metric_of(hessian).inverse_factor().double()
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ damped(hessian), torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        factor.T @ factor @ damped(hessian), torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-3
+    )
 
 
 def test_diagonal_is_the_full_form_of_a_diagonal_matrix() -> None:

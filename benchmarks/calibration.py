@@ -1,0 +1,200 @@
+"""Calibrated starts and their baselines on the same model: perplexity straight after initialisation, scores after training.
+
+    python benchmarks/calibration.py perplexity ../shared/data [--bits 2 3 4] [--text wikitext gsm8k arithmetic]
+        [--method LoftQ calibrated ...] [--seed 0 1 2] [--jobs 1] [--output-dir outputs]
+    python benchmarks/calibration.py gsm8k ../shared/data [--bits 2 2.5 3 4] [--method ...] [--seed 1 2 3]
+    python benchmarks/calibration.py qnli ../shared/data ...      # or mnli: MiniLM
+
+Every run is one that `python -m loftq_exp` would make, with the overrides that are printed; finished ones are found and not
+run again. Writes docs/results/calibration-PART.json: mean, sample standard deviation and number over seeds.
+
+perplexity: SmolLM2-135M, on 12 blocks of 512 tokens of the WikiText-2 test split, and on the first test problems of GSM8K as
+text. A seed draws the calibration samples. gsm8k: 500 training and 200 test problems; qnli, mnli: 4,000 training rows of the
+task and its whole validation file. There a seed draws the calibration samples, the order of rows, and a new head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import loftq_exp
+from loftq_exp.provenance import provenance
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+GRID = ("quant.scale=search", "quant.levels=optimal")
+METHODS: dict[str, tuple[str, ...]] = {
+    "LoRA": ("quant=lora",),
+    "QLoRA": ("quant=qlora",),
+    "LoftQ": ("quant=loftq",),
+    "QLoRA, same grid": ("quant=qlora", *GRID),
+    "LoftQ, same grid": ("quant=loftq", *GRID),
+    "PiSSA": ("quant=pissa", *GRID),
+    "QERA approx": ("quant=loftq", *GRID, "quant.calibration=diagonal", "quant.iter=1"),
+    "QERA exact": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1"),
+    "CLoQ": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1", "quant.rounding=gptq"),
+    "RILQ": ("quant=qlora", *GRID, "quant.polish_steps=100"),
+    "diagonal": ("quant=loftq", *GRID, "quant.calibration=diagonal"),
+    "gptq": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq"),
+    "sequential": ("quant=loftq", *GRID, "quant.calibration=full", "quant.order=sequential"),
+    "10 steps": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=10"),
+    "calibrated": ("quant=loftq", *GRID, "quant.calibration=full"),
+    "calibrated, polished": ("quant=loftq", *GRID, "quant.calibration=full", "quant.polish_steps=100"),
+}
+"""The overrides of each row. PiSSA, QERA, CLoQ and RILQ are these methods' recipes on this project's best levels and scales."""
+COMPARED = [
+    "QLoRA", "LoftQ", "PiSSA", "QERA approx", "QERA exact", "CLoQ", "RILQ", "calibrated"
+]  # fmt: skip
+TEXT_PROBLEMS = 40
+SMOLLM2 = ("model=smollm2", "quant.rank=64", "quant.dropout=0", "train.backbone=dense")
+MINILM = (
+    "model=minilm", "task=glue", "task.max_train_samples=4000", "quant.dropout=0", "quant.rank=32", "train=demo",
+    "train.learning_rate=5e-4", "train.weight_decay=0", "train.lr_scheduler_type=linear", "train.warmup_ratio=0.1",
+    "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length",
+)  # fmt: skip
+
+
+def is_random(method: str) -> bool:
+    """Whether an initialisation depends on the seed of the calibration samples."""
+    return any("calibration" in override or "polish" in override for override in METHODS[method])
+
+
+def of_text(text: str, data: Path, seed: int) -> tuple[str, ...]:
+    """The overrides that choose a calibration text."""
+    chosen = {
+        "wikitext": (f"calibration.file={data / 'wikitext-2' / 'calibration.txt'}", "calibration.samples=47"),
+        "gsm8k": ("calibration.task=gsm8k", f"calibration.file={data / 'gsm8k' / 'train.jsonl'}"),
+        "arithmetic": ("calibration.task=arithmetic",),
+    }
+    return (*chosen[text], f"calibration.seed={seed}")
+
+
+def of_bits(method: str, bits: str) -> tuple[str, ...]:
+    """The overrides that choose bits: a fraction is shared out by error."""
+    if method == "LoRA":
+        return ()
+    rule = ("quant.allocation=error",) if "." in bits and METHODS[method][0] == "quant=loftq" else ()
+    return (f"quant.bits={bits}", *rule)
+
+
+def perplexity_runs(args: argparse.Namespace) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """For each row (bits, method, calibration text, scored text) the overrides of its runs."""
+    problems = args.output_dir / "gsm8k-test.txt"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in (args.data / "gsm8k" / "test.jsonl").read_text().splitlines()[:TEXT_PROBLEMS]]
+    problems.write_text("\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows))
+    scored = {"WikiText-2": args.data / "wikitext-2" / "test.raw.txt", "GSM8K text": problems}
+    runs: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for bits in args.bits:
+        for method in args.method or COMPARED:
+            texts = args.text if is_random(method) else ["none"]
+            for text in texts:
+                for name, file in scored.items():
+                    runs[bits, method, text, name] = [
+                        (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
+                         "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
+                         *(of_text(text, args.data, seed) if text != "none" else ()))
+                        for seed in (args.seed if text != "none" else args.seed[:1])
+                    ]  # fmt: skip
+    return runs
+
+
+def training_runs(args: argparse.Namespace) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """For each row (bits, method, calibration text, task) the overrides of its runs."""
+    folder = args.data / ("gsm8k" if args.part == "gsm8k" else f"glue/{args.part}")
+    if args.part == "gsm8k":
+        recipe: tuple[str, ...] = (
+            *SMOLLM2, "task=gsm8k", "task.max_train_samples=500", "task.max_eval_samples=200", "train=demo",
+            f"task.eval_file={folder / 'test.jsonl'}", "train.train_sampling_strategy=group_by_length",
+            "train.per_device_eval_batch_size=50",
+        )  # fmt: skip
+    else:
+        recipe = (*MINILM, f"task.name={args.part}", f"task.eval_file={folder / 'validation.jsonl'}")
+    recipe += (f"task.train_file={folder / 'train.jsonl'}",)
+    runs: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for bits in args.bits:
+        for method in args.method or ["LoRA", *COMPARED]:
+            key = ("16" if method == "LoRA" else bits, method, "task" if is_random(method) else "none", args.part)
+            runs[key] = [
+                (*recipe, *METHODS[method], *of_bits(method, bits), f"seed={seed}",
+                 *((f"calibration.seed={seed}",) if is_random(method) else ()))
+                for seed in args.seed
+            ]  # fmt: skip
+    return runs
+
+
+def run(overrides: tuple[str, ...]) -> dict[str, Any] | None:
+    """The metrics of one run; None if it failed, with the reason printed."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    print(" ".join(overrides), flush=True)
+    try:
+        return loftq_exp.run(loftq_exp.compose(list(overrides))).metrics
+    except loftq_exp.UserError as error:
+        print(f"failed: {error}", flush=True)
+        return None
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and number."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": spread, "n": len(values)}
+
+
+def row(key: tuple[str, ...], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the result file."""
+    scores = {name: summary([metrics["scores"][name] for metrics in found]) for name in found[0]["scores"]}
+    init = found[0]["init"]
+    return {
+        "bits": key[0], "method": key[1], "calibrated_on": key[2], "scored_on": key[3], "scores": scores,
+        "bits_per_weight": init["bits_per_weight"], "weight_error": init["mean_error"],
+        "output_error": init.get("mean_output_error"), "init_seconds": [m["init"]["seconds"] for m in found],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run what is not there yet, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["perplexity", "gsm8k", "qnli", "mnli"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--bits", nargs="+", default=["2", "3", "4"])
+    parser.add_argument("--method", nargs="+", choices=list(METHODS))
+    parser.add_argument("--text", nargs="+", default=["wikitext", "gsm8k", "arithmetic"])
+    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--extra", nargs="*", default=[], help="further overrides of every run, such as device=cuda")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.data, args.output_dir = args.data.resolve(), args.output_dir.resolve()
+    runs = perplexity_runs(args) if args.part == "perplexity" else training_runs(args)
+    extra = (*args.extra, f"output_dir={args.output_dir}")
+    # The first seed of everything first, so that a stopped benchmark has whole rows.
+    most = max(map(len, runs.values()))
+    work = [(*each[at], *extra) for at in range(most) for each in runs.values() if at < len(each)]
+    work = list(dict.fromkeys(work))
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        done = dict(zip(work, pool.map(run, work), strict=True))
+    rows = []
+    for key, each in runs.items():
+        found = [metrics for overrides in each if (metrics := done[(*overrides, *extra)])]
+        if found:
+            rows.append(row(key, found))
+    facts = {"command": f"python benchmarks/calibration.py {args.part} ../shared/data", "provenance": provenance()}
+    place = args.results / f"calibration-{args.part}.json"
+    place.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+    for one in rows:
+        print(json.dumps(one))
+
+
+if __name__ == "__main__":
+    main()
