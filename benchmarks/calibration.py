@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import statistics
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=["wikitext", "gsm8k", "arithmetic"])
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="write what is finished after so many seconds; default: all")
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides of every run, such as device=cuda")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -182,11 +183,13 @@ def main() -> None:
     most = max(map(len, runs.values()))
     work = [(*each[at], *extra) for at in range(most) for each in runs.values() if at < len(each)]
     work = list(dict.fromkeys(work))
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        done = dict(zip(work, pool.map(run, work), strict=True))
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    running = {overrides: pool.submit(run, overrides) for overrides in work}
+    wait(running.values(), timeout=args.seconds)
+    done = {overrides: future.result() for overrides, future in running.items() if future.done()}
     rows = []
     for key, each in runs.items():
-        found = [metrics for overrides in each if (metrics := done[(*overrides, *extra)])]
+        found = [metrics for overrides in each if (metrics := done.get((*overrides, *extra)))]
         if found:
             rows.append(row(key, found))
     facts = {"command": f"python benchmarks/calibration.py {args.part} ../shared/data", "provenance": provenance()}
@@ -194,6 +197,10 @@ def main() -> None:
     place.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     for one in rows:
         print(json.dumps(one))
+    pool.shutdown(wait=len(done) == len(work), cancel_futures=True)
+    if len(done) < len(work):
+        print(f"{len(work) - len(done)} of {len(work)} runs are not finished", flush=True)
+        os._exit(1)
 
 
 if __name__ == "__main__":
