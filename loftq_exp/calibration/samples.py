@@ -133,7 +133,9 @@ def _length(source: Source, config: RunConfig) -> int:
 
 def _cut(features: Features, length: int, kind: str) -> Features:
     """The arguments that the model's blocks depend on, cut to `length`. Labels make an encoder-decoder's decoder run."""
-    names = [name for name, ids in features.items() if isinstance(ids, list) and (name != "labels" or kind == "seq2seq")]
+    names = [
+        name for name, ids in features.items() if isinstance(ids, list) and (name != "labels" or kind == "seq2seq")
+    ]
     return {name: features[name][:length] for name in names}
 
 

@@ -100,13 +100,15 @@ class Collector:
         # The reference keeps the tensor alive, so that no later one has its id.
         _, leader = self._seen.setdefault(id(inputs), (inputs, name))
         if self._leaders.setdefault(name, leader) != leader:
-            raise UserError(f"{name}: shares its input with other layers in one batch than in another; "
+            raise UserError(f"{name}: shares its input with different layers in different batches; "
                             "collect from it alone")  # fmt: skip
         if leader != name:
             return
         rows = self._counted(name, inputs.detach())
         if not bool(torch.isfinite(rows).all()):
-            raise UserError(f"{name}: its inputs are NaN or infinite on the calibration text; use float32, or other text")
+            raise UserError(
+                f"{name}: its inputs are NaN or infinite on the calibration text; use float32, or other text"
+            )
         moment = self._moments.get(name)
         if moment is None:
             moment = self._moments[name] = Moment(self.kind, rows.shape[1], rows.device)
@@ -130,12 +132,19 @@ class Collector:
             raise UserError(f"{unread[0]}: has read no calibration text ({len(unread)} such layers); "
                             "give text that reaches it, or name the other layers in `modules`")  # fmt: skip
         found = {name: Statistics(moment.mean(), moment.tokens) for name, moment in self._moments.items()}
+        for name, one in found.items():
+            if not bool(torch.isfinite(one.hessian).all()):
+                raise UserError(f"{name}: the squares of its inputs are too large for float32, or it has read no token that "
+                                "counts; give other text")  # fmt: skip
         return {name: found[self._leaders[name]] for name in self._modules}
 
 
 @torch.no_grad()
 def collect_statistics(
-    model: nn.Module, data: Iterable[Mapping[str, torch.Tensor]], kind: str = "full", modules: Sequence[str] | None = None
+    model: nn.Module,
+    data: Iterable[Mapping[str, torch.Tensor]],
+    kind: str = "full",
+    modules: Sequence[str] | None = None,
 ) -> dict[str, Statistics]:
     """Return the second moment H = E[x x'] of the inputs of linear layers over text, for `loftq_init(..., hessian=H)`.
 
@@ -181,7 +190,9 @@ def _linears(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Mo
             raise UserError(f"{type(model).__name__}: has no linear layer in a block; name them in `modules`")
     for name in modules:
         if not isinstance(named.get(name), nn.Linear):
-            raise UserError(f"modules: {name} is no linear layer of {type(model).__name__}; give names of nn.Linear layers")
+            raise UserError(
+                f"modules: {name} is no linear layer of {type(model).__name__}; give names of nn.Linear layers"
+            )
     return {name: named[name] for name in modules}
 
 

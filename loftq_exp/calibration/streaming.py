@@ -54,7 +54,9 @@ class BlockRunner:
         """Build the model and load what its blocks read that is outside of them, such as embeddings."""
         config = load_config(source.folder, trust_remote_code, kind)
         with init_empty_weights(include_buffers=False):
-            self._model = AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+            self._model = AUTO_CLASSES[kind].from_config(
+                config, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
         self._model.eval().requires_grad_(False)
         self._model.config.use_cache = False
         self._tensors, self._device, self._layout = tensors, device, layout
@@ -129,7 +131,9 @@ class BlockRunner:
             hook.remove()
             self._replayed = {}
         if not returned:
-            raise UserError(f"{block}: {type(self._model).__name__} does not run it on calibration text; use quant.calibration=none")
+            raise UserError(
+                f"{block}: {type(self._model).__name__} does not run it on calibration text; use quant.calibration=none"
+            )
         return returned[0]
 
     def _load_outside(self) -> None:

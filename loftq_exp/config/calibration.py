@@ -37,15 +37,21 @@ class CalibrationConfig:
         shapes=(),
         locates=(INITIALISATION,),
     )
-    samples: int = setting("number of rows, or windows of running text, drawn at random", 128, ge=1, shapes=(INITIALISATION,))
+    samples: int = setting(
+        "number of rows, or windows of running text, drawn at random", 128, ge=1, shapes=(INITIALISATION,)
+    )
     length: int = setting("maximum length of a sample in tokens", 512, ge=2, shapes=(INITIALISATION,))
     seed: int = setting("random seed of the draw", 0, ge=0, lt=2**32, shapes=(INITIALISATION,))
 
     def __post_init__(self) -> None:
         if self.file and self.dataset:
-            raise UserError(f"calibration.file={self.file}: calibration.dataset={self.dataset} is given too; leave one of them out")
+            raise UserError(
+                f"calibration.file={self.file}: calibration.dataset={self.dataset} is given too; leave one of them out"
+            )
         if self.dataset_config and not self.dataset:
-            raise UserError(f"calibration.dataset_config={self.dataset_config}: no data set is named; give calibration.dataset=HUB_ID")
+            raise UserError(
+                f"calibration.dataset_config={self.dataset_config}: no data set is named; give calibration.dataset=HUB_ID"
+            )
         if self.file and self.task and self.is_text and self.task != RUNNING_TEXT:
             raise UserError(f"calibration.file={self.file}: task {self.task} does not read running text; "
                             f"leave calibration.task out, or give a .jsonl file")  # fmt: skip

@@ -81,7 +81,9 @@ def _versions(config: RunConfig) -> dict[str, int | str]:
         return versions | {"taken": TAKEN_VERSION}
     versions |= {"cache": CACHE_FORMAT, "quantizer": QUANTIZER_VERSION, "solver": SOLVER_VERSION}
     versions |= {"head": HEAD_FORMAT} if config.model.kind in HEAD_KINDS else {}
-    versions |= {"metric": METRIC_VERSION, "statistics": STATISTICS_FORMAT} if config.quant.calibration != "none" else {}
+    versions |= (
+        {"metric": METRIC_VERSION, "statistics": STATISTICS_FORMAT} if config.quant.calibration != "none" else {}
+    )
     return versions | ({"plan": PLAN_VERSION} if is_measured(config.quant) else {})
 
 
