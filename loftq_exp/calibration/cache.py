@@ -77,6 +77,7 @@ class StatisticsCache:
             described = describe_file(path)
             if described["key"] != key:
                 raise ValueError("it has another key")
+            check_file(path)
         except FileNotFoundError:
             return None
         except ValueError as damage:
@@ -141,11 +142,14 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def check_file(path: Path) -> None:
     """Raise ValueError if the file's content does not match its checksum. All of it is read."""
-    describe_file(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        meta = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    if meta["checksum"] != _checksum(tensors, meta["entry"]):
+    described = describe_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            meta = file.metadata()
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"not a whole file: {error}") from None
+    if meta.get("checksum") != _checksum(stored, meta["entry"]) or not described["modules"]:
         raise ValueError("its checksum differs")
 
 

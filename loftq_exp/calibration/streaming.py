@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -20,8 +19,8 @@ from loftq_exp.calibration.statistics import Collector, Statistics
 from loftq_exp.errors import UserError
 from loftq_exp.source.layout import AUTO_CLASSES, Layout, load_config
 from loftq_exp.source.loading import load_report
-from loftq_exp.source.tensors import CheckpointTensors
 from loftq_exp.source.locate import Source
+from loftq_exp.source.tensors import CheckpointTensors
 
 Batch = Mapping[str, torch.Tensor]
 """The arguments of a forward, each (batch, length)."""
