@@ -56,6 +56,8 @@ class StoredStatistics:
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 stored = file.get_tensor(f"hessian.{self.tensors[module]}")
+        except FileNotFoundError:
+            raise UserError(f"cache_dir: {self.path} was removed while it was in use; run again") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cache_dir: {self.path} cannot be read ({error}); remove it and run again") from error
         found = Statistics(unpacked(stored), self.tokens)
@@ -102,7 +104,8 @@ class StatisticsCache:
         tensors = {f"hessian.{at}": packed(one.hessian) for at, one in enumerate(distinct)}
         digests = {name: one.digest for name, one in found.items()}
         tokens = next(iter(found.values())).tokens
-        entry = json.dumps({"key": key, "modules": modules, "digests": digests, "tokens": tokens})
+        kind = "full" if distinct[0].hessian.ndim == 2 else "diagonal"
+        entry = json.dumps({"key": key, "kind": kind, "modules": modules, "digests": digests, "tokens": tokens})
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,10 @@ class StatisticsCache:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's metadata: `key`, `modules`, `digests`, `tokens`. Raises FileNotFoundError, or ValueError if it is damaged."""
+    """A file's metadata: `key`, `kind`, `modules`, `digests`, `tokens`.
+
+    Raises FileNotFoundError, or ValueError if it is damaged.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             described: dict[str, Any] = json.loads(file.metadata()["entry"])
