@@ -49,7 +49,8 @@ class StoredStatistics:
     """For each module the number of its second moment in the file."""
     digests: Mapping[str, str]
     """For each module the digest of its statistics, see `Statistics.digest`."""
-    tokens: int
+    tokens: Mapping[str, int]
+    """For each module the number of tokens that it read."""
 
     def read(self, module: str) -> Statistics:
         """The statistics of a module. Raises UserError if the file is damaged."""
@@ -60,7 +61,7 @@ class StoredStatistics:
             raise UserError(f"cache_dir: {self.path} was removed while it was in use; run again") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cache_dir: {self.path} cannot be read ({error}); remove it and run again") from error
-        found = Statistics(unpacked(stored), self.tokens)
+        found = Statistics(unpacked(stored), self.tokens[module])
         if found.digest != self.digests[module]:
             raise UserError(f"cache_dir: {self.path} is damaged (its digest differs); remove it and run again")
         return found
@@ -103,7 +104,7 @@ class StatisticsCache:
             modules[name] = next(at for at, other in enumerate(distinct) if other is one)
         tensors = {f"hessian.{at}": packed(one.hessian) for at, one in enumerate(distinct)}
         digests = {name: one.digest for name, one in found.items()}
-        tokens = next(iter(found.values())).tokens
+        tokens = {name: one.tokens for name, one in found.items()}
         kind = "full" if distinct[0].hessian.ndim == 2 else "diagonal"
         entry = json.dumps({"key": key, "kind": kind, "modules": modules, "digests": digests, "tokens": tokens})
         path = self.path(key)

@@ -156,7 +156,15 @@ def _statistics_row(file: _File) -> list[str] | None:
     except ValueError:
         return [name, "damaged", "", "", "", size, used]
     inputs = len(set(entry["modules"].values()))
-    return [name, str(len(entry["modules"])), str(inputs), entry["kind"], str(entry["tokens"]), size, used]
+    return [
+        name,
+        str(len(entry["modules"])),
+        str(inputs),
+        entry["kind"],
+        str(max(entry["tokens"].values())),
+        size,
+        used,
+    ]
 
 
 def _quantizer(identity: dict[str, Any] | None) -> str:

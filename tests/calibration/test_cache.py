@@ -24,10 +24,10 @@ def moments(kind: str, seed: int = 0) -> dict[str, Statistics]:
     """Three layers, of which two share their inputs."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for width in (24, 16):
-        x = torch.randn(30, width, generator=generator)
-        mean = (x.T @ x / 30).triu()
-        found.append(Statistics(mean + mean.triu(1).T if kind == "full" else mean.diagonal().clone(), 30))
+    for width, tokens in ((24, 30), (16, 20)):
+        x = torch.randn(tokens, width, generator=generator)
+        mean = (x.T @ x / tokens).triu()
+        found.append(Statistics(mean + mean.triu(1).T if kind == "full" else mean.diagonal().clone(), tokens))
     return {"q": found[0], "k": found[0], "o": found[1]}
 
 
@@ -37,7 +37,7 @@ def test_they_come_back_bit_for_bit_and_are_stored_once(tmp_path: Path, kind: st
     cache.put(KEY, given)
     found = StatisticsCache(tmp_path).find(KEY)
     assert found is not None
-    assert (list(found.tensors), found.tokens) == (["q", "k", "o"], 30)
+    assert (list(found.tensors), found.tokens) == (["q", "k", "o"], {"q": 30, "k": 30, "o": 20})
     for name, one in given.items():
         assert torch.equal(found.read(name).hessian, one.hessian)
         assert found.read(name).digest == found.digests[name] == one.digest

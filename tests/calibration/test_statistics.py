@@ -152,6 +152,32 @@ def test_cross_attention_reads_the_encoders_text() -> None:
     assert tokens["decoder.block.0.layer.1.EncDecAttention.q"] == 10
 
 
+class Relative(nn.Module):
+    """As deberta: q and k read a table of positions too, v the text alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({name: nn.Linear(8, 8) for name in "qkv"})])
+        self.positions = nn.Parameter(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x: torch.Tensor) -> None:
+        for table, names in ((x, "qkv"), (self.positions, "kq")):
+            for name in names:
+                self.layers[0][name](table)  # type: ignore[index]
+
+
+def test_a_layer_that_reads_two_tensors_has_the_mean_of_both() -> None:
+    model = Relative()
+    texts = [torch.randn(1, rows, 8, generator=torch.Generator().manual_seed(rows)) for rows in (7, 4)]
+    found = collect_statistics(model, [{"x": x} for x in texts])
+    text = torch.cat([x[0] for x in texts])
+    both = torch.cat([text, model.positions.detach(), model.positions.detach()])
+    for name, rows in (("q", both), ("k", both), ("v", text)):
+        one = found[f"layers.0.{name}"]
+        assert one.tokens == len(rows)
+        assert_within(one.hessian, rows.double().T @ rows.double() / len(rows), BOUND)
+
+
 def test_training_mode_hooks_and_parameters_are_as_before(model: PreTrainedModel) -> None:
     modules = dict(model.named_modules())
     modules["model.layers.1.mlp"].train()
