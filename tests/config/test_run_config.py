@@ -32,7 +32,7 @@ def mapping(settings: dict[str, Any]) -> dict[str, Any]:
     values = {name: dict(group) for name, group in BASE.items()}
     for name, value in settings.items():
         group, _, last = name.rpartition(".")
-        (values[group] if group else values)[last] = value
+        (values.setdefault(group, {}) if group else values)[last] = value
     return values
 
 
