@@ -407,6 +407,8 @@ def fields_of_one(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Fie
 SETTINGS = dict(fields_of(RunConfig))
 SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "xsum"}
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
+CALIBRATED = {"quant.calibration": "full"}
+HUB_TEXT = {"calibration.dataset": "me/text"}
 SHELF = {"quant.method": "off-the-shelf", "quant.iter": 0}
 BASES: dict[str, dict[str, Any]] = {
     "seed": {"quant.method": "qlora", "quant.iter": 0},
@@ -421,9 +423,9 @@ BASES: dict[str, dict[str, Any]] = {
     "hub.push": {"hub.repo_id": "me/model"},
     **dict.fromkeys(
         ("quant.rounding", "quant.order", "calibration.samples", "calibration.length", "calibration.seed"),
-        {"quant.calibration": "full"},
+        CALIBRATED,
     ),
-    "calibration.dataset_config": {"calibration.dataset": "me/text"},
+    **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
 }
 """What a setting needs to be of use, where that is not the plain run."""
 OTHERS: dict[str, dict[str, Any]] = {

@@ -165,7 +165,8 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """Return the second moment H = E[x x'] of the inputs of linear layers over text, for `loftq_init(..., hessian=H)`.
 
-    All H are in memory at once: 8 n^2 bytes while collecting, 4 n^2 afterwards, for each distinct input of width n.
+    All H are in memory at once: 8 n^2 bytes while collecting, 4 n^2 afterwards, for each distinct input of width n. So are the
+    inputs of all layers over one batch.
 
     Args:
         model: in memory, on any device. It is set to evaluation while it reads; its parameters are not changed.
