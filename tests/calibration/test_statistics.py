@@ -178,6 +178,32 @@ def test_a_layer_that_reads_two_tensors_has_the_mean_of_both() -> None:
         assert_within(one.hessian, rows.double().T @ rows.double() / len(rows), BOUND)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_every_family_has_its_own_inputs(family: str) -> None:
+    """Against hooks that keep every input of every layer."""
+    model, rows = seeded(FAMILIES[family].make), {}
+    batch = {"input_ids": random_ids(2, 11)} | (
+        {"labels": random_ids(2, 7)} if FAMILIES[family].kind == "seq2seq" else {}
+    )
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: rows.setdefault(name, []).append(args[0].flatten(0, -2))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    found = collect_statistics(model, [batch])
+    assert len(found) == FAMILIES[family].linears
+    for name, one in found.items():
+        x = torch.cat(rows[name]).double()
+        assert one.tokens == len(x)
+        assert_within(one.hessian, x.T @ x / len(x), BOUND)
+
+
 def test_training_mode_hooks_and_parameters_are_as_before(model: PreTrainedModel) -> None:
     modules = dict(model.named_modules())
     modules["model.layers.1.mlp"].train()
