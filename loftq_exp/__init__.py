@@ -1,6 +1,7 @@
 """Experiments with LoftQ: LoRA-fine-tuning-aware quantization.
 
-`loftq_init` initialises one weight; `run(compose(overrides))` does the same as the command with these overrides.
+`loftq_init` initialises one weight, for which `collect_statistics` may observe its inputs. `run(compose(overrides))` does the
+same as the command with these overrides.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_exp.integrations.registration import register
 
 if TYPE_CHECKING:
+    from loftq_exp.calibration import collect_statistics
     from loftq_exp.commands.run import compose
     from loftq_exp.config import RunConfig
     from loftq_exp.errors import UserError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult, run
 
 __version__ = version("loftq_exp")
-__all__ = ["RunConfig", "RunResult", "UserError", "__version__", "compose", "loftq_init", "run"]
+__all__ = ["RunConfig", "RunResult", "UserError", "__version__", "collect_statistics", "compose", "loftq_init", "run"]
 
 register()
 
@@ -26,6 +28,7 @@ _PLACES = {
     "RunConfig": "loftq_exp.config.run_config",
     "RunResult": "loftq_exp.pipeline",
     "UserError": "loftq_exp.errors",
+    "collect_statistics": "loftq_exp.calibration",
     "compose": "loftq_exp.commands.run",
     "loftq_init": "loftq_exp.loftq",
     "run": "loftq_exp.pipeline",

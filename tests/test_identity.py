@@ -407,6 +407,8 @@ def fields_of_one(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Fie
 SETTINGS = dict(fields_of(RunConfig))
 SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "xsum"}
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
+CALIBRATED = {"quant.calibration": "full"}
+HUB_TEXT = {"calibration.dataset": "me/text"}
 SHELF = {"quant.method": "off-the-shelf", "quant.iter": 0}
 BASES: dict[str, dict[str, Any]] = {
     "seed": {"quant.method": "qlora", "quant.iter": 0},
@@ -419,6 +421,11 @@ BASES: dict[str, dict[str, Any]] = {
     "task.block_size": {"task.kind": "wikitext"},
     "quant.rank_choices": {"quant.allocation": "error+rank"},
     "hub.push": {"hub.repo_id": "me/model"},
+    **dict.fromkeys(
+        ("quant.rounding", "quant.order", "calibration.samples", "calibration.length", "calibration.seed"),
+        CALIBRATED,
+    ),
+    **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
 }
 """What a setting needs to be of use, where that is not the plain run."""
 OTHERS: dict[str, dict[str, Any]] = {
@@ -465,7 +472,7 @@ def another(name: str, value: Any) -> dict[str, Any]:
 
 
 def configured(settings: dict[str, Any]) -> RunConfig:
-    values: dict[str, Any] = {"model": {}, "quant": {}, "task": {}, "train": {}, "hub": {}}
+    values: dict[str, Any] = {"model": {}, "quant": {}, "task": {}, "train": {}, "hub": {}, "calibration": {}}
     base = {
         "model.path": "me/tiny",
         "model.kind": "causal",
@@ -530,11 +537,27 @@ def test_the_seed_shapes_an_initialisation_only_where_something_is_drawn(shared:
 
 def test_where_training_rows_lie_names_the_run_and_nothing_else_does(shared: Place) -> None:
     source = Source(shared.model, "model", "model", None)
-    base = identify(configured({}), source).run_dir
     for name, field in SETTINGS.items():
         if field.metadata["locates"]:
-            other = configured(another(name, value_of(configured({}), name)))
-            assert (identify(other, source).run_dir != base) == (ADAPTER in field.metadata["locates"]), name
+            base = BASES.get(name, {})
+            config = configured(base)
+            other = configured(base | another(name, value_of(config, name)))
+            moved = identify(other, source).run_dir != identify(config, source).run_dir
+            assert moved == (ADAPTER in field.metadata["locates"]), name
+
+
+def test_where_the_calibration_text_lies_names_the_run_of_a_calibrated_initialisation(
+    shared: Place, tmp_path: Path
+) -> None:
+    source = Source(shared.model, "model", "model", None)
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for file in files:
+        file.write_text("Two and two are four.")
+    for calibration, moved in (("none", False), ("full", True)):
+        settings = [{"quant.calibration": calibration, "calibration.file": str(file)} for file in files]
+        one, other = (identify(configured(each), source) for each in settings)
+        assert one.init_key == other.init_key
+        assert (one.run_dir != other.run_dir) == moved
 
 
 def table() -> str:

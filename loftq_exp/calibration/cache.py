@@ -49,16 +49,19 @@ class StoredStatistics:
     """For each module the number of its second moment in the file."""
     digests: Mapping[str, str]
     """For each module the digest of its statistics, see `Statistics.digest`."""
-    tokens: int
+    tokens: Mapping[str, int]
+    """For each module the number of tokens that it read."""
 
     def read(self, module: str) -> Statistics:
         """The statistics of a module. Raises UserError if the file is damaged."""
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 stored = file.get_tensor(f"hessian.{self.tensors[module]}")
+        except FileNotFoundError:
+            raise UserError(f"cache_dir: {self.path} was removed while it was in use; run again") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cache_dir: {self.path} cannot be read ({error}); remove it and run again") from error
-        found = Statistics(unpacked(stored), self.tokens)
+        found = Statistics(unpacked(stored), self.tokens[module])
         if found.digest != self.digests[module]:
             raise UserError(f"cache_dir: {self.path} is damaged (its digest differs); remove it and run again")
         return found
@@ -77,6 +80,7 @@ class StatisticsCache:
             described = describe_file(path)
             if described["key"] != key:
                 raise ValueError("it has another key")
+            check_file(path)
         except FileNotFoundError:
             return None
         except ValueError as damage:
@@ -100,8 +104,9 @@ class StatisticsCache:
             modules[name] = next(at for at, other in enumerate(distinct) if other is one)
         tensors = {f"hessian.{at}": packed(one.hessian) for at, one in enumerate(distinct)}
         digests = {name: one.digest for name, one in found.items()}
-        tokens = next(iter(found.values())).tokens
-        entry = json.dumps({"key": key, "modules": modules, "digests": digests, "tokens": tokens})
+        tokens = {name: one.tokens for name, one in found.items()}
+        kind = "full" if distinct[0].hessian.ndim == 2 else "diagonal"
+        entry = json.dumps({"key": key, "kind": kind, "modules": modules, "digests": digests, "tokens": tokens})
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +135,10 @@ class StatisticsCache:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's metadata: `key`, `modules`, `digests`, `tokens`. Raises FileNotFoundError, or ValueError if it is damaged."""
+    """A file's metadata: `key`, `kind`, `modules`, `digests`, `tokens`.
+
+    Raises FileNotFoundError, or ValueError if it is damaged.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             described: dict[str, Any] = json.loads(file.metadata()["entry"])
@@ -141,11 +149,14 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def check_file(path: Path) -> None:
     """Raise ValueError if the file's content does not match its checksum. All of it is read."""
-    describe_file(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        meta = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    if meta["checksum"] != _checksum(tensors, meta["entry"]):
+    described = describe_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            meta = file.metadata()
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"not a whole file: {error}") from None
+    if meta.get("checksum") != _checksum(stored, meta["entry"]) or not described["modules"]:
         raise ValueError("its checksum differs")
 
 

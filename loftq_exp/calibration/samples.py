@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.source.layout import skeleton
 from loftq_exp.source.locate import Source
 from loftq_exp.tasks import TASKS, Task, load_task, task_settings
+from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import Features
 from loftq_exp.training.load import load_tokenizer
 from loftq_exp.training.positions import positions_of
@@ -39,24 +41,46 @@ def calibration_task(config: RunConfig) -> Task:
     kind = chosen.task or (RUNNING_TEXT if chosen.is_text else config.task.kind)
     if kind not in TASKS:
         raise UserError(f"calibration.task={kind}: there is no such task; choose from: {', '.join(TASKS)}")
-    if not chosen.file and not chosen.dataset and chosen.task in (None, config.task.kind):
-        task = load_task(config.task)
+    place = _place(config)
+    if not place and kind == config.task.kind:
+        settings = config.task
+    elif kind == config.task.kind:
+        elsewhere = {"train_file": None, "dataset_revision": None, "max_train_samples": None}
+        settings = dataclasses.replace(config.task, **elsewhere | place)
     else:
-        place: dict[str, Any] = {"train_file": chosen.file}
-        if chosen.dataset:
-            place |= {"dataset": chosen.dataset, "dataset_config": chosen.dataset_config, "train_split": chosen.split}
-        if kind == config.task.kind:
-            task = load_task(dataclasses.replace(config.task, **place))
-        else:
-            extra: dict[str, Any] = {"block_size": chosen.length} if kind == RUNNING_TEXT else {}
-            task = load_task(task_settings(kind, **{k: v for k, v in place.items() if v is not None}, **extra))
+        settings = task_settings(kind, **place)
     if kind == RUNNING_TEXT:
-        return load_task(dataclasses.replace(task.config, block_size=chosen.length, max_train_samples=None))  # type: ignore[call-arg]
+        of_length: dict[str, Any] = {"block_size": chosen.length, "max_train_samples": None}
+        return load_task(dataclasses.replace(settings, **of_length))
+    task = load_task(settings)
     if task.model_kind != config.model.kind:
         given = f"calibration.task={kind}" if chosen.task else f"task={kind}"
         raise UserError(f"{given}: its rows are for a {task.model_kind} model, and model.kind is {config.model.kind}; choose a "
                         "task of that kind, or give running text by calibration.file=FILE.txt")  # fmt: skip
     return task
+
+
+def _place(config: RunConfig) -> dict[str, Any]:
+    """The task's settings that name the calibration text, if it is not the task's own."""
+    chosen = config.calibration
+    if chosen.file:
+        return {"train_file": chosen.file}
+    if chosen.dataset:
+        return {"dataset": chosen.dataset, "dataset_config": chosen.dataset_config, "train_split": chosen.split}
+    return {}
+
+
+@contextmanager
+def _named_for(config: RunConfig) -> Iterator[None]:
+    """Name the settings `calibration` in errors about the text, unless it is the task's own."""
+    try:
+        yield
+    except UserError as error:
+        chosen, text = config.calibration, str(error)
+        if chosen.file or chosen.dataset or chosen.task not in (None, config.task.kind):
+            for theirs, ours in (("train_file", "file"), ("dataset", "dataset"), ("train_split", "split")):
+                text = text.replace(f"task.{theirs}", f"calibration.{ours}")
+        raise UserError(text) from error
 
 
 def calibration_origin(config: RunConfig) -> dict[str, Any]:
@@ -68,7 +92,9 @@ def calibration_origin(config: RunConfig) -> dict[str, Any]:
         if "adapter" in field.metadata["shapes"]
     }
     chosen = config.calibration
-    return {"data": task.digest("train"), "task": shaping, "samples": chosen.samples, "length": chosen.length,
+    with _named_for(config):
+        data = task.digest("train")
+    return {"data": data, "task": shaping, "samples": chosen.samples, "length": chosen.length,
             "seed": chosen.seed}  # fmt: skip
 
 
@@ -83,19 +109,21 @@ def calibration_samples(source: Source, config: RunConfig) -> list[Features]:
     """
     task = calibration_task(config)
     tokenizer = load_tokenizer(source, config)
-    length = _length(source, config)
+    length, kind = _length(source, config), config.model.kind
     draw = random.Random(config.calibration.seed)
-    rows = task.rows("train")
-    if task.kind == RUNNING_TEXT:
-        windows = task.encode(rows, tokenizer)
-        chosen = [windows[place] for place in _drawn(len(windows), config, draw)]
-        found = [_window(one["input_ids"], length, config.model.kind, tokenizer) for one in chosen]
-    else:
-        chosen = task.encode([rows[place] for place in _drawn(len(rows), config, draw)], tokenizer)
-        found = [_cut(one, length, config.model.kind) for one in chosen[: config.calibration.samples]]
+    with _named_for(config):
+        rows = task.rows("train")
+        if task.kind == RUNNING_TEXT:
+            windows = _windows(task, rows, tokenizer, length, kind)
+            found = [windows[place] for place in _drawn(len(windows), config, draw)]
+        else:
+            chosen = task.encode([rows[place] for place in _drawn(len(rows), config, draw)], tokenizer)
+            found = [_cut(one, length, kind) for one in chosen[: config.calibration.samples]]
     found = [one for one in found if len(one["input_ids"]) > 1]
     if not found:
-        raise UserError("calibration.length: no sample has two tokens; raise it, or give other text")
+        raise UserError(
+            f"calibration.length={config.calibration.length}: no sample has two tokens; raise it, or give other text"
+        )
     return found
 
 
@@ -139,13 +167,22 @@ def _cut(features: Features, length: int, kind: str) -> Features:
     return {name: features[name][:length] for name in names}
 
 
-def _window(ids: Sequence[int], length: int, kind: str, tokenizer: PreTrainedTokenizerBase) -> Features:
-    """A window of running text as the model reads a text: encoders between their special tokens."""
-    if kind == "causal":
-        return {"input_ids": list(ids[:length])}
-    before, after = _special(tokenizer)
-    window = [*before, *ids[: max(length - len(before) - len(after), 1)], *after][:length]
-    return {"input_ids": window} | ({"labels": window} if kind == "seq2seq" else {})
+def _windows(
+    task: Task, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, length: int, kind: str
+) -> list[Features]:
+    """The windows of a text as the model reads a text: encoders each between their special tokens."""
+    before, after = ([], []) if kind == "causal" else _special(tokenizer)
+    size = length - len(before) - len(after)
+    if size < 1:
+        raise UserError(f"calibration.length={length}: leaves no token between a text's special tokens; raise it")
+    config: Any = dataclasses.replace(task.config, block_size=max(size, 2))  # type: ignore[call-arg]
+    parts = [list(one["input_ids"]) for one in load_task(config).encode(rows, tokenizer)]
+    if parts[0][: len(before)] == before:  # those of the whole text
+        parts[0] = parts[0][len(before) :]
+    if after and parts[-1][-len(after) :] == after:
+        parts[-1] = parts[-1][: -len(after)]
+    windows = [[*before, *part[:size], *after] for part in parts if part]
+    return [{"input_ids": window} | ({"labels": window} if kind == "seq2seq" else {}) for window in windows]
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,19 +51,25 @@ class Moment:
     def __init__(self, kind: str, width: int, device: torch.device) -> None:
         self.kind, self.tokens = kind, 0
         shape = (width, width) if kind == "full" else (width,)
-        self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add x x' of every row x of `inputs`, (tokens, in)."""
         for some in inputs.split(CHUNK):
             x = some.to(torch.float32)
-            self._sum += x.T @ x if self.kind == "full" else x.square().sum(dim=0)
+            self.sum += x.T @ x if self.kind == "full" else x.square().sum(dim=0)
         self.tokens += len(inputs)
 
-    def mean(self) -> torch.Tensor:
-        """Return the mean over tokens, float32, exactly symmetric."""
-        mean = (self._sum / self.tokens).to(torch.float32)
-        return mean if self.kind == "diagonal" else mean.triu() + mean.triu(1).T
+
+def mean_of(moments: Sequence[Moment]) -> Statistics:
+    """Return the mean over the tokens of all these, float32, exactly symmetric."""
+    tokens = sum(moment.tokens for moment in moments)
+    mean = (functools.reduce(torch.add, (moment.sum for moment in moments)) / tokens).to(torch.float32)
+    return Statistics(mean if mean.ndim == 1 else mean.triu() + mean.triu(1).T, tokens)
+
+
+_Read = tuple[str, int]
+"""An input by the first layer that reads it, and how many that layer has read before in the same batch."""
 
 
 class Collector:
@@ -73,9 +80,10 @@ class Collector:
         if kind not in KINDS:
             raise UserError(f"kind={kind}: unknown; choose {' or '.join(KINDS)}")
         self.kind, self._modules = kind, modules
-        self._leaders: dict[str, str] = {}
-        self._moments: dict[str, Moment] = {}
-        self._seen: dict[int, tuple[torch.Tensor, str]] = {}
+        self._reads: dict[str, list[_Read]] = {}
+        self._moments: dict[_Read, Moment] = {}
+        self._seen: dict[int, tuple[torch.Tensor, _Read]] = {}
+        self._calls: Counter[str] = Counter()
         self._mask: torch.Tensor | None = None
 
     @contextmanager
@@ -93,25 +101,30 @@ class Collector:
     def next_batch(self, mask: torch.Tensor | None = None) -> None:
         """Begin a batch. `mask` (batch, length) is 0 for padding, which is not counted; None: there is none."""
         self._seen.clear()
+        self._calls.clear()
         self._mask = mask if mask is not None and not bool(mask.all()) else None
 
     def _read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs["input"]
         # The reference keeps the tensor alive, so that no later one has its id.
-        _, leader = self._seen.setdefault(id(inputs), (inputs, name))
-        if self._leaders.setdefault(name, leader) != leader:
-            raise UserError(f"{name}: shares its input with other layers in one batch than in another; "
+        _, read = self._seen.setdefault(id(inputs), (inputs, (name, self._calls[name])))
+        reads, call = self._reads.setdefault(name, []), self._calls[name]
+        self._calls[name] += 1
+        if call == len(reads):
+            reads.append(read)
+        elif reads[call] != read:
+            raise UserError(f"{name}: shares its input with different layers in different batches; "
                             "collect from it alone")  # fmt: skip
-        if leader != name:
+        if read != (name, call):
             return
         rows = self._counted(name, inputs.detach())
         if not bool(torch.isfinite(rows).all()):
             raise UserError(
                 f"{name}: its inputs are NaN or infinite on the calibration text; use float32, or other text"
             )
-        moment = self._moments.get(name)
+        moment = self._moments.get(read)
         if moment is None:
-            moment = self._moments[name] = Moment(self.kind, rows.shape[1], rows.device)
+            moment = self._moments[read] = Moment(self.kind, rows.shape[1], rows.device)
         moment.add(rows)
 
     def _counted(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
@@ -128,11 +141,19 @@ class Collector:
 
         Raises UserError if a layer has read nothing.
         """
-        if unread := [name for name in self._modules if name not in self._leaders]:
+        if unread := [name for name in self._modules if name not in self._reads]:
             raise UserError(f"{unread[0]}: has read no calibration text ({len(unread)} such layers); "
                             "give text that reaches it, or name the other layers in `modules`")  # fmt: skip
-        found = {name: Statistics(moment.mean(), moment.tokens) for name, moment in self._moments.items()}
-        return {name: found[self._leaders[name]] for name in self._modules}
+        found: dict[tuple[_Read, ...], Statistics] = {}
+        for name in self._modules:
+            reads = tuple(self._reads[name])
+            if reads in found:
+                continue
+            found[reads] = mean_of([self._moments[read] for read in reads])
+            if not bool(torch.isfinite(found[reads].hessian).all()):
+                raise UserError(f"{name}: the squares of its inputs are too large for float32, or it has read no token that "
+                                "counts; give other text")  # fmt: skip
+        return {name: found[tuple(self._reads[name])] for name in self._modules}
 
 
 @torch.no_grad()
@@ -144,7 +165,8 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """Return the second moment H = E[x x'] of the inputs of linear layers over text, for `loftq_init(..., hessian=H)`.
 
-    All H are in memory at once: 8 n^2 bytes while collecting, 4 n^2 afterwards, for each distinct input of width n.
+    All H are in memory at once: 8 n^2 bytes while collecting, 4 n^2 afterwards, for each distinct input of width n. So are the
+    inputs of all layers over one batch.
 
     Args:
         model: in memory, on any device. It is set to evaluation while it reads; its parameters are not changed.

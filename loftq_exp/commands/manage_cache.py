@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from loftq_exp.calibration.cache import StatisticsCache, check_file, describe_file
 from loftq_exp.commands import manage_inits
 from loftq_exp.commands.terminal import OneLineParser, count, exit_code, megabytes, quiet_libraries, say
 from loftq_exp.config import local_path
@@ -27,6 +28,7 @@ from loftq_exp.schemes import variation
 from loftq_exp.source.digests import FileDigests
 
 DEFAULT_FOLDER = "outputs/cache"
+STATISTICS_COLUMNS = ("statistics", "layers", "inputs", "H", "tokens", "MB", "last used")
 COLUMNS = ("entry", "shape", "quantizer", "rank", "steps", "solver", "error", "MB", "last used")
 
 
@@ -63,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--cache-dir", default=argparse.SUPPRESS, help=f"cache_dir of the runs (default: {DEFAULT_FOLDER})"
     )
-    about = "Lists, sizes, verifies and prunes the cache of decompositions. Safe while jobs run."
+    about = (
+        "Lists, sizes, verifies and prunes the cache of decompositions and calibration statistics. Safe while jobs run."
+    )
     parser = OneLineParser(prog="python -m loftq_exp.cache", description=about, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="list|size|verify|prune|inits")
     listing = commands.add_parser("list", parents=[common], help="list every entry with its content, last used first")
@@ -77,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--drop", action="store_true", help="remove damaged entries, which are recomputed on use")
     verify.set_defaults(command=_verify)
-    about = "Removes decompositions and incomplete files of killed processes. Converted models are kept."
+    about = "Removes decompositions, calibration statistics and incomplete files of killed processes. Converted models are kept."
     prune = commands.add_parser("prune", parents=[common], help="remove entries", description=about)
     which = prune.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every entry")
@@ -104,13 +108,24 @@ def _amount(text: str) -> float:
 
 def _list(folder: Path, options: argparse.Namespace) -> int:
     """Print a row for each entry, last used first. Contents are checked only by `verify`."""
-    files = sorted(_entries(folder), key=lambda file: (-file.used, file.path))
-    rows = [row for file in files if (row := _row(file)) is not None]
+    rows = [row for file in _last_used_first(_decompositions(folder)) if (row := _row(file)) is not None]
     if rows:
         print_table(f"{folder}: {count(rows, 'decomposition')}", COLUMNS, rows)
     else:
         say(f"{folder}: no decompositions")
+    rows = [row for file in _last_used_first(_statistics(folder)) if (row := _statistics_row(file)) is not None]
+    if rows:
+        print_table(f"{folder}: {_files_of(rows)}", STATISTICS_COLUMNS, rows)
     return 0
+
+
+def _last_used_first(files: Sequence[_File]) -> list[_File]:
+    return sorted(files, key=lambda file: (-file.used, file.path))
+
+
+def _files_of(files: Sequence[object]) -> str:
+    """The number of files of calibration statistics, in words."""
+    return f"{count(files, 'file')} of calibration statistics"
 
 
 def _row(file: _File) -> list[str] | None:
@@ -130,6 +145,28 @@ def _row(file: _File) -> list[str] | None:
             str(len(entry["errors"]) - 1), recipe.get("solver", "-"), error, size, used]  # fmt: skip
 
 
+def _statistics_row(file: _File) -> list[str] | None:
+    """Return the row of a block's statistics, in the order of STATISTICS_COLUMNS. None if the file was removed meanwhile."""
+    size, used = f"{file.bytes / 1e6:.1f}", datetime.fromtimestamp(file.used).isoformat(" ", "minutes")
+    name = file.path.stem[:12]
+    try:
+        entry = describe_file(file.path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return [name, "damaged", "", "", "", size, used]
+    inputs = len(set(entry["modules"].values()))
+    return [
+        name,
+        str(len(entry["modules"])),
+        str(inputs),
+        entry["kind"],
+        str(max(entry["tokens"].values())),
+        size,
+        used,
+    ]
+
+
 def _quantizer(identity: dict[str, Any] | None) -> str:
     """Return a short description of a quantizer. Entries of older versions do not record it."""
     if identity is None:
@@ -139,11 +176,13 @@ def _quantizer(identity: dict[str, Any] | None) -> str:
 
 
 def _size(folder: Path, options: argparse.Namespace) -> int:
-    """Print number and bytes of the decompositions, the converted models and incomplete files of killed processes."""
-    entries, leftovers = _entries(folder), _leftovers(folder)
+    """Print number and bytes of the entries, the converted models and incomplete files of killed processes, by kind."""
+    entries, statistics, leftovers = _decompositions(folder), _statistics(folder), _leftovers(folder)
     models = [path for path in sorted((folder / "models").glob("[!.]*")) if path.is_dir()]
     stored = [file for model in models for file in _looked_at(path for path in model.rglob("*") if path.is_file())]
     say(f"{count(entries, 'decomposition')}, {megabytes(entries)}")
+    if statistics:
+        say(f"{_files_of(statistics)}, {megabytes(statistics)}")
     say(f"{count(models, 'converted model')}, {megabytes(stored)}")
     if leftovers:
         left = count(leftovers, "incomplete file")
@@ -156,20 +195,22 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
 
     Returns 1 if there is one, dropped or not.
     """
-    files, digests = _entries(folder), FileDigests(folder)
+    files, statistics, digests = _decompositions(folder), _statistics(folder), FileDigests(folder)
+    checks: list[tuple[_File, Callable[[Path], object]]] = [(file, read_entry) for file in files]
+    checks += [(file, check_file) for file in statistics]
     damaged: list[_File] = []
     with progress("verify") as advance:
-        for done, file in enumerate(files, 1):
+        for done, (file, check) in enumerate(checks, 1):
             try:
-                read_entry(file.path)
+                check(file.path)
             except FileNotFoundError:
                 pass  # removed by another process meanwhile
             except OSError as error:
                 raise UserError(f"{file.path}: cannot be read ({error.strerror}); ask its owner") from None
-            except DamagedEntry as damage:
+            except (DamagedEntry, ValueError) as damage:
                 damaged.append(file)
                 say(f"damaged: {file.path} ({damage})")
-            advance(done, len(files), f"{len(damaged)} damaged")
+            advance(done, len(checks), f"{len(damaged)} damaged")
     remembered = list(digests.entries())
     wrong = []
     for entry in remembered:
@@ -179,7 +220,10 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
     if options.drop:
         _remove([*damaged, *_looked_at(wrong)])
     fate = "dropped" if options.drop else "verify --drop removes them"
-    say(f"{count(files, 'decomposition')}, {len(damaged)} damaged{f' ({fate})' if damaged else ''}")
+    for all_of, named in ((files, count(files, "decomposition")), (statistics, _files_of(statistics))):
+        of_these = [file for file in all_of if file in damaged]
+        if all_of or all_of is files:
+            say(f"{named}, {len(of_these)} damaged{f' ({fate})' if of_these else ''}")
     if remembered:
         say(f"{count(remembered, 'remembered digest')}, {len(wrong)} wrong{f' ({fate})' if wrong else ''}")
     return 1 if damaged or wrong else 0
@@ -203,20 +247,37 @@ def _prune(folder: Path, options: argparse.Namespace) -> int:
     _remove(going)
     _remove(leftovers)
     staying = entries[len(going) :]
-    half = f" and {count(leftovers, 'incomplete file')}" if leftovers else ""
-    say(f"removed {count(going, 'decomposition')}{half}, {megabytes([*going, *leftovers])}; "
+    decompositions, statistics = (
+        [file for file in going if _is_statistics(folder, file) is kind] for kind in (False, True)
+    )
+    removed = [count(decompositions, "decomposition"), *([_files_of(statistics)] if statistics else [])]
+    removed += [count(leftovers, "incomplete file")] if leftovers else []
+    say(f"removed {' and '.join(removed)}, {megabytes([*going, *leftovers])}; "
          f"{len(staying)} remain, {megabytes(staying)}")  # fmt: skip
     return 0
 
 
 def _entries(folder: Path) -> list[_File]:
-    """Return the decompositions in the cache."""
+    """Return everything in the cache that is computed again when it is missing."""
+    return [*_decompositions(folder), *_statistics(folder)]
+
+
+def _decompositions(folder: Path) -> list[_File]:
     return _looked_at(DecompositionCache(folder).entries())
+
+
+def _statistics(folder: Path) -> list[_File]:
+    """Return the files of calibration statistics, one per block."""
+    return _looked_at(StatisticsCache(folder).entries())
+
+
+def _is_statistics(folder: Path, file: _File) -> bool:
+    return file.path.is_relative_to(StatisticsCache(folder).folder)
 
 
 def _leftovers(folder: Path) -> list[_File]:
     """Return the incomplete files of killed processes."""
-    return _looked_at(DecompositionCache(folder).leftovers())
+    return _looked_at([*DecompositionCache(folder).leftovers(), *StatisticsCache(folder).leftovers()])
 
 
 def _looked_at(paths: Iterable[Path]) -> list[_File]:

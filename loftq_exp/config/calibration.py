@@ -48,10 +48,9 @@ class CalibrationConfig:
             raise UserError(
                 f"calibration.file={self.file}: calibration.dataset={self.dataset} is given too; leave one of them out"
             )
-        if self.dataset_config and not self.dataset:
-            raise UserError(
-                f"calibration.dataset_config={self.dataset_config}: no data set is named; give calibration.dataset=HUB_ID"
-            )
+        for name, value, default in (("dataset_config", self.dataset_config, None), ("split", self.split, "train")):
+            if value != default and not self.dataset:
+                raise UserError(f"calibration.{name}={value}: no data set is named; give calibration.dataset=HUB_ID")
         if self.file and self.task and self.is_text and self.task != RUNNING_TEXT:
             raise UserError(f"calibration.file={self.file}: task {self.task} does not read running text; "
                             f"leave calibration.task out, or give a .jsonl file")  # fmt: skip

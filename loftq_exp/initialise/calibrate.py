@@ -39,12 +39,12 @@ class Calibration:
         self._metrics: OrderedDict[str, Metric] = OrderedDict()
         self._lock = threading.Lock()
         self.tokens = 0
-        """Tokens that the statistics are of."""
+        """Tokens that the statistics are of, the most of any layer."""
 
     def add(self, stored: StoredStatistics) -> None:
         """Add the statistics of a block."""
         self._stored |= dict.fromkeys(stored.tensors, stored)
-        self.tokens = max(self.tokens, stored.tokens)
+        self.tokens = max(self.tokens, *stored.tokens.values())
 
     def digest(self, module: str) -> str:
         """The digest of the statistics of a module's inputs, for cache keys."""

@@ -13,7 +13,7 @@ from loftq_exp.loftq.alternation import Alternation, Decomposition, unit_of
 from loftq_exp.loftq.calibrated import CalibratedAlternation
 from loftq_exp.loftq.lowrank import check_svd_settings, truncated_svd
 from loftq_exp.loftq.memory import Workspace
-from loftq_exp.loftq.metric import Metric, check_metric
+from loftq_exp.loftq.metric import Metric, check_metric, metric_of
 from loftq_exp.loftq.pieces import in_thread_pool
 from loftq_exp.loftq.quantizer import Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
@@ -174,6 +174,8 @@ def loftq_init(
     alpha: float | None = ...,
     solver: str = ...,
     seed: int = ...,
+    hessian: torch.Tensor | None = ...,
+    rounding: str = ...,
     return_errors: Literal[False] = ...,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
@@ -192,6 +194,8 @@ def loftq_init(
     alpha: float | None = ...,
     solver: str = ...,
     seed: int = ...,
+    hessian: torch.Tensor | None = ...,
+    rounding: str = ...,
     return_errors: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, ...]]: ...
 
@@ -210,6 +214,8 @@ def loftq_init(
     alpha: float | None = None,
     solver: str = "randomized",
     seed: int = 0,
+    hessian: torch.Tensor | None = None,
+    rounding: str = "nearest",
     return_errors: bool = False,
 ) -> (
     tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, ...]]
@@ -240,8 +246,12 @@ def loftq_init(
         alpha: LoRA's alpha; None: the rank, that is s = 1.
         solver: `randomized` or `exact` (a full SVD), see `truncated_svd`.
         seed: seed of A if num_iter is 0; otherwise without effect.
-        return_errors: whether to return the relative errors ||W - Q - s B A|| / ||W|| as a fourth result: of quantization
-            alone, then after each step.
+        hessian: H = E[x x'] of the layer's inputs x, (in, in) or its diagonal (in,), on any device, see `collect_statistics`.
+            The norm is then that of the layer's outputs, ||D||_H = sqrt(tr(D H D')), with H damped as in `metric_of`.
+        rounding: `nearest`, or `gptq` with a hessian.
+        return_errors: whether to return the relative errors ||W - Q - s B A||_F / ||W||_F as a fourth result: of quantization
+            alone, then after each step. With a hessian too, they are the weight's. The output's relative error is
+            sqrt(tr(D H D') / tr(W H W')) for D = W - Q - s B A.
 
     Returns:
         (dequantized_weight, lora_A, lora_B): Q (out, in) in the weight's type and on its device, A (r, in) and
@@ -249,14 +259,19 @@ def loftq_init(
         fitted to the rounded Q that is returned.
 
     Raises:
-        UserError: if the weight is not a finite floating-point matrix, or a setting is unknown or out of range.
+        UserError: if the weight is not a finite floating-point matrix, the hessian is no second moment of its inputs, or a
+            setting is unknown or out of range.
     """
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"alpha={alpha}: not a positive number; choose one, or None for the rank")
     quantizer_type = "int" if (quant_type, num_bits) == ("nf", 8) else quant_type
     scale_dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else torch.float32
     quantizer = make_quantizer(quantizer_type, num_bits, block_size, scale_dtype, levels=levels, scale=scale)
-    result = decompose(weight, quantizer, reduced_rank, num_iter, solver, measure=return_errors)
+    metric = None if hessian is None else metric_of(hessian.to(weight.device))
+    measure = return_errors or not quantizer.published  # the step of least error is returned
+    result = decompose(
+        weight, quantizer, reduced_rank, num_iter, solver, measure=measure, metric=metric, rounding=rounding
+    )
     if num_iter == 0:
         lora_A, lora_B = kaiming_uniform_A(result.lora_A.shape, seed).to(weight.device), result.lora_B
     else:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from filelock import FileLock
 
+from loftq_exp.calibration.cache import StatisticsCache
+from loftq_exp.calibration.statistics import Statistics
 from loftq_exp.commands import manage_cache as command
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Recipe, weight_digest
 from loftq_exp.loftq import decompose, make_quantizer
@@ -273,6 +275,88 @@ def test_as_a_module(tmp_path: Path, entries: dict[str, Path]) -> None:
     result = subprocess.run(call, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (1, "")
     assert "3 decompositions, 1 damaged" in result.stdout
+
+
+# Calibration statistics ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> dict[str, Path]:
+    """The statistics of two blocks beside one decomposition, used four, five and one days ago."""
+    cache, width = StatisticsCache(tmp_path), 12
+    shared, other = Statistics(torch.eye(width), 40), Statistics(torch.eye(2 * width), 40)
+    found = {
+        "full": cache.put("aa0", {"q": shared, "k": shared, "o": other}).path,
+        "diagonal": cache.put("bb1", {"q": Statistics(torch.ones(width), 7)}).path,
+        "nf4": put(DecompositionCache(tmp_path), RECIPES["nf4"]),
+    }
+    for path, days in zip(found.values(), (4, 5, 1), strict=True):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+    return found
+
+
+def test_statistics_are_listed_and_sized(
+    tmp_path: Path, blocks: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "list") == 0
+    out = capsys.readouterr().out
+    assert ": 1 decomposition" in out
+    titles = " ".join(out.split())  # a narrow table's title has several lines
+    assert "2 files of calibration statistics" in titles
+    assert re.search(r"aa0\W+3\W+2\W+full\W+40\W", out)
+    assert re.search(r"bb1\W+1\W+1\W+diagonal\W+7\W", out)
+    assert out.index("aa0") < out.index("bb1"), "last used first"
+    assert run(tmp_path, "size") == 0
+    megabytes = sum(blocks[name].stat().st_size for name in ("full", "diagonal")) / 1e6
+    assert f"\n2 files of calibration statistics, {megabytes:.1f} MB\n" in capsys.readouterr().out
+    blocks["full"].write_bytes(b"")
+    assert run(tmp_path, "list") == 0
+    assert re.search(r"aa0\W+damaged", capsys.readouterr().out)
+
+
+def test_statistics_are_verified(tmp_path: Path, blocks: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "verify") == 0
+    assert capsys.readouterr().out.endswith(
+        "1 decomposition, 0 damaged\n2 files of calibration statistics, 0 damaged\n"
+    )
+    raw = bytearray(blocks["full"].read_bytes())
+    raw[-1] ^= 1
+    blocks["full"].write_bytes(raw)
+    assert run(tmp_path, "verify") == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"damaged: {blocks['full']} (its checksum differs)\n")
+    assert (
+        "1 decomposition, 0 damaged\n2 files of calibration statistics, 1 damaged (verify --drop removes them)" in out
+    )
+    assert run(tmp_path, "verify", "--drop") == 1
+    assert kept(blocks) == {"diagonal", "nf4"}
+    assert run(tmp_path, "verify") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "staying", "told"),
+    [
+        (["--all"], set(), "removed 1 decomposition and 2 files of calibration statistics, 0.0 MB; 0 remain, 0.0 MB"),
+        (["--older-than", "2"], {"nf4"}, "removed 0 decompositions and 2 files of calibration statistics, "),
+        (["--older-than", "4.5"], {"nf4", "full"}, "removed 0 decompositions and 1 file of calibration statistics, "),
+        (["--max-gb", "1"], {"nf4", "full", "diagonal"}, "removed 0 decompositions, 0.0 MB; 3 remain, 0.0 MB"),
+    ],
+)
+def test_statistics_are_pruned_by_their_last_use(
+    tmp_path: Path, blocks: dict[str, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], staying: set[str],
+    told: str,
+) -> None:  # fmt: skip
+    assert run(tmp_path, "prune", *arguments) == 0
+    assert told in capsys.readouterr().out
+    assert kept(blocks) == staying
+
+
+def test_incomplete_statistics_of_killed_processes_go(tmp_path: Path, blocks: dict[str, Path], leftover: Path) -> None:
+    half = blocks["full"].with_name(leftover.name)
+    half.write_bytes(b"half")
+    assert run(tmp_path, "prune", "--older-than", "30") == 0
+    assert not half.exists()
+    assert kept(blocks) == {*blocks}
 
 
 # Initialisations ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def mapping(settings: dict[str, Any]) -> dict[str, Any]:
     values = {name: dict(group) for name, group in BASE.items()}
     for name, value in settings.items():
         group, _, last = name.rpartition(".")
-        (values[group] if group else values)[last] = value
+        (values.setdefault(group, {}) if group else values)[last] = value
     return values
 
 
@@ -154,6 +154,15 @@ def test_how_bits_are_given_to_weights(settings: dict[str, Any], rule: str, widt
     ({"levels": "optimal", "type": "uniform"}, "quant.levels=optimal: type uniform does not use these levels"),
     ({"method": "off-the-shelf", "iter": 0, "scale": "search"}, "quant.scale=search: off-the-shelf takes a checkpoint as it"),
     ({"method": "off-the-shelf", "iter": 0, "levels": "optimal"}, "quant.levels=optimal: off-the-shelf takes a checkpoint"),
+    ({"calibration": "half"}, "quant.calibration=half: not a choice"), ({"rounding": "down"}, "quant.rounding=down: not a choice"),
+    ({"order": "reverse"}, "quant.order=reverse: not a choice"), ({"polish_steps": -1}, "quant.polish_steps=-1: "),
+    ({"method": "off-the-shelf", "iter": 0, "calibration": "full"}, "quant.calibration=full: off-the-shelf quantizes no weight"),
+    ({"method": "lora", "type": "none", "bits": 16, "iter": 0, "calibration": "full"}, "quant.calibration=full: lora quantizes no"),
+    ({"method": "lora", "type": "none", "bits": 16, "iter": 0, "polish_steps": 1}, "quant.polish_steps=1: lora has no"),
+    ({"rounding": "gptq"}, "quant.rounding=gptq: needs all of H, and quant.calibration=none; add quant.calibration=full"),
+    ({"rounding": "gptq", "calibration": "diagonal"}, "quant.rounding=gptq: needs all of H, and quant.calibration=diagonal; add"),
+    ({"rounding": "gptq", "calibration": "full", "type": "int", "bits": 8}, "quant.rounding=gptq: type int has no levels per"),
+    ({"order": "sequential"}, "quant.order=sequential: nothing is calibrated; add quant.calibration=full"),
     ({"method": "off-the-shelf", "iter": 0, "allocation": "paper"}, "quant.allocation=paper: off-the-shelf takes"),
     ({"method": "off-the-shelf", "iter": 0, "bits_per_layer": {"*": 4}}, "quant.bits_per_layer={'*': 4}: off-the-shelf takes"),
 ])  # fmt: skip
@@ -172,6 +181,7 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
     later = {"double", "allocation", "bits_per_layer", "rank_choices", "scale", "levels"}
+    later |= {"calibration", "rounding", "order", "polish_steps"}
     assert not later & {name.rpartition(".")[2] for name in shaping(config(), INITIALISATION)}
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
@@ -181,6 +191,29 @@ def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None
     ]  # fmt: skip
     folders = {run_dir({f"quant.{name}": value for name, value in change.items()}) for change in changes}
     assert len(folders) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"file": "a.txt", "dataset": "me/a"},
+            "calibration.file=a.txt: calibration.dataset=me/a is given too; leave one",
+        ),
+        (
+            {"dataset_config": "raw"},
+            "calibration.dataset_config=raw: no data set is named; give calibration.dataset=HUB_ID",
+        ),
+        (
+            {"split": "validation"},
+            "calibration.split=validation: no data set is named; give calibration.dataset=HUB_ID",
+        ),
+        ({"file": "A.TXT", "task": "gsm8k"}, "calibration.file=A.TXT: task gsm8k does not read running text; leave"),
+        ({"sample": 3}, "calibration.sample: there is no such setting"),
+    ],
+)
+def test_calibration_text_that_does_not_go_together_is_refused(settings: dict[str, Any], message: str) -> None:
+    assert refused({f"calibration.{name}": value for name, value in settings.items()}).startswith(message)
 
 
 def test_five_bits_with_nf_says_what_to_do() -> None:
