@@ -100,7 +100,9 @@ def test_a_seed_keeps_its_problems() -> None:
     }
 
 
-@pytest.mark.parametrize(("problems", "digest"), [("several-steps", "e7d8ad7d2201a79c"), ("one-step", "055cc2463198e6b7")])
+@pytest.mark.parametrize(
+    ("problems", "digest"), [("several-steps", "e7d8ad7d2201a79c"), ("one-step", "055cc2463198e6b7")]
+)
 def test_measured_results_depend_on_these_bytes(problems: str, digest: str) -> None:
     rows = list(islice(generate("train", 0, PROBLEMS[problems]), 200))
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == digest
