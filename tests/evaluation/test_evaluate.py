@@ -131,7 +131,9 @@ def test_the_head_gets_contiguous_states(model: LlamaForCausalLM, tiny_tokenizer
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.append((args[0].is_contiguous(), args[0].shape[1])))
     evaluation = scored(model, tiny_tokenizer)
     assert all(contiguous for contiguous, _ in seen)
-    assert [positions for _, positions in seen].count(1) == len(seen) - 3  # three batches of likelihoods, then generation
+    assert [positions for _, positions in seen].count(1) == len(
+        seen
+    ) - 3  # three batches of likelihoods, then generation
     assert evaluation.tokens_generated > len(ROWS)
 
 
