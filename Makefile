@@ -8,7 +8,7 @@ LIMIT ?=
 LIMITED = $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench docs tables experiments \
+.PHONY: help setup demo demo-results test test-all lint format bench docs tables experiments \
 	reproduce-gsm8k reproduce-glue reproduce-summarization reproduce-wikitext clean
 
 help: ## this list
@@ -21,8 +21,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## LoRA-16, QLoRA and LoftQ on a small real model: one table, one plot (minutes, after the downloads)
-	$(BIN)/python -m loftq_exp -m experiment=demo-lora,demo-qlora,demo-loftq
+demo: $(STAMP) ## LoRA-16, QLoRA, LoftQ and calibrated LoftQ on a small real model: one table, one plot (minutes, after the downloads)
+	$(BIN)/python -m loftq_exp -m experiment=demo-lora,demo-qlora,demo-loftq,demo-calibrated
+
+demo-results: $(STAMP) ## write the numbers and the picture of the last make demo into README.md and docs/
+	$(BIN)/python scripts/demo_results.py
+	$(BIN)/python scripts/result_tables.py
 
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest -q

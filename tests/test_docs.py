@@ -6,9 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import demo_results
 import pytest
 import regions
 import result_tables
+
+from loftq_exp import compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,6 +100,38 @@ def test_a_table_is_written_from_its_rows(tmp_path: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(ValueError, match="two: 0 rows of one are"):
         result_tables.table("two")
+
+
+def demo_run(folder: Path, name: str, *overrides: str) -> None:
+    """Write the metrics of a run of a demo into `folder`."""
+    config = compose([f"experiment=demo-{name}", *overrides]).to_dict()
+    metrics: dict[str, object] = dict.fromkeys(("published", "backbone_bytes", "adapter_bytes"), 0)
+    metrics |= {"label": name, "config": config, "table": [], "losses": [[1, 2.0]], "provenance": {}}
+    metrics |= {"scores": {"nll": 0.5, "accuracy": 0.71875}, "init": {"bits_per_weight": 2.25, "mean_error": 0.4}}
+    metrics["seconds"] = {"quantize": 1.0, "finetune": 2.0, "evaluate": 3.0}
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics, default=str))
+
+
+def test_the_demos_table_is_made_of_their_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qlora", "calibrated", "lora", "loftq"):
+        demo_run(tmp_path / name, name, f"output_dir={tmp_path}")
+    demo_run(tmp_path / "other", "lora", "train.learning_rate=1")  # not a demo's settings
+    monkeypatch.setattr("sys.argv", ["demo_results.py", str(tmp_path)])
+    monkeypatch.setattr(demo_results, "TABLE", tmp_path / "demo.json")
+    monkeypatch.setattr(demo_results, "PICTURE", tmp_path / "losses.png")
+    demo_results.main()
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
+    assert result_tables.table("demo").splitlines()[2::3] == [
+        "| LoRA 16-bit | 2.25 | 0.4000 | 0.5000 | 71.9% | 1 s | 2 s | 3 s |",
+        "| calibrated LoftQ, 2 bits, 5 steps | 2.25 | 0.4000 | 0.5000 | 71.9% | 1 s | 2 s | 3 s |",
+    ]
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+    (tmp_path / "loftq" / "metrics.json").unlink()
+    with pytest.raises(
+        SystemExit, match=r"^demo-loftq: 0 scored runs in .* have its settings, there must be 1: run make demo"
+    ):
+        demo_results.main()
 
 
 def test_a_region_is_filled_once_and_only_once() -> None:

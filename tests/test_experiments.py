@@ -24,6 +24,7 @@ from loftq_exp.tasks.arithmetic import generate
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((conf_dir() / "experiment").rglob("*.yaml"))
+DEMOS = ("lora", "qlora", "loftq", "calibrated")
 ROWS = [path.stem for path in FILES if not path.stem.startswith("demo-")]
 COMMAND = "# python -m loftq_exp "
 MODELS = {"llama-2-7b": "Llama-2-7b-hf", "llama-2-13b": "Llama-2-13b-hf", "llama-3-8b": "Meta-Llama-3-8B",
@@ -48,7 +49,7 @@ def runs() -> dict[str, RunConfig]:
 
 
 def test_there_are_experiments_and_they_lie_flat() -> None:
-    assert {path.stem for path in FILES} >= {"demo-lora", "demo-qlora", "demo-loftq"}
+    assert {path.stem for path in FILES} >= {f"demo-{name}" for name in DEMOS}
     assert {path.parent.name for path in FILES} == {"experiment"}
 
 
@@ -156,12 +157,12 @@ def test_an_experiment_beats_the_defaults_and_the_command_line_beats_it(runs: di
 
 def test_the_demos_differ_in_nothing_but_the_method(runs: dict[str, RunConfig]) -> None:
     """Their table compares methods, so model, data, rank and training must be the same."""
-    demos = [runs[f"demo-{name}"] for name in ("lora", "qlora", "loftq")]
-    assert [demo.quant.method for demo in demos] == ["lora", "qlora", "loftq"]
+    demos = [runs[f"demo-{name}"] for name in DEMOS]
+    assert [demo.quant.method for demo in demos] == ["lora", "qlora", "loftq", "loftq"]
     assert len({demo.quant.rank for demo in demos}) == len({demo.quant.lora_alpha for demo in demos}) == 1
-    for group in ("model", "task", "train", "seed"):
-        assert demos[0].to_dict()[group] == demos[1].to_dict()[group] == demos[2].to_dict()[group]
-    assert (demos[1].quant.type, demos[1].quant.bits) == (demos[2].quant.type, demos[2].quant.bits)
+    for group in ("model", "calibration", "task", "train", "seed"):
+        assert all(demo.to_dict()[group] == demos[0].to_dict()[group] for demo in demos)
+    assert {(demo.quant.type, demo.quant.bits) for demo in demos[1:]} == {("nf", 2)}
 
 
 # How they run ---------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
             return [Nll(0.0, 0)] * len(labels)
         first = int(targets[0])  # the first target token of the batch
         # Logits are by far the largest tensor. Position first - 1 predicts token `first`; earlier ones are not needed.
-        kept = labels.shape[1] - first + 1
+        kept = torch.arange(first - 1, labels.shape[1], device=model.device)  # indices: see `_generated`
         logits = model(**_placed(model, batch), use_cache=False, logits_to_keep=kept).logits[:, :-1]
         labels = labels[:, first:]
     likelihoods: list[Nll] = []
@@ -177,6 +177,10 @@ def _generated(
         use_cache=True,
     )
     settings.decoder_start_token_id = _decoder_start(model)
+    if not model.config.is_encoder_decoder:
+        # The last position's logits only. An index gives a contiguous copy of the states. Of the slice that generate() would
+        # take, torch's product copies the frozen head's weight once for each row of the batch: seconds and gigabytes.
+        inputs["logits_to_keep"] = torch.tensor([-1], device=model.device)
     with _without_defaults(model):
         sequences = model.generate(
             **inputs, generation_config=settings, logits_processor=[_RefuseNotFinite(request.num_beams)]

@@ -1,4 +1,4 @@
-"""Word problems of two or three steps in GSM8K's format, generated from a seed. Small enough for a demo on a laptop."""
+"""Word problems of one to three steps in GSM8K's format, generated from a seed. Small enough for a demo on a laptop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loftq_exp.config.schema import ADAPTER, SCORES, setting
@@ -100,6 +100,49 @@ TEMPLATES = (
         ("d = a + a {item} together", "e = d / b {item} a row", "f = e - c {item} left"),
     ),
 )
+ONE_STEP = (
+    Template(
+        "{name} has {a} {item}. {friend} gives {name} {b} more. How many {item} does {name} have now?",
+        {"a": (1, 12), "b": (1, 12)},
+        ("c = a + b {item} now",),
+    ),
+    Template(
+        "There are {a} {item} in a box and {b} {item} in a bag. How many {item} are there in all?",
+        {"a": (1, 12), "b": (1, 12)},
+        ("c = a + b {item} in all",),
+    ),
+    Template(
+        "{name} buys {a} {item} and {friend} buys {b}. How many {item} do they buy together?",
+        {"a": (1, 12), "b": (1, 12)},
+        ("c = a + b {item} together",),
+    ),
+    Template(
+        "{name} has {a} {item} and gives {b} of them to {friend}. How many {item} does {name} have left?",
+        {"a": (3, 20), "b": (1, 12)},
+        ("c = a - b {item} left",),
+    ),
+    Template(
+        "{name} had {a} {item} and lost {b}. How many {item} are left?",
+        {"a": (3, 20), "b": (1, 12)},
+        ("c = a - b {item} left",),
+    ),
+    Template(
+        "{name} needs {a} {item} and has {b}. How many more {item} does {name} need?",
+        {"a": (3, 20), "b": (1, 12)},
+        ("c = a - b {item} more",),
+    ),
+    Template(
+        "{name} buys {a} boxes with {b} {item} each. How many {item} does {name} buy?",
+        {"a": (2, 9), "b": (2, 9)},
+        ("c = a x b {item} in all",),
+    ),
+    Template(
+        "{name} finds {a} {item} a day for {b} days. How many {item} does {name} find?",
+        {"a": (2, 9), "b": (2, 9)},
+        ("c = a x b {item} in all",),
+    ),
+)
+PROBLEMS = {"several-steps": TEMPLATES, "one-step": ONE_STEP}
 
 
 @dataclass(frozen=True)
@@ -107,13 +150,21 @@ class ArithmeticConfig(PromptConfig):
     """The settings of generated problems."""
 
     data_seed: int = setting("random seed of the generated problems", 0, ge=0, shapes=(), locates=(ADAPTER, SCORES))
+    problems: str = setting(
+        "generated problems: several-steps (two or three, results up to 200), or one-step (numbers up to 20)",
+        "several-steps",
+        choices=tuple(PROBLEMS),
+        shapes=(),
+        locates=(ADAPTER, SCORES),
+        before="several-steps",
+    )
 
 
 class Arithmetic(GSM8K):
     """GSM8K's prompt, target and score on generated problems, or on `task.train_file` and `task.eval_file`.
 
-    The rows of a split depend only on `task.data_seed`. A larger number of rows extends the same sequence. Training and
-    evaluation problems never share a template with the same numbers, whatever the names and seeds.
+    The rows of a split depend only on `task.data_seed` and `task.problems`. A larger number of rows extends the same
+    sequence. Training and evaluation problems never share a template with the same numbers, whatever the names and seeds.
     """
 
     kind = "arithmetic"
@@ -124,11 +175,11 @@ class Arithmetic(GSM8K):
         if not self.generates(split):
             return super().rows(split)
         count = self.limit(split) or DEFAULT_ROWS[split]
-        rows = list(itertools.islice(generate(split, self.config.data_seed), count))
+        rows = list(itertools.islice(generate(split, self.config.data_seed, PROBLEMS[self.config.problems]), count))
         if len(rows) < count:
             raise UserError(
-                f"task.max_{split}_samples={count}: {len(rows)} different problems can be made with task.data_seed="
-                f"{self.config.data_seed}; ask for no more than that"
+                f"task.max_{split}_samples={count}: {len(rows)} different problems can be made with task.problems="
+                f"{self.config.problems} task.data_seed={self.config.data_seed}; ask for no more than that"
             )
         return rows
 
@@ -144,13 +195,13 @@ class Arithmetic(GSM8K):
         return not (source.file or source.dataset)
 
 
-def generate(split: Split, seed: int) -> Iterator[Row]:
+def generate(split: Split, seed: int, templates: Sequence[Template] = TEMPLATES) -> Iterator[Row]:
     """Yield the problems of `split` for `seed`, each once, until no new one is found."""
     rng = random.Random(seed)
     seen: set[str] = set()
     misses = 0
     while misses < _PATIENCE:
-        template = rng.choice(TEMPLATES)
+        template = rng.choice(templates)
         row, numbers = _problem(template, rng)
         misses += 1
         if _split_of(template, numbers) == split and row["question"] not in seen:

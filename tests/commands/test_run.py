@@ -70,7 +70,7 @@ def test_help_is_a_page_for_a_newcomer(cli: Any) -> None:
     assert "Usage: python -m loftq_exp" in outcome.out
     for group in set(command.GROUPS) - {"experiment"}:
         assert f"\n{group}: {', '.join(choices(group))}\n" in outcome.out
-    assert "\nexperiment: demo-loftq, demo-lora, demo-qlora, and the paper's rows" in outcome.out
+    assert "\nexperiment: demo-calibrated, demo-loftq, demo-lora, demo-qlora, and the paper's rows" in outcome.out
     assert max(len(line) for line in outcome.out.splitlines()) < 400
     assert "--cfg job" in outcome.out
     assert not list(Path.cwd().iterdir())

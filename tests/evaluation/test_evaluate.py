@@ -125,6 +125,18 @@ def test_generation_stops_at_the_end_of_sequence(
     assert texts(evaluation) == texts(scored(model, tokenizer, batch_size=1))
 
 
+def test_the_head_gets_contiguous_states(model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of a slice of the states, torch copies a frozen head's weight once for each row of the batch."""
+    seen: list[tuple[bool, int]] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append((args[0].is_contiguous(), args[0].shape[1])))
+    evaluation = scored(model, tiny_tokenizer)
+    assert all(contiguous for contiguous, _ in seen)
+    assert [positions for _, positions in seen].count(1) == len(
+        seen
+    ) - 3  # three batches of likelihoods, then generation
+    assert evaluation.tokens_generated > len(ROWS)
+
+
 def test_a_model_that_knows_the_answer_is_right(
     tiny_tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM
 ) -> None:

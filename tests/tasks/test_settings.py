@@ -24,7 +24,7 @@ from loftq_exp.tasks.arithmetic import generate
 ROOT = Path(__file__).parents[2]
 LENGTHS = {
     "anli": {"max_source_length"},
-    "arithmetic": {"max_source_length", "max_target_length", "data_seed"},
+    "arithmetic": {"max_source_length", "max_target_length", "data_seed", "problems"},
     "glue": {"max_source_length"},
     "gsm8k": {"max_source_length", "max_target_length"},
     "squad": {"max_source_length", "doc_stride", "n_best_size", "max_answer_length"},
