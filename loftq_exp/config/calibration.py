@@ -1,4 +1,4 @@
-"""The settings `calibration`: the text on which quant.calibration and quant.polish_steps observe the model."""
+"""The settings `calibration`: the text on which quant.calibration observes the model."""
 
 from __future__ import annotations
 

@@ -123,14 +123,6 @@ class QuantConfig:
         shapes=(INITIALISATION,),
         before="parallel",
     )
-    polish_steps: int = setting(
-        "training steps that tune the initial factors until the last hidden state on the calibration text is that of the "
-        "pre-trained model (RILQ's objective); 0: none",
-        0,
-        ge=0,
-        shapes=(INITIALISATION,),
-        before=0,
-    )
     path: str | None = setting(
         "off-the-shelf only: Hub id or folder of the published checkpoint; null: the one known for model, bits and rank",
         None,
@@ -238,14 +230,11 @@ class QuantConfig:
         if self.order != "parallel" and self.calibration == "none":
             raise UserError(f"quant.order={self.order}: nothing is calibrated; add quant.calibration=full, "
                             "or leave the order at parallel")  # fmt: skip
-        if self.polish_steps and self.method not in ("loftq", "qlora", "pissa"):
-            raise UserError(f"quant.polish_steps={self.polish_steps}: {self.method} has no quantization error to repair; "
-                            "use quant=loftq or qlora, or leave it at 0")  # fmt: skip
 
     @property
     def needs_text(self) -> bool:
         """Whether the initialisation reads calibration text."""
-        return self.calibration != "none" or self.polish_steps > 0
+        return self.calibration != "none"
 
     def _check_off_the_shelf(self) -> None:
         if self.method != "off-the-shelf":

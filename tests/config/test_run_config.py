@@ -155,10 +155,9 @@ def test_how_bits_are_given_to_weights(settings: dict[str, Any], rule: str, widt
     ({"method": "off-the-shelf", "iter": 0, "scale": "search"}, "quant.scale=search: off-the-shelf takes a checkpoint as it"),
     ({"method": "off-the-shelf", "iter": 0, "levels": "optimal"}, "quant.levels=optimal: off-the-shelf takes a checkpoint"),
     ({"calibration": "half"}, "quant.calibration=half: not a choice"), ({"rounding": "down"}, "quant.rounding=down: not a choice"),
-    ({"order": "reverse"}, "quant.order=reverse: not a choice"), ({"polish_steps": -1}, "quant.polish_steps=-1: "),
-    ({"method": "off-the-shelf", "iter": 0, "calibration": "full"}, "quant.calibration=full: off-the-shelf quantizes no weight"),
-    ({"method": "lora", "type": "none", "bits": 16, "iter": 0, "calibration": "full"}, "quant.calibration=full: lora quantizes no"),
-    ({"method": "lora", "type": "none", "bits": 16, "iter": 0, "polish_steps": 1}, "quant.polish_steps=1: lora has no"),
+    ({"order": "reverse"}, "quant.order=reverse: not a choice"),
+    ({"method": "off-the-shelf", "iter": 0, "calibration": "full"}, "quant.calibration=full: off-the-shelf is not calibrated"),
+    ({"method": "lora", "type": "none", "bits": 16, "iter": 0, "calibration": "full"}, "quant.calibration=full: lora is not calibrated"),
     ({"rounding": "gptq"}, "quant.rounding=gptq: needs all of H, and quant.calibration=none; add quant.calibration=full"),
     ({"rounding": "gptq", "calibration": "diagonal"}, "quant.rounding=gptq: needs all of H, and quant.calibration=diagonal; add"),
     ({"rounding": "gptq", "calibration": "full", "type": "int", "bits": 8}, "quant.rounding=gptq: type int has no levels per"),
@@ -181,7 +180,7 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
     later = {"double", "allocation", "bits_per_layer", "rank_choices", "scale", "levels"}
-    later |= {"calibration", "rounding", "order", "polish_steps"}
+    later |= {"calibration", "rounding", "order"}
     assert not later & {name.rpartition(".")[2] for name in shaping(config(), INITIALISATION)}
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},
