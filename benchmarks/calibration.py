@@ -6,7 +6,7 @@
     python benchmarks/calibration.py qnli ../shared/data ...      # or mnli: MiniLM
 
 Every run is one that `python -m loftq_exp` would make, with the overrides that are printed; finished ones are found and not
-run again. Writes docs/results/calibration-PART.json: mean, sample standard deviation and number over seeds.
+run again. Writes docs/results/calibrated-PART.json: mean, sample standard deviation and number over seeds.
 
 perplexity: SmolLM2-135M, on 12 blocks of 512 tokens of the WikiText-2 test split, and on the first test problems of GSM8K as
 text. A seed draws the calibration samples. gsm8k: 500 training and 200 test problems; qnli, mnli: 4,000 training rows of the
@@ -137,8 +137,8 @@ def run(overrides: tuple[str, ...]) -> dict[str, Any] | None:
     print(" ".join(overrides), flush=True)
     try:
         return loftq_exp.run(loftq_exp.compose(list(overrides))).metrics
-    except loftq_exp.UserError as error:
-        print(f"failed: {error}", flush=True)
+    except Exception as error:  # one run out of memory must not cost the others their rows
+        print(f"failed: {type(error).__name__}: {error}", flush=True)
         return None
 
 
@@ -191,7 +191,7 @@ def main() -> None:
         if found:
             rows.append(row(key, found))
     facts = {"command": f"python benchmarks/calibration.py {args.part} ../shared/data", "provenance": provenance()}
-    place = args.results / f"calibration-{args.part}.json"
+    place = args.results / f"calibrated-{args.part}.json"
     place.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     for one in rows:
         print(json.dumps(one))
