@@ -25,7 +25,10 @@ from loftq_exp.report.table import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "low-bit", "performance", "calibration"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "low-bit", "performance", "calibration")),
+]
 NAME = "scripts/result_tables.py"
 
 

@@ -324,3 +324,18 @@ def bnb_round_trip(weight, num_bits):
         return flat.reshape(weight.shape)
     codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
     return bnb.int8_vectorwise_dequant(codes, absmax)
+
+
+def test_principal_factors_are_the_leading_components_and_the_rest_is_quantized():
+    weight = weight_like(96, 128)
+    result = decompose(weight, NF4, 8, 1, principal=True)
+    left, singular, right = torch.linalg.svd(weight.double())
+    leading = left[:, :8] * singular[:8] @ right[:8]
+    product = result.lora_B.double() @ result.lora_A.double()
+    torch.testing.assert_close(product, leading, rtol=0, atol=1e-3 * float(weight.abs().max()))
+    backbone = NF4.decode_stored(result.quantized)
+    assert torch.equal(backbone, NF4.quantize(weight - result.lora_B @ result.lora_A))
+    error = torch.linalg.matrix_norm(weight - backbone - result.lora_B @ result.lora_A) / torch.linalg.matrix_norm(weight)
+    assert result.errors[1] == pytest.approx(float(error), rel=1e-4)
+    with pytest.raises(UserError, match="principal factors are fitted once"):
+        decompose(weight, NF4, 8, 2, principal=True)
