@@ -335,7 +335,9 @@ def test_principal_factors_are_the_leading_components_and_the_rest_is_quantized(
     torch.testing.assert_close(product, leading, rtol=0, atol=1e-3 * float(weight.abs().max()))
     backbone = NF4.decode_stored(result.quantized)
     assert torch.equal(backbone, NF4.quantize(weight - result.lora_B @ result.lora_A))
-    error = torch.linalg.matrix_norm(weight - backbone - result.lora_B @ result.lora_A) / torch.linalg.matrix_norm(weight)
+    error = torch.linalg.matrix_norm(weight - backbone - result.lora_B @ result.lora_A) / torch.linalg.matrix_norm(
+        weight
+    )
     assert result.errors[1] == pytest.approx(float(error), rel=1e-4)
     with pytest.raises(UserError, match="principal factors are fitted once"):
         decompose(weight, NF4, 8, 2, principal=True)
