@@ -1,27 +1,98 @@
-"""Plots. No display is needed."""
+"""Plots of training losses, with the numbers beside them. No display is needed."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from loftq_exp.report.table import cells
+from loftq_exp.whole import whole_file, write_whole
 
-def plot_losses(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Plot training loss over optimiser steps, one line per run. `losses` maps a label to (step, loss) pairs."""
+FEW_POINTS = 30
+"""A line of at most this many losses has a marker at each, so that a single loss is visible."""
+
+
+class Curve(NamedTuple):
+    """The logged losses of one run: (optimiser step, loss) pairs, and the run's seed."""
+
+    seed: int
+    losses: Sequence[tuple[int, float]]
+
+
+def plot_losses(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
+    """Plot training loss over optimiser steps to `path`, a PNG, and beside it as SVG and CSV.
+
+    `curves` maps a label to the runs that differ only in the seed. Several of them become one line, their mean, in a band from
+    their smallest to their largest loss. The CSV has each run's own losses.
+    """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for label, pairs in losses.items():
-        if pairs:
-            steps, values = zip(*pairs, strict=True)
-            axes.plot(steps, values, label=label, linewidth=1.8)
+    for position, (label, runs) in enumerate(curves.items()):
+        _draw(axes, f"C{position % 10}", label, [run for run in runs if run.losses])
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("training loss (nats per token)")
+    axes.set_ylabel("training loss")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same bytes for the same losses
+        for place, metadata in ((path, {}), (path.with_suffix(".svg"), {"Date": None})):
+            with whole_file(place) as beside:
+                figure.savefig(beside, format=place.suffix[1:], metadata=metadata)
+    write_whole(path.with_suffix(".csv"), _table(curves))
+
+
+def curves(runs: Mapping[str, dict[str, Any]]) -> dict[str, list[Curve]]:
+    """Return the loss curves of runs, grouped by all settings but the seed. `runs` maps a run's overrides to its metrics.
+
+    A group's label is its method as in the results table if that differs between the groups, else its overrides.
+    """
+
+    def without_seed(overrides: str) -> str:
+        return " ".join(word for word in overrides.split(" ") if not word.startswith("seed="))
+
+    groups: dict[str, list[str]] = {}
+    for name, metrics in runs.items():
+        rest = {key: value for key, value in metrics["config"].items() if key != "seed"}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
+    methods = [cells(runs[names[0]], ["run"])[0] for names in groups.values()]
+    unique = len(set(methods)) == len(methods)
+    return {
+        method if unique else without_seed(names[0]): [
+            Curve(runs[name]["config"]["seed"], runs[name]["losses"]) for name in names
+        ]
+        for method, names in zip(methods, groups.values(), strict=True)
+    }
+
+
+def _draw(axes: Axes, color: str, label: str, runs: Sequence[Curve]) -> None:
+    """Draw one line: a run's losses, or the mean over seeds at the steps that all of them logged, and their range."""
+    if not runs:
+        return
+    by_step = [dict(run.losses) for run in runs]
+    steps = [step for step in by_step[0] if all(step in losses for losses in by_step)]
+    losses = np.array([[losses[step] for step in steps] for losses in by_step])
+    marker = "o" if len(steps) <= FEW_POINTS else ""
+    shown = label if len(runs) == 1 else f"{label} (mean and range of {len(runs)} seeds)"
+    axes.plot(steps, losses.mean(0), label=shown, color=color, linewidth=1.8, marker=marker, markersize=4)
+    if len(runs) > 1:
+        axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def _table(curves: Mapping[str, Sequence[Curve]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "seed", "step", "loss"])
+    writer.writerows([label, run.seed, *pair] for label, runs in curves.items() for run in runs for pair in run.losses)
+    return out.getvalue()

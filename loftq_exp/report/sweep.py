@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.errors import UserError
-from loftq_exp.report.plot import plot_losses
+from loftq_exp.report.plot import curves, plot_losses
 from loftq_exp.report.record import write_json
 from loftq_exp.report.table import cells, columns, markdown, print_table
 from loftq_exp.whole import write_whole
@@ -51,7 +51,7 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Call
 
 
 def report_sweep(folder: Path) -> bool:
-    """Print the table of all jobs in `folder`, and write table.md and losses.png. Returns whether every job succeeded.
+    """Print the table of all jobs in `folder`, and write table.md and the plot of the losses. Returns whether every job succeeded.
 
     Raises UserError if there was no job.
     """
@@ -61,22 +61,20 @@ def report_sweep(folder: Path) -> bool:
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     headings = columns([job["metrics"] for job in jobs if job["metrics"]])
     rows = []
-    losses, names = {}, {}
+    runs = {}
     for job in jobs:
         own = " ".join(override for override in job["overrides"] if override not in common)
         result = cells(job["metrics"], headings) if job["metrics"] else ["-"] * len(headings)
         rows.append([str(job["number"]), own, *result, "failed" if job["error"] else "done"])
         if job["metrics"]:
-            losses[own] = job["metrics"]["losses"]
-            names[own] = result[0]
+            runs[own] = job["metrics"]
     failures = [f"job {job['number']} failed: {job['error']}" for job in jobs if job["error"]]
     headings = ("job", "overrides", *headings, "state")
     print_table(f"{len(jobs)} jobs", headings, rows)
     for failure in failures:
         log.info("%s", failure)
     write_whole(folder / "table.md", markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures))
-    if any(losses.values()):
-        unique = len(set(names.values())) == len(names)  # otherwise the overrides are the labels
-        plot_losses(folder / "losses.png", {names[own] if unique else own: pairs for own, pairs in losses.items()})
+    if any(metrics["losses"] for metrics in runs.values()):
+        plot_losses(folder / "losses.png", curves(runs))
     log.info("table, plot and one file per job: %s", folder)
     return not failures

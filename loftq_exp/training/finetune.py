@@ -173,7 +173,7 @@ def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
 
 
 class _Report(TrainerCallback):
-    """Shows progress after each step and forwards what the trainer logs."""
+    """Shows progress after each step, logs the last step's loss too, and forwards what the trainer logs."""
 
     def __init__(self, advance: Advance, scalars: Scalars) -> None:
         self.advance, self.scalars, self.loss = advance, scalars, ""
@@ -187,6 +187,7 @@ class _Report(TrainerCallback):
             self.scalars(state.global_step, values)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance the display by one optimiser step."""
+        """Advance the display by one optimiser step. Request a log entry at the last one."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
         if state.is_world_process_zero:
             self.advance(state.global_step, state.max_steps, self.loss)

@@ -278,7 +278,7 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert outcome.err == "error: not every job succeeded; the failed jobs and their errors are listed above\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
     (sweep,) = Path("outputs/sweeps").iterdir()
-    left = ["job-0000.json", "job-0001.json", "losses.png", "multirun.yaml", "table.md"]
+    left = ["job-0000.json", "job-0001.json", "losses.csv", "losses.png", "losses.svg", "multirun.yaml", "table.md"]
     assert sorted(path.name for path in sweep.iterdir()) == left
     failed, done = (json.loads((sweep / f"job-000{number}.json").read_text()) for number in (0, 1))
     assert failed["error"].startswith("quant.rank=100000: ")
