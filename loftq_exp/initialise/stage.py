@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from loftq_exp.artifact.folder import (
 )
 from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.config import RunConfig, digest_of
-from loftq_exp.device import peak_memory
+from loftq_exp.costs import StageWatch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.calibrate import Calibration, calibrate
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
@@ -102,7 +101,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             check_fit(layout, config)
             names = written_names(tensors, layout)
             check_finite(tensors, names)
-            began = time.perf_counter()
+            watch = StageWatch()
             worker = _Worker(config)
             plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
@@ -115,7 +114,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 check_written(folder, tensors, layout, forms, config)
                 check_unchanged(source, config, wanted)
                 report = _report(wanted, source, config, tensors, layout, plan, weights)
-                report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+                report["totals"] |= watch.costs()
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
     report = json.loads(text)  # the same containers that a later run reads: lists, no tuples
