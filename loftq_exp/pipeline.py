@@ -52,6 +52,7 @@ class RunResult:
         adapter_dir: the fine-tuned adapter; None if no stage trained or scored one.
         scores: the task's scores by name, in the task's own units; empty if nothing was scored.
         metrics: the content of metrics.json.
+        objective: the score that `objective` names; None if it names none.
     """
 
     run_dir: Path
@@ -59,6 +60,7 @@ class RunResult:
     adapter_dir: Path | None
     scores: dict[str, float]
     metrics: dict[str, Any]
+    objective: float | None = None
 
 
 def run(config: RunConfig) -> RunResult:
@@ -119,7 +121,8 @@ def _run(config: RunConfig) -> RunResult:
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)])
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
-    return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
+    return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics,
+                     metrics["scores"][config.objective] if config.objective else None)  # fmt: skip
 
 
 def _make_folder(config: RunConfig, folder: Path) -> None:
@@ -168,6 +171,7 @@ class _Data:
 
 def _read_data(config: RunConfig) -> _Data:
     task = load_task(config.task)
+    _check_objective(config, task)
     stages = set(config.stages)
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
@@ -177,6 +181,15 @@ def _read_data(config: RunConfig) -> _Data:
         task.rows("train") if "finetune" in stages else [],
         task.rows("eval") if "evaluate" in stages else [],
     )
+
+
+def _check_objective(config: RunConfig, task: Task) -> None:
+    """Raise UserError if the task does not have the score that the run shall return."""
+    names = [name for column in task.table for name in column.scores]
+    if config.objective is not None and config.objective not in names:
+        raise UserError(
+            f"objective={config.objective}: {config.task.label} has no such score; choose from: {', '.join(names)}"
+        )
 
 
 def _check_scores(config: RunConfig, task: Task) -> None:

@@ -10,6 +10,7 @@ import datetime
 import difflib
 import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -165,19 +166,35 @@ class SweepFolder(Callback):
         os.environ[SWEEP_FOLDER] = str(local_path(config.output_dir).resolve() / "sweeps" / began)
 
 
-def _job(composed: DictConfig, single: list[DictConfig]) -> None:
-    """Store the composed tree of a single run in `single`, or run the job of a multirun. Called by Hydra."""
+def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
+    """Store the composed tree of a single run in `single`, or run the job of a multirun. Called by Hydra.
+
+    Return the job's objective to the sweeper: NaN if the job failed, None if no objective is set.
+    """
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         single.append(composed)
-        return
+        return None
+    _check_searches(composed, str(job.sweeper["_target_"]))
+    objective = None if composed.objective is None else math.nan
     from loftq_exp.report.sweep import record_job
 
     # A failed job is recorded and reported at the end. The others continue.
     with record_job(
         Path(os.environ[SWEEP_FOLDER]), job.job.num, [override.lstrip("+") for override in job.overrides.task]
     ) as finished:
-        finished(_run(composed))
+        result = _run(composed)
+        finished(result)
+        objective = result.objective
+    return objective
+
+
+def _check_searches(composed: DictConfig, sweeper: str) -> None:
+    """Raise UserError if the sweeper chooses settings by results and the job would return none."""
+    if composed.objective is None and not sweeper.endswith(".BasicSweeper"):
+        raise UserError(
+            f"objective=null: {sweeper.rpartition('.')[2]} chooses settings by a score; add objective=NAME, such as nll"
+        )
 
 
 def _run(composed: DictConfig) -> RunResult:

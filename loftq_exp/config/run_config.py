@@ -69,6 +69,11 @@ class RunConfig:
         shapes=(INITIALISATION, ADAPTER),
     )
     device: str = setting("compute device: auto, cpu, cuda or cuda:N", "auto", shapes=())
+    objective: str | None = setting(
+        "score, by its name such as nll or accuracy, that a job of a sweep returns to a sweeper that searches; null: none",
+        None,
+        shapes=(),
+    )
     published: Mapping[str, float] | None = setting(
         "published scores by name, in the units of the results table (percent, points); shown beside the measured scores",
         None,
@@ -80,6 +85,8 @@ class RunConfig:
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
         if self.hub.push and "quantize" not in self.stages:
             raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
+        if self.objective is not None and "evaluate" not in self.stages:
+            raise UserError(f"objective={self.objective}: nothing is scored; add evaluate to stages")
         self._check_formats()
 
     def _check_formats(self) -> None:

@@ -6,11 +6,14 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from loftq_exp.commands import run as command
@@ -380,3 +383,47 @@ def test_a_sweep_whose_folder_cannot_be_made(cli: Any, tmp_path: Path) -> None:
     message = cli.refused("-m", f"output_dir={tmp_path / 'file'}", "quant.rank=4,8")
     assert message.startswith(f"output_dir: {tmp_path / 'file'}/sweeps/")
     assert message.endswith("(Not a directory); set another output_dir")
+
+
+# What it returns to a sweeper -----------------------------------------------------------------------------------------
+
+
+class Returned:
+    """Hydra's basic sweeper, which collects what the jobs return."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values: list[Any] = []
+        (launcher,) = (each for each in Plugins.instance().discover(Launcher) if each.__name__ == "BasicLauncher")
+        launch = launcher.launch
+
+        def collecting(launcher: Any, *arguments: Any, **named: Any) -> Any:
+            returns = launch(launcher, *arguments, **named)
+            self.values += [each.return_value for each in returns]
+            return returns
+
+        monkeypatch.setattr(launcher, "launch", collecting)
+
+
+def test_a_job_returns_its_objective(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = Returned(monkeypatch)
+    assert cli(*cli.tiny, "-m", "objective=nll", "stages=[quantize,evaluate]", "quant.rank=4,100000").code == 1
+    (job,) = [json.loads(path.read_text()) for path in Path("outputs/sweeps").glob("*/job-0000.json")]
+    assert returned.values[0] == job["metrics"]["scores"]["nll"] > 0
+    assert math.isnan(returned.values[1]), "the job failed"
+
+
+def test_without_an_objective_a_job_returns_nothing(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = Returned(monkeypatch)
+    assert cli(*cli.tiny, "-m", "stages=[quantize]", "quant.rank=4").code == 0
+    assert returned.values == [None]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["objective=bleu"], "objective=bleu: arithmetic has no such score; choose from: nll, accuracy"),
+    (["objective=nll", "stages=[quantize]"], "objective=nll: nothing is scored; add evaluate to stages"),
+])  # fmt: skip
+def test_an_objective_that_no_run_can_return_is_refused_at_once(cli: Any, arguments: list[str], message: str) -> None:
+    assert cli.refused(*cli.tiny, *arguments) == message
+    assert list(Path.cwd().iterdir()) == []
+    assert cli(*cli.tiny, "-m", *arguments).code == 1
+    assert not Path("outputs/inits").exists()

@@ -334,6 +334,7 @@ def test_the_run_follows_from_what_shapes_it_and_nothing_else() -> None:
         "train.per_device_eval_batch_size": 2,
         "train.logging_steps": 1,
         "device": "cpu",
+        "objective": "nll",
         "task.num_beams": 4,
     }
     assert run_dir(free).name == name
