@@ -145,7 +145,9 @@ def _log_version_0_1(config: RunConfig, folder: Path) -> None:
     if folder.exists():
         return
     old = [
-        place for place in sorted(config.runs_path.glob(f"{glob.escape(config.label)}-*")) if is_of_version_0_1(place)
+        place
+        for place in sorted(config.runs_path.glob(f"{glob.escape(config.plain_label)}-*"))
+        if is_of_version_0_1(place)
     ]
     if old:
         log.info("%s: made by version 0.1, left alone; this run's results go to %s", old[0], folder)
