@@ -107,7 +107,8 @@ def _run(config: RunConfig) -> RunResult:
         try:
             init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key))
             finetuned = _finetune(config, init, data, prepared, records, recorder)
-            evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder)
+            steps = finetuned["steps"] if finetuned and adapter else 0
+            evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder, steps)
         finally:
             recorder.close()
 
@@ -273,7 +274,9 @@ def _evaluate(
     records: Records,
     adapter: Path | None,
     recorder: Recorder,
+    steps: int,
 ) -> Record | None:
+    """Return the record of the scores. `steps` is the number of training steps of the scored adapter, 0 without one."""
     if "evaluate" not in config.stages:
         return records.evaluated()
     key = scores_key(records.init_key, adapter, data.eval, config)
@@ -285,7 +288,8 @@ def _evaluate(
         digest = adapter_digest(adapter) if adapter else None
         result = score(init, adapter, data.eval, prepared, data.task, config, records.samples(key))
         if ranks.is_main():
-            recorder.scores(config, init, result["scores"])
+            recorder.scores(config, init, result["scores"], steps)
+            recorder.samples(records.samples(key), steps)
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 

@@ -37,23 +37,31 @@ MOST_CHARACTERS = 80
 """Settings are shown while they fit. The digest at the end of a folder's name covers all of them."""
 
 
+def shown(config: Any) -> dict[str, Any]:
+    """Return the values of the settings of SHOWN by name. A setting that the run's task lacks has its usual value."""
+    values = {}
+    for name, (_, *usual) in SHOWN.items():
+        group, _, field = name.rpartition(".")
+        values[name] = getattr(getattr(config, group) if group else config, field, usual[0])
+    return values
+
+
 def unusual(config: Any) -> str:
     """Return "-seed12-lr0.001": the settings of SHOWN that differ from their usual values, in that order, with 4 digits.
 
     A word follows a hyphen, as in "-cal-full", and a setting that is on stands alone, as in "-double".
     """
     text = ""
-    for name, (short, *usual) in SHOWN.items():
-        group, _, field = name.rpartition(".")
-        value = getattr(getattr(config, group) if group else config, field, usual[0])  # a task may lack the setting
-        part = "" if value in usual else f"-{short}{_shown(value)}"
+    for name, value in shown(config).items():
+        short, *usual = SHOWN[name]
+        part = "" if value in usual else f"-{short}{_as_part(value)}"
         if len(text + part) > MOST_CHARACTERS:
             return text
         text += part
     return text
 
 
-def _shown(value: Any) -> str:
+def _as_part(value: Any) -> str:
     if value is True:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else f"-{value}" if isinstance(value, str) else str(value)

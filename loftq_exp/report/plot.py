@@ -1,10 +1,11 @@
-"""Plots of training losses, with the numbers beside them. No display is needed."""
+"""Plots: training losses, with the numbers beside them, and a map of weight errors. No display is needed."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 
 from loftq_exp.report.table import cells
 from loftq_exp.whole import whole_file, write_whole
+
+matplotlib.rcParams["svg.hashsalt"] = "loftq_exp"  # the same bytes for the same losses
 
 FEW_POINTS = 30
 """A line of at most this many losses has a marker at each, so that a single loss is visible."""
@@ -46,10 +49,9 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same bytes for the same losses
-        for place, metadata in ((path, {}), (path.with_suffix(".svg"), {"Date": None})):
-            with whole_file(place) as beside:
-                figure.savefig(beside, format=place.suffix[1:], metadata=metadata)
+    for place, metadata in ((path, {}), (path.with_suffix(".svg"), {"Date": None})):
+        with whole_file(place) as beside:
+            figure.savefig(beside, format=place.suffix[1:], metadata=metadata)
     write_whole(path.with_suffix(".csv"), _table(curves))
 
 
@@ -96,3 +98,27 @@ def _table(curves: Mapping[str, Sequence[Curve]]) -> str:
     writer.writerow(["run", "seed", "step", "loss"])
     writer.writerows([label, run.seed, *pair] for label, runs in curves.items() for run in runs for pair in run.losses)
     return out.getvalue()
+
+
+def error_map(weights: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return a heat map of relative weight errors: a row for each layer, a column for each module in it.
+
+    `weights` are entries of init_report.json. The error is that of the step that was kept. A place without a weight is blank.
+    """
+    errors = {_place(weight["name"]): weight["errors"][weight["kept_step"]] for weight in weights}
+    layers, modules = (list(dict.fromkeys(place[axis] for place in errors)) for axis in (0, 1))
+    values = np.array([[errors.get((layer, module), np.nan) for module in modules] for layer in layers])
+    size = (2.5 + 0.7 * len(modules), 2.5 + 0.22 * len(layers))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
+    axes.set_yticks(range(len(layers)), layers)
+    figure.colorbar(image, label="relative weight error")
+    return figure
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the layer and the module in it: "model.layers.0" and "self_attn.q_proj" of "model.layers.0.self_attn.q_proj"."""
+    found = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
+    return (found[1], found[2]) if found else ("", name)

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from loftq_exp.report.plot import Curve, curves, plot_losses
+from loftq_exp.report.plot import Curve, curves, error_map, plot_losses
 
 
 def metrics(seed: int, losses: list[tuple[int, float]], **quant: Any) -> dict[str, Any]:
@@ -81,3 +81,13 @@ def test_the_first_and_the_last_step_are_logged(cli: Any, steps: int) -> None:
         logged = [(row["seed"], int(row["step"])) for row in csv.DictReader(file)]
     wanted = [1] if steps == 1 else [1, 4, 6]
     assert logged == [(seed, step) for seed in ("1", "2") for step in wanted]
+
+
+def test_the_map_of_errors_has_a_row_for_each_layer_and_a_column_for_each_module() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.10.self_attn.q_proj"]
+    weights = [{"name": name, "errors": [0.5, place / 10], "kept_step": 1} for place, name in enumerate(names, start=1)]
+    axes = error_map(weights).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["self_attn.q_proj", "mlp.up_proj"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["model.layers.0", "model.layers.10"]
+    values = np.ma.filled(axes.images[0].get_array(), np.nan)
+    np.testing.assert_array_equal(values, [[0.1, 0.2], [0.3, np.nan]])
