@@ -32,7 +32,7 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
     """Return one run's row, in the order of `headings`. Scores of other tasks are "-"."""
     seconds, init = metrics["seconds"], metrics["init"]
     row = {
-        "run": _name(metrics["config"]),
+        "run": method_name(metrics["config"]),
         "bits": f"{init['bits_per_weight']:.2f}",
         QUANTIZED: _shown(_quantized(metrics), "{:.2%}"),
         "rank": str(metrics["config"]["quant"]["rank"]),
@@ -71,7 +71,8 @@ def _together(scores: dict[str, float], column: dict[str, Any]) -> str:
     return "/".join(_shown(None if score is None else score * column["scale"], column["form"]) for score in found)
 
 
-def _name(config: dict[str, Any]) -> str:
+def method_name(config: dict[str, Any]) -> str:
+    """Return the method with its type, bits and steps, such as "LoftQ NF2 iter 5"."""
     quant = config["quant"]
     if quant["method"] == "lora":
         return "LoRA 16-bit"
