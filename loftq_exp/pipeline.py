@@ -27,8 +27,9 @@ from loftq_exp.initialise.published import check_published, source_of
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, is_of_version_0_1, write_config
+from loftq_exp.report.console import print_table
 from loftq_exp.report.record import assemble, write_json
-from loftq_exp.report.table import cells, columns, print_table
+from loftq_exp.report.table import LEAST, cells, columns
 from loftq_exp.report.tensorboard import Recorder
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
@@ -117,7 +118,7 @@ def _run(config: RunConfig) -> RunResult:
         metrics = ranks.from_main(report)
     if ranks.is_main():
         headings = columns([metrics])
-        print_table(config.label, headings, [cells(metrics, headings)])
+        print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
     return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
 

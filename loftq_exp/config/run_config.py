@@ -17,6 +17,7 @@ from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.publishing import HubConfig
 from loftq_exp.config.quant import QuantConfig
+from loftq_exp.config.report import ReportConfig
 from loftq_exp.config.schema import ADAPTER, INITIALISATION, build, setting
 from loftq_exp.config.task import TaskConfig
 from loftq_exp.config.train import TrainConfig
@@ -36,6 +37,7 @@ class RunConfig:
     train: TrainConfig
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     stages: tuple[str, ...] = setting(
         "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()
     )

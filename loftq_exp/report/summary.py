@@ -111,6 +111,11 @@ def summarise(found: Sequence[Found], *, baseline: str | None = None) -> Summary
     return _compared(rows, differing, baseline)
 
 
+def narrowed(summary: Summary, rows: Sequence[Row]) -> Summary:
+    """Return the summary of some of its rows, in this order. Names and differences stay."""
+    return replace(summary, rows=tuple(rows), differing=_differing([identity(row.runs[0].metrics) for row in rows]))
+
+
 def score(values: Sequence[float]) -> Score:
     """Return the mean of at least one value, and of two or more their sample standard deviation and interval of the mean."""
     mean, n = statistics.mean(map(float, values)), len(values)  # exact and rounded once: equal values have their mean
