@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = collect(place for name in options.places for place in _places(name))
         if not runs:
             raise UserError(f"{' '.join(options.places)}: there is no run with a metrics.json, and no sweep, in it")
-        _write(
-            _chosen(runs, options),
-            [full_name("group-by", name, runs, numbers=False) for name in options.group_by],
-            options,
-        )
+        group_by = [full_name("group-by", name, runs, numbers=False) for name in options.group_by]
+        summary = _chosen(runs, options)
+        for name in group_by:
+            check_rows("group-by", name, summary.rows)
+        _write(summary, group_by, options)
         return 0
 
     return exit_code(work, "nothing was written")

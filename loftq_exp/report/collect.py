@@ -70,7 +70,7 @@ def _unfinished(places: list[Path]) -> Iterator[Found]:
         if (path.parent / METRICS).exists() or not (isinstance(config, dict) and "initialisation" in config):
             continue
         settings = {name: value for name, value in config.items() if name not in ("format", "initialisation")}
-        metrics = {"label": path.parent.name, "config": settings, "scored_adapter": _to_be_scored(settings),
+        metrics: dict[str, Any] = {"label": path.parent.name, "config": settings, "scored_adapter": _to_be_scored(settings),
                    "scores": {}, "table": [], "init": {}, "seconds": {}, "losses": [], **dict.fromkeys(_PRESENT)}  # fmt: skip
         if is_metrics(metrics):
             yield Found(path, metrics, "unfinished")

@@ -65,9 +65,14 @@ def full_name(option: str, name: str, runs: Sequence[Found], *, numbers: bool = 
     if len(short) > 1:
         raise UserError(f"--{option}={name}: several settings have this name; choose from: {', '.join(short)}")
     if not short:
-        raise UserError(
-            f"--{option}={name}: there is no such setting or score; {nearest(name, sorted({*settings, *others}))}"
+        known = sorted({*settings, *others, *(each.rpartition(".")[2] for each in settings)})
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"give a setting, such as quant.rank, or {', '.join(sorted(others))}"
         )
+        raise UserError(f"--{option}={name}: there is no such name; {hint}")
     return short[0]
 
 
