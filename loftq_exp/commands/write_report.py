@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
                         help="a table for each value of a setting (default: of model and task); repeatable")  # fmt: skip
     parser.add_argument("--filter", metavar="NAME=VALUE", action="append", default=[],
                         help="show only rows where a setting, score or measure has this value; also !=, <, >; repeatable")  # fmt: skip
-    parser.add_argument("--sort", metavar="NAME", help="sort by a setting, score or measure; -NAME: descending")
+    parser.add_argument(
+        "--sort",
+        metavar="NAME",
+        help="sort by a setting, score or measure; -NAME: descending (default: by what differs)",
+    )
     parser.add_argument("--baseline", metavar="NAME",
                         help="a method, such as qlora, or a row's name: show differences to it over equal seeds")  # fmt: skip
     return parser
@@ -97,6 +101,8 @@ def _chosen(runs: Sequence[Found], options: argparse.Namespace) -> Summary:
         raise UserError(
             f"--filter={conditions[-1][0].text}: no row is left of {len(summarise(runs).rows)}; loosen a filter"
         )
+    for name in reversed(summary.differing):  # the order of files says nothing
+        rows = in_order(rows, name)
     if options.sort:
         name = full_name("sort", options.sort.removeprefix("-"), runs)
         check_rows("sort", name, rows)
