@@ -111,7 +111,7 @@ def is_metrics(value: Any) -> TypeGuard[dict[str, Any]]:
     return (
         all(name in value for name in _PRESENT)
         and all(isinstance(number, (int, float, NoneType)) for number in _numbers(value))
-        and isinstance(value["published"], (dict, NoneType))
+        and (not value["published"] or isinstance(value["published"], dict))
         and isinstance(task, dict)
         and isinstance(quant, dict)
         and all(name in quant for name in _QUANT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import functools
 import itertools
@@ -278,7 +279,7 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert outcome.err == "error: not every job succeeded; the failed jobs and their errors are listed above\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
     (sweep,) = Path("outputs/sweeps").iterdir()
-    left = ["job-0000.json", "job-0001.json", "losses.png", "multirun.yaml", "table.md"]
+    left = ["job-0000.json", "job-0001.json", "losses.png", "multirun.yaml", "table.csv", "table.md"]
     assert sorted(path.name for path in sweep.iterdir()) == left
     failed, done = (json.loads((sweep / f"job-000{number}.json").read_text()) for number in (0, 1))
     assert failed["error"].startswith("quant.rank=100000: ")
@@ -294,6 +295,37 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert len(rows) == 6
     assert "failed: quant.rank=100000" in " ".join(outcome.out.split())
     assert "Traceback" not in outcome.out
+
+
+def test_a_multirun_over_seeds_ends_with_a_row_a_setting_and_differences_to_a_baseline(cli: Any) -> None:
+    sweep = (*cli.tiny, "-m", "stages=[quantize,evaluate]", "seed=0,1", "quant=qlora,loftq")
+    outcome = cli(*sweep, "report.baseline=qlora")
+    assert (outcome.code, outcome.err) == (0, "")
+    (folder,) = Path("outputs/sweeps").iterdir()
+    above, below = outcome.out[outcome.out.rindex("2 rows of 4 runs") :].split("4 jobs")
+    assert "Δ: paired difference to QLoRA NF4" in above
+    assert below.count(" done ") == 4
+    nll = {
+        (job["metrics"]["config"]["quant"]["method"], job["metrics"]["config"]["seed"]): job["metrics"]["scores"]["nll"]
+        for job in (json.loads(path.read_text()) for path in folder.glob("job-*.json"))
+    }
+    rows = {row["name"].split()[0]: row for row in csv.DictReader((folder / "table.csv").open())}
+    assert float(rows["LoftQ"]["nll"]) == pytest.approx((nll["loftq", 0] + nll["loftq", 1]) / 2)
+    assert float(rows["LoftQ"]["nll.std"]) == pytest.approx(abs(nll["loftq", 0] - nll["loftq", 1]) / 2**0.5)
+    pairs = [nll["loftq", seed] - nll["qlora", seed] for seed in (0, 1)]
+    assert float(rows["LoftQ"]["nll.difference"]) == pytest.approx(sum(pairs) / 2)
+    assert rows["QLoRA"]["nll.difference"] == ""
+    page = (folder / "table.md").read_text()
+    assert page.count("| QLoRA NF4 |") == 3  # a row of the setting, and one for each seed
+    runs = {path.name: path.stat().st_mtime_ns for path in Path("outputs/runs").iterdir()}
+    again = cli(*sweep, "report.baseline=pissa")
+    assert again.code == 1
+    assert again.err.startswith("error: report.baseline=pissa: no row matches; choose from: qlora, loftq, QLoRA NF4 ")
+    assert again.err.count("\n") == 1
+    assert "2 rows of 4 runs" in again.out
+    assert {path.name for path in Path("outputs/runs").iterdir()} == set(runs)  # the baseline shapes no result
+    several = cli(*sweep, "report.baseline=qlora,loftq")
+    assert several.err == "error: report.baseline=loftq,qlora: a sweep has one baseline; give one of them\n"
 
 
 def test_the_table_stands_at_the_end_and_a_sweep_without_training_has_no_plot(cli: Any) -> None:
