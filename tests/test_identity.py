@@ -472,7 +472,15 @@ def another(name: str, value: Any) -> dict[str, Any]:
 
 
 def configured(settings: dict[str, Any]) -> RunConfig:
-    values: dict[str, Any] = {"model": {}, "quant": {}, "task": {}, "train": {}, "hub": {}, "calibration": {}, "report": {}}
+    values: dict[str, Any] = {
+        "model": {},
+        "quant": {},
+        "task": {},
+        "train": {},
+        "hub": {},
+        "calibration": {},
+        "report": {},
+    }
     base = {
         "model.path": "me/tiny",
         "model.kind": "causal",

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="loftq-exp report",
+        prog="python -m loftq_exp.report",
         description="Shows one row for the runs in these folders that differ only in their seeds: mean, sample standard "
-        "deviation, number and 95 %% interval.",
+        "deviation, number and 95 % interval.",
     )
     parser.add_argument("places", metavar="DIR", nargs="+", help="a run, a sweep or a folder of them; globs work too")
     parser.add_argument("--format", choices=FORMATS, default="table",
@@ -136,6 +136,6 @@ def _write(summary: Summary, group_by: Sequence[str], options: argparse.Namespac
         sys.stdout.write(text)
         return
     try:
-        local_path(options.output).write_text(text)
+        local_path(options.output).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output={options.output}: cannot be written ({error.strerror})") from None

@@ -12,8 +12,9 @@ from typing import Any
 
 from loftq_exp.report.grid import Grid, setting_of
 from loftq_exp.report.settings import SEEDS, flatten, shown
-from loftq_exp.report.summary import Score, Summary, scores_of
+from loftq_exp.report.summary import Score, Summary
 from loftq_exp.report.table import markdown
+from loftq_exp.report.values import scores_of
 
 _STATISTICS = ("mean", "std", "n", "low", "high")
 

@@ -13,7 +13,8 @@ from loftq_exp.errors import UserError
 from loftq_exp.report.collect import Found
 from loftq_exp.report.grid import LABELS, setting_of
 from loftq_exp.report.settings import SCORED, SEEDS, canonical, declared, flatten, identity, shown
-from loftq_exp.report.summary import Row, measures_of, scores_of
+from loftq_exp.report.summary import Row
+from loftq_exp.report.values import measures_of, scores_of
 
 _TESTS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,

@@ -28,14 +28,16 @@ from loftq_exp.report.settings import (
     task_label,
 )
 from loftq_exp.report.table import method_name
+from loftq_exp.report.values import measures_of, scores_of
 
 log = logging.getLogger(__name__)
 
 _CONFIDENCE = 0.95
 _Key = tuple[tuple[str, str], ...]
-_OF_METHOD = ("method", "iter", "type", "bits", "scale", "levels", "calibration", "rounding", "order", "allocation",
-              "bits_per_layer", "block_size", "double", "path", "revision", "solver")  # fmt: skip
-"""Settings of `quant` in which a baseline may differ from the row that is compared with it, the first most freely."""
+_OF_METHOD = {f"quant.{name}" for name in ("method", "iter", "type", "bits", "scale", "levels", "calibration", "rounding", "order",
+                                           "allocation", "bits_per_layer", "block_size", "double", "path", "revision",
+                                           "solver")}  # fmt: skip
+"""Settings in which a baseline may differ from the row that is compared with it, rather than in any other."""
 
 
 @dataclass(frozen=True)
@@ -124,39 +126,6 @@ def score(values: Sequence[float]) -> Score:
     std = statistics.stdev(map(float, values))
     half = float(stdtrit(n - 1, (1 + _CONFIDENCE) / 2)) * std / math.sqrt(n)
     return Score(mean, std, n, mean - half, mean + half)
-
-
-def scores_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of one run that are finite numbers."""
-    return _finite(metrics["scores"])
-
-
-def measures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return what else one run measured, by name: bits and errors a weight, rank, bytes, seconds, peak memory in bytes."""
-    init, seconds = metrics["init"], metrics["seconds"]
-    return _finite({
-        "bits_per_weight": init.get("bits_per_weight"),
-        "weight_error": init.get("mean_error"),
-        "output_error": init.get("mean_output_error"),
-        "rank": metrics["config"]["quant"]["rank"],
-        "backbone_bytes": metrics["backbone_bytes"],
-        "adapter_bytes": metrics["adapter_bytes"],
-        "init_seconds": seconds.get("quantize"),
-        "train_seconds": seconds.get("finetune"),
-        **{
-            f"peak_memory_{stage}_{kind}": size
-            for stage, sizes in (metrics.get("peak_memory") or {}).items()
-            for kind, size in (sizes or {}).items()
-        },
-    })  # fmt: skip
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    }
 
 
 def _once(found: Sequence[Found]) -> list[Found]:
@@ -259,25 +228,26 @@ def _compared(rows: Sequence[Row], differing: tuple[str, ...], baseline: str) ->
         methods = dict.fromkeys(str(row.settings.get("quant.method")) for row in rows)
         allowed = ", ".join([*methods, *(row.name for row in rows)]) or "nothing, because there is no run"
         raise UserError(f"report.baseline={baseline}: no row matches; choose from: {allowed}")
+    names, settings = (
+        {row.name for row in candidates},
+        {row.name: dict(_frozen(identity(row.runs[0].metrics))) for row in rows},
+    )
     compared = []
     for row in rows:
-        reference = None if row in candidates else _nearest(row, candidates)
+        reference = None if row.name in names else _nearest(row, candidates, settings)
         compared.append(replace(row, differences=_differences(row, reference)) if reference else row)
     return Summary(tuple(compared), differing, candidates[0].name if len(candidates) == 1 else baseline)
 
 
-def _nearest(row: Row, candidates: Sequence[Row]) -> Row | None:
+def _nearest(row: Row, candidates: Sequence[Row], settings: Mapping[str, Mapping[str, str]]) -> Row | None:
     """Return the candidate with the same evaluation data that differs least from `row`; None if there is not exactly one."""
-    own = identity(row.runs[0].metrics)
-    fields = declared(row.runs[0].metrics)
+    own, fields = settings[row.name], declared(row.runs[0].metrics)
     scoring = [name for name in own if name.startswith("task.") and name in fields and shapes(fields[name], SCORES)]
     distances: dict[tuple[int, ...], list[Row]] = {}
     for candidate in candidates:
-        other = identity(candidate.runs[0].metrics)
-        differ = {name for name in {*own, *other} - {*SEEDS} if canonical(own.get(name)) != canonical(other.get(name))}
+        differ = {name for name, _ in own.items() ^ settings[candidate.name].items()} - {*SEEDS}
         if differ.isdisjoint(scoring):
-            method = {f"quant.{name}" for name in _OF_METHOD}
-            distances.setdefault((len(differ - method), len(differ & method)), []).append(candidate)
+            distances.setdefault((len(differ - _OF_METHOD), len(differ & _OF_METHOD)), []).append(candidate)
     nearest = distances[min(distances)] if distances else []
     if len(nearest) > 1:
         log.warning("report.baseline: %s is equally near to %s; name one of these rows", row.name,
