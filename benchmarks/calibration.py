@@ -41,13 +41,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "QERA approx": ("quant=loftq", *GRID, "quant.calibration=diagonal", "quant.iter=1"),
     "QERA exact": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1"),
     "CLoQ": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1", "quant.rounding=gptq"),
+    "RILQ": ("quant=qlora", *GRID, "quant.polish_steps=200"),
     "diagonal": ("quant=loftq", *GRID, "quant.calibration=diagonal"),
     "gptq": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq"),
     "sequential": ("quant=loftq", *GRID, "quant.calibration=full", "quant.order=sequential"),
     "10 steps": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=10"),
     "calibrated": ("quant=loftq", *GRID, "quant.calibration=full"),
+    "polished": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq", "quant.polish_steps=200"),
 }
-"""The overrides of each row. PiSSA, QERA and CLoQ are these methods' recipes on this project's best levels and scales."""
+"""The overrides of each row. PiSSA, QERA, CLoQ and RILQ are these methods' recipes on this project's best levels and scales."""
 COMPARED = [
     "QLoRA", "LoftQ", "PiSSA", "QERA approx", "QERA exact", "CLoQ", "calibrated"
 ]  # fmt: skip
@@ -62,7 +64,7 @@ MINILM = (
 
 def is_random(method: str) -> bool:
     """Whether an initialisation depends on the seed of the calibration samples."""
-    return any("calibration" in override for override in METHODS[method])
+    return any("calibration" in override or "polish" in override for override in METHODS[method])
 
 
 def of_text(text: str, data: Path, seed: int) -> tuple[str, ...]:
