@@ -16,6 +16,7 @@ task and its whole validation file. There a seed draws the calibration samples, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -93,17 +94,16 @@ def perplexity_runs(args: argparse.Namespace) -> dict[tuple[str, ...], list[tupl
     problems.write_text("\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows))
     scored = {"WikiText-2": args.data / "wikitext-2" / "test.raw.txt", "GSM8K text": problems}
     runs: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for bits in args.bits:
-        for method in args.method or COMPARED:
-            texts = args.text if is_random(method) else ["none"]
-            for text in texts:
-                for name, file in scored.items():
-                    runs[bits, method, text, name] = [
-                        (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
-                         "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
-                         *(of_text(text, args.data, seed) if text != "none" else ()))
-                        for seed in (args.seed if text != "none" else args.seed[:1])
-                    ]  # fmt: skip
+    # One scored text after the other: two jobs at once that need the same initialisation would wait for each other.
+    for (name, file), bits, method in itertools.product(scored.items(), args.bits, args.method or COMPARED):
+        texts = args.text if is_random(method) else ["none"]
+        for text in texts:
+            runs[bits, method, text, name] = [
+                (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
+                 "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
+                 *(of_text(text, args.data, seed) if text != "none" else ()))
+                for seed in (args.seed if text != "none" else args.seed[:1])
+            ]  # fmt: skip
     return runs
 
 
