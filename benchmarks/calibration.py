@@ -16,6 +16,7 @@ task and its whole validation file. There a seed draws the calibration samples, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -41,13 +42,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "QERA approx": ("quant=loftq", *GRID, "quant.calibration=diagonal", "quant.iter=1"),
     "QERA exact": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1"),
     "CLoQ": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1", "quant.rounding=gptq"),
+    "RILQ": ("quant=qlora", *GRID, "quant.polish_steps=200"),
     "diagonal": ("quant=loftq", *GRID, "quant.calibration=diagonal"),
     "gptq": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq"),
     "sequential": ("quant=loftq", *GRID, "quant.calibration=full", "quant.order=sequential"),
     "10 steps": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=10"),
     "calibrated": ("quant=loftq", *GRID, "quant.calibration=full"),
+    "polished": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq", "quant.polish_steps=200"),
 }
-"""The overrides of each row. PiSSA, QERA and CLoQ are these methods' recipes on this project's best levels and scales."""
+"""The overrides of each row. PiSSA, QERA, CLoQ and RILQ are these methods' recipes on this project's best levels and scales."""
 COMPARED = [
     "QLoRA", "LoftQ", "PiSSA", "QERA approx", "QERA exact", "CLoQ", "calibrated"
 ]  # fmt: skip
@@ -62,7 +65,7 @@ MINILM = (
 
 def is_random(method: str) -> bool:
     """Whether an initialisation depends on the seed of the calibration samples."""
-    return any("calibration" in override for override in METHODS[method])
+    return any("calibration" in override or "polish" in override for override in METHODS[method])
 
 
 def of_text(text: str, data: Path, seed: int) -> tuple[str, ...]:
@@ -91,17 +94,16 @@ def perplexity_runs(args: argparse.Namespace) -> dict[tuple[str, ...], list[tupl
     problems.write_text("\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows))
     scored = {"WikiText-2": args.data / "wikitext-2" / "test.raw.txt", "GSM8K text": problems}
     runs: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for bits in args.bits:
-        for method in args.method or COMPARED:
-            texts = args.text if is_random(method) else ["none"]
-            for text in texts:
-                for name, file in scored.items():
-                    runs[bits, method, text, name] = [
-                        (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
-                         "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
-                         *(of_text(text, args.data, seed) if text != "none" else ()))
-                        for seed in (args.seed if text != "none" else args.seed[:1])
-                    ]  # fmt: skip
+    # One scored text after the other: two jobs at once that need the same initialisation would wait for each other.
+    for (name, file), bits, method in itertools.product(scored.items(), args.bits, args.method or COMPARED):
+        texts = args.text if is_random(method) else ["none"]
+        for text in texts:
+            runs[bits, method, text, name] = [
+                (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
+                 "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
+                 *(of_text(text, args.data, seed) if text != "none" else ()))
+                for seed in (args.seed if text != "none" else args.seed[:1])
+            ]  # fmt: skip
     return runs
 
 

@@ -425,6 +425,7 @@ BASES: dict[str, dict[str, Any]] = {
         ("quant.rounding", "quant.order", "calibration.samples", "calibration.length", "calibration.seed"),
         CALIBRATED,
     ),
+    "quant.polish_learning_rate": {"quant.polish_steps": 2},
     **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
 }
 """What a setting needs to be of use, where that is not the plain run."""

@@ -35,12 +35,14 @@ from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_nam
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
+from loftq_exp.initialise.measure import measuring
 from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, log_plan, make_plan
+from loftq_exp.initialise.polish import polish, polish_samples
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
-from loftq_exp.loftq import kaiming_uniform_A
+from loftq_exp.loftq import kaiming_uniform_A, split_factors
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
@@ -77,11 +79,24 @@ class WeightReport:
     phases: dict[str, float]
     """Seconds by phase: `digest` (which also reads the weight from its file), `cache`, `metric`, `decompose`, `decode`,
     `write`."""
+    polished_error: float | None = None
+    """The relative error with polished factors; None without a polish."""
+    polished_output_error: float | None = None
 
     @property
     def error(self) -> float:
         """The relative error of the weight as it is written."""
-        return self.errors[self.kept_step]
+        return self.errors[self.kept_step] if self.polished_error is None else self.polished_error
+
+    @property
+    def output_error(self) -> float:
+        """The relative error of the layer's outputs as it is written. Only with calibration."""
+        found = self.polished_output_error
+        return self.output_errors[self.kept_step] if found is None else found
+
+    def record(self) -> dict[str, Any]:
+        """The fields by name, without those of a polish that was not done."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def initialise(source: Source, config: RunConfig) -> Initialised:
@@ -104,6 +119,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             check_finite(tensors, names)
             began = time.perf_counter()
             worker = _Worker(config)
+            samples = polish_samples(source, config)
             plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
                 write_surroundings(folder, final, source, layout, plan, config)
@@ -112,9 +128,17 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 weights = _write_weights(folder, tensors, names, layout, plan, worker, head)
                 forms = {target.tensor: (target.shape, list(worker.stored_specs(target, plan[target.module].bits)))
                          for target in layout.targets}  # fmt: skip
+                report = _report(wanted, source, config, tensors, layout, plan, weights)
+                if samples:
+                    init = Initialised(folder, report)
+                    done = polish(init, source, samples, config)
+                    weights = _measured_again(init, tensors, layout, weights, worker) if done.kept else weights
+                    report = _report(wanted, source, config, tensors, layout, plan, weights)
+                    report["polish"] = dataclasses.asdict(done)
                 check_written(folder, tensors, layout, forms, config)
                 check_unchanged(source, config, wanted)
-                report = _report(wanted, source, config, tensors, layout, plan, weights)
+                if calibration := worker.decomposer.calibration:
+                    report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
@@ -254,10 +278,7 @@ class _Worker:
                 stored = self._stored(target.tensor, result, precision.bits)
             errors, output_errors, kept_step = result.errors, result.output_errors, result.kept_step
             if quant.iter:
-                share = math.sqrt(
-                    quant.scaling
-                )  # absorb s equally into both factors, so that s B A is the fitted product for any alpha
-                lora_A, lora_B = result.lora_A / share, result.lora_B / share
+                lora_A, lora_B = split_factors(result.lora_A, result.lora_B, quant.scaling, quant.factors)
         report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, output_errors, kept_step,
                               0.0, hit, computed, {})  # fmt: skip
         return stored, lora_A.cpu(), lora_B.cpu(), report
@@ -270,6 +291,16 @@ class _Worker:
     def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
         """The types and shapes of the backbone tensors that `initialise` returns for a target at these bits."""
         return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
+
+
+def _measured_again(
+    init: Initialised, tensors: CheckpointTensors, layout: Layout, weights: list[WeightReport], worker: _Worker
+) -> list[WeightReport]:
+    """The reports of the weights of `init` with the errors of the factors in its file."""
+    with measuring(init, tensors, worker.decomposer.calibration, worker.device) as errors:
+        found = [(weight, *errors(target)) for weight, target in zip(weights, layout.targets, strict=True)]
+    return [dataclasses.replace(weight, polished_error=error, polished_output_error=output_error)
+            for weight, error, output_error in found]  # fmt: skip
 
 
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
@@ -345,7 +376,7 @@ def _report(
             "phases": _summed([weight.phases for weight in weights]),
         },
         "bits_plan": describe_plan(layout, plan, quant),
-        "weights": [dataclasses.asdict(weight) for weight in weights],
+        "weights": [weight.record() for weight in weights],
         "provenance": provenance(),
     }  # fmt: skip
 
@@ -356,7 +387,7 @@ def _output_errors(weights: list[WeightReport]) -> dict[str, float]:
         return {}
     return {
         "mean_output_error_quantized": sum(weight.output_errors[0] for weight in weights) / len(weights),
-        "mean_output_error": sum(weight.output_errors[weight.kept_step] for weight in weights) / len(weights),
+        "mean_output_error": sum(weight.output_error for weight in weights) / len(weights),
     }
 
 
