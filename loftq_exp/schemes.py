@@ -32,9 +32,6 @@ TYPES_OF_LEVELS: dict[str, tuple[str, ...]] = {"nf": tuple(BITS_OF_TYPE), "optim
 SCALES = ("absmax", "search")
 """The values of `quant.scale`."""
 
-SPLITS = ("balanced", "orthonormal")
-"""The values of `quant.factors`."""
-
 
 def variation(settings: Mapping[str, Any]) -> str:
     """Return what differs from the published algorithm in settings or an identity, such as " optimal searched calibrated"."""
@@ -44,7 +41,6 @@ def variation(settings: Mapping[str, Any]) -> str:
         {"full": "calibrated", "diagonal": "calibrated by diagonal"}.get(settings.get("calibration", ""), ""),
         "GPTQ" if settings.get("rounding") == "gptq" else "",
         "sequential" if settings.get("order") == "sequential" else "",
-        "orthonormal" if settings.get("factors") == "orthonormal" else "",
         f"polished {settings['polish_steps']}" if settings.get("polish_steps") else "",
     ]
     return "".join(f" {word}" for word in words if word)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from loftq_exp.config.schema import INITIALISATION, setting
 from loftq_exp.errors import UserError
-from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, SCALES, SEARCHED_TYPES, SPLITS, TYPES_OF_LEVELS, Scheme
+from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES, SCALES, SEARCHED_TYPES, TYPES_OF_LEVELS, Scheme
 
 ALLOCATIONS = ("paper", "error", "error+rank")
 PAPER_WIDTHS = (2, 4)
@@ -122,14 +122,6 @@ class QuantConfig:
         choices=("parallel", "sequential"),
         shapes=(INITIALISATION,),
         before="parallel",
-    )
-    factors: str = setting(
-        "how the fitted product s B A is split. balanced: both factors carry the square root of its singular values, as published; "
-        "orthonormal: the rows of A are orthonormal, and B has the singular values, which trains better from large factors",
-        "balanced",
-        choices=SPLITS,
-        shapes=(INITIALISATION,),
-        before="balanced",
     )
     polish_steps: int = setting(
         "gradient steps on A and B after the decomposition, so that the model's last hidden state on the calibration text is the "
@@ -249,9 +241,6 @@ class QuantConfig:
         if self.order != "parallel" and self.calibration == "none":
             raise UserError(f"quant.order={self.order}: nothing is calibrated; add quant.calibration=full, "
                             "or leave the order at parallel")  # fmt: skip
-        if self.factors != "balanced" and self.iter == 0:
-            raise UserError(f"quant.factors={self.factors}: {self.method} without steps fits no factors; use quant=loftq or pissa, "
-                            "or leave it at balanced")  # fmt: skip
         if self.polish_steps and self.method not in ("loftq", "qlora", "pissa"):
             raise UserError(f"quant.polish_steps={self.polish_steps}: {self.method} has no quantization error to tune for; "
                             "use quant=loftq, qlora or pissa, or leave it at 0")  # fmt: skip

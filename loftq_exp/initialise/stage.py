@@ -42,7 +42,7 @@ from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
-from loftq_exp.loftq import kaiming_uniform_A, split_factors
+from loftq_exp.loftq import kaiming_uniform_A
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
@@ -137,8 +137,6 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                     report["polish"] = dataclasses.asdict(done)
                 check_written(folder, tensors, layout, forms, config)
                 check_unchanged(source, config, wanted)
-                if calibration := worker.decomposer.calibration:
-                    report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
@@ -278,7 +276,10 @@ class _Worker:
                 stored = self._stored(target.tensor, result, precision.bits)
             errors, output_errors, kept_step = result.errors, result.output_errors, result.kept_step
             if quant.iter:
-                lora_A, lora_B = split_factors(result.lora_A, result.lora_B, quant.scaling, quant.factors)
+                share = math.sqrt(
+                    quant.scaling
+                )  # absorb s equally into both factors, so that s B A is the fitted product for any alpha
+                lora_A, lora_B = result.lora_A / share, result.lora_B / share
         report = WeightReport(target.module, target.shape, digest, precision.bits, rank, errors, output_errors, kept_step,
                               0.0, hit, computed, {})  # fmt: skip
         return stored, lora_A.cpu(), lora_B.cpu(), report

@@ -11,7 +11,6 @@ from loftq_exp.loftq.memory import Workspace
 from loftq_exp.loftq.metric import METRIC_VERSION, Metric, metric_of
 from loftq_exp.loftq.quantizer import QUANTIZER_VERSION, Quantized, Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
-from loftq_exp.loftq.split import split_factors
 
 __all__ = [
     "METRIC_VERSION",
@@ -29,6 +28,5 @@ __all__ = [
     "loftq_init",
     "make_quantizer",
     "metric_of",
-    "split_factors",
     "truncated_svd",
 ]

@@ -17,8 +17,6 @@ from loftq_exp.loftq.metric import Metric, check_metric, metric_of
 from loftq_exp.loftq.pieces import in_thread_pool
 from loftq_exp.loftq.quantizer import Quantizer
 from loftq_exp.loftq.quantizers import make_quantizer
-from loftq_exp.loftq.split import split_factors
-from loftq_exp.schemes import SPLITS
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -178,7 +176,6 @@ def loftq_init(
     seed: int = ...,
     hessian: torch.Tensor | None = ...,
     rounding: str = ...,
-    factors: str = ...,
     return_errors: Literal[False] = ...,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
@@ -199,7 +196,6 @@ def loftq_init(
     seed: int = ...,
     hessian: torch.Tensor | None = ...,
     rounding: str = ...,
-    factors: str = ...,
     return_errors: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, ...]]: ...
 
@@ -220,7 +216,6 @@ def loftq_init(
     seed: int = 0,
     hessian: torch.Tensor | None = None,
     rounding: str = "nearest",
-    factors: str = "balanced",
     return_errors: bool = False,
 ) -> (
     tuple[torch.Tensor, torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, ...]]
@@ -236,8 +231,8 @@ def loftq_init(
         Q_t = q(W - s B_{t-1} A_{t-1})
         s B_t A_t = the best approximation of rank r of W - Q_t, by its singular value decomposition
 
-    The factor s = alpha / reduced_rank is LoRA's scaling of B A. The factors absorb it, so any alpha starts at the same
-    function. (PEFT ignores s.) The paper writes A B^T for what LoRA calls s B A.
+    The factor s = alpha / reduced_rank is LoRA's scaling of B A. Each factor absorbs sqrt(s), so any alpha starts at the
+    same function. (PEFT ignores s.) The paper writes A B^T for what LoRA calls s B A.
 
     Args:
         weight: W, (out, in), finite, any floating type and device.
@@ -254,7 +249,6 @@ def loftq_init(
         hessian: H = E[x x'] of the layer's inputs x, (in, in) or its diagonal (in,), on any device, see `collect_statistics`.
             The norm is then that of the layer's outputs, ||D||_H = sqrt(tr(D H D')), with H damped as in `metric_of`.
         rounding: `nearest`, or `gptq` with a hessian.
-        factors: how the product is split: `balanced`, as published, or `orthonormal`, see `split_factors`.
         return_errors: whether to return the relative errors ||W - Q - s B A||_F / ||W||_F as a fourth result: of quantization
             alone, then after each step. With a hessian too, they are the weight's. The output's relative error is
             sqrt(tr(D H D') / tr(W H W')) for D = W - Q - s B A.
@@ -268,8 +262,6 @@ def loftq_init(
         UserError: if the weight is not a finite floating-point matrix, the hessian is no second moment of its inputs, or a
             setting is unknown or out of range.
     """
-    if factors not in SPLITS:
-        raise UserError(f"factors={factors}: not a split; choose from: {', '.join(SPLITS)}")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"alpha={alpha}: not a positive number; choose one, or None for the rank")
     quantizer_type = "int" if (quant_type, num_bits) == ("nf", 8) else quant_type
@@ -283,8 +275,8 @@ def loftq_init(
     if num_iter == 0:
         lora_A, lora_B = kaiming_uniform_A(result.lora_A.shape, seed).to(weight.device), result.lora_B
     else:
-        scaling = 1.0 if alpha is None else alpha / reduced_rank
-        lora_A, lora_B = split_factors(result.lora_A, result.lora_B, scaling, factors)
+        root = math.sqrt(1.0 if alpha is None else alpha / reduced_rank)
+        lora_A, lora_B = result.lora_A / root, result.lora_B / root
     backbone = result.backbone(quantizer, weight.dtype)
     return (backbone, lora_A, lora_B, result.errors) if return_errors else (backbone, lora_A, lora_B)
 
