@@ -137,6 +137,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                     report["polish"] = dataclasses.asdict(done)
                 check_written(folder, tensors, layout, forms, config)
                 check_unchanged(source, config, wanted)
+                if calibration := worker.decomposer.calibration:
+                    report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                 report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
