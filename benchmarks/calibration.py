@@ -10,7 +10,7 @@ run again. Writes docs/results/calibrated-PART.json: mean, sample standard devia
 
 perplexity: SmolLM2-135M, on 12 blocks of 512 tokens of the WikiText-2 test split, and on the first test problems of GSM8K as
 text. A seed draws the calibration samples. gsm8k: 500 training and 200 test problems; qnli, mnli: 4,000 training rows of the
-task and its whole validation file. There a seed draws the calibration samples, the order of rows, and a new head.
+task and 2,000 of its validation file. There a seed draws the calibration samples, the order of rows, and a new head.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ TEXT_PROBLEMS = 40
 SMOLLM2 = ("model=smollm2", "quant.rank=64", "quant.dropout=0", "train.backbone=dense")
 MINILM = (
     "model=minilm", "task=glue", "task.max_train_samples=4000", "quant.dropout=0", "quant.rank=32", "train=demo",
-    "train.learning_rate=5e-4", "train.weight_decay=0", "train.lr_scheduler_type=linear", "train.warmup_ratio=0.1",
-    "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length",
+    "train.learning_rate=2.5e-4", "train.weight_decay=0", "train.lr_scheduler_type=linear", "train.warmup_ratio=0.1",
+    "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length", "task.max_eval_samples=2000",
+    "calibration.samples=1024",
 )  # fmt: skip
 
 
