@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from loftq_exp.artifact.folder import REPORT
 from loftq_exp.report.collect import CONFIG, Found
 from loftq_exp.report.summary import Row
 from loftq_exp.whole import read_object
 
+REPORT = "init_report.json"
+"""As loftq_exp.artifact.folder.REPORT, whose import takes seconds."""
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 
@@ -41,8 +42,8 @@ def errors_of(row: Row) -> Errors | None:
     if not reports or any(_names(weights) != _names(reports[0]) for weights in reports):
         return None
     layers, modules = _axes(_names(reports[0]))
-    length = min(len(weight["errors"]) for weights in reports for weight in weights)
-    steps = np.array([np.mean([weight["errors"][:length] for weight in weights], axis=0) for weights in reports])
+    length = max(len(weight["errors"]) for weights in reports for weight in weights)
+    steps = np.array([np.mean([_padded(weight["errors"], length) for weight in weights], axis=0) for weights in reports])
     total, count = np.zeros((2, len(layers), len(modules)))
     for weights in reports:
         for weight in weights:
@@ -68,6 +69,11 @@ def _weights(run: Found) -> list[dict[str, Any]]:
 
 def _names(weights: Sequence[dict[str, Any]]) -> list[str]:
     return [weight["name"] for weight in weights]
+
+
+def _padded(errors: Sequence[float], length: int) -> list[float]:
+    """Return the errors of `length` steps. A weight that takes no further step keeps its error."""
+    return [*errors, *[errors[-1]] * (length - len(errors))]
 
 
 def _kept(weight: dict[str, Any]) -> float:
