@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 
 _WIDTH = 4.7
 """Inches of 72 units. So narrow that text of 9 units is readable on a phone."""
+_MOST_LETTERS = 62
+"""In a line of a legend."""
 _TEXT = "#010203"
 """Stands for the colour of the page's text."""
 SERIES = tuple(f"#0a0b{index:02x}" for index in range(8))
@@ -69,11 +72,13 @@ def _chart(label: str, height: float, entries: Sequence[str] = ()) -> Iterator[t
     """Yield axes to draw on. The list has the SVG afterwards, with `label` for those who do not see it."""
     links, svg = _Links(), list[str]()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):  # type: ignore[arg-type]
-        figure = Figure(figsize=(_WIDTH, height + 0.19 * len(entries)))
+        names = [textwrap.fill(entry, _MOST_LETTERS) for entry in entries]
+        figure = Figure(figsize=(_WIDTH, height + 0.17 * sum(name.count("\n") + 1.2 for name in names)))
         axes = figure.add_subplot()
         yield axes, links, svg
         if entries:
-            figure.legend(loc="outside lower left", ncols=1, handlelength=1.6, borderaxespad=0.2)
+            handles = axes.get_legend_handles_labels()[0]
+            figure.legend(handles, names, loc="outside lower left", ncols=1, handlelength=1.6, borderaxespad=0.2)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg.append(_inlined(text.getvalue(), label, links))
@@ -134,21 +139,23 @@ def bars(label: str, x: str, names: Sequence[str], groups: dict[str, Sequence[Po
 
     The `x` of a point is its place in `names`, and its `y` the length.
     """
-    count = len(names)
-    height = 0.6 + count * (0.26 + 0.15 * len(groups))
-    with _chart(label, height, list(groups) if len(groups) > 1 else ()) as (axes, links, svg):
-        thick = 0.55 / len(groups)
+    names = [textwrap.fill(name, _MOST_LETTERS) for name in names]
+    text = 0.155 * max(name.count("\n") + 1 for name in names)  # inches
+    slot = 0.08 + text + 0.15 * len(groups)
+    with _chart(label, 0.55 + slot * len(names), list(groups) if len(groups) > 1 else ()) as (axes, links, svg):
+        thick = 0.15 / slot
         for index, (name, points) in enumerate(groups.items()):
             places = [point.x + thick * (index + 0.5) for point in points]
-            drawn = axes.barh(places, [point.y for point in points], thick * 0.9, color=SERIES[index], label=name)
+            drawn = axes.barh(places, [point.y for point in points], thick * 0.85, color=SERIES[index], label=name)
             for bar, point, place in zip(drawn, points, places, strict=True):
                 bar.set_url(links.add(point.href, point.title))
                 if point.low is not None and point.high is not None:
                     axes.errorbar([point.y], [place], xerr=[[point.y - point.low], [point.high - point.y]], color=_TEXT,
                                   linewidth=1, capsize=2)  # fmt: skip
         for place, name in enumerate(names):
-            axes.text(0.005, place - 0.04, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
-        axes.set(xlabel=x, ylim=(count - 0.3, -0.45), yticks=[])
+            written = axes.text(0.005, place - 0.02, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
+            written.set_in_layout(False)
+        axes.set(xlabel=x, ylim=(len(names) - text / slot, -text / slot), yticks=[])
         axes.set_xlim(left=0)
         axes.grid(False, axis="y")
     return svg[0]
@@ -156,14 +163,15 @@ def bars(label: str, x: str, names: Sequence[str], groups: dict[str, Sequence[Po
 
 def heat_map(label: str, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limits: tuple[float, float]) -> str:
     """Return a chart of `values` (row, column) between `limits`. NaN is left empty."""
-    with _chart(label, min(6.0, 1.6 + 0.13 * len(rows) + 0.05 * max(map(len, columns)))) as (axes, _, svg):
+    height = 0.5 + min(3.2, max(1.0, 0.11 * len(rows))) + 0.045 * max(map(len, columns))
+    with _chart(label, height) as (axes, _, svg):
         image = axes.imshow(values, aspect="auto", interpolation="none", cmap="viridis", vmin=limits[0], vmax=limits[1])
         axes.grid(False)
         every = max(1, len(rows) // 12)
         axes.set_yticks(range(0, len(rows), every), rows[::every])
         axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
         axes.set_ylabel("layer")
-        axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, label="relative error")
+        axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
     return svg[0]
 
 

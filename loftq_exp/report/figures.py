@@ -18,7 +18,7 @@ from loftq_exp.report.weights import Errors, errors_of
 Href = Callable[[Row], str]
 _LOWER, _HIGHER = ("nll", "perplexity"), ("accuracy", "f1", "exact_match", "matthews", "pearson", "spearman", "rouge1", "rouge2",
                                           "rougeL")  # fmt: skip
-_MOST_POINTS = 150
+_MOST_POINTS, _MOST_MAPS = 150, 8
 _SPREAD = "Error bars: ± one sample standard deviation over the seeds."
 _STAGES = {"quantize": "initialise", "finetune": "train", "evaluate": "evaluate"}
 _BITS = ("quant.bits", "quant.allocation", "quant.bits_per_layer")
@@ -69,10 +69,11 @@ def sections(rows: Sequence[Row], differing: Sequence[str], href: Href, of: str)
         Section(score.label, _of_score(score, rows, differing, href, of), index < 2)
         for index, score in enumerate(_scores(rows))
     ]
+    errors = _errors(rows)
     found = [
         *scores,
-        Section("Weight error", _of_errors(rows, href, of)),
-        Section("Training loss", _losses(rows, href, of)),
+        Section("Training loss, weight error", [*_losses(rows, href, of), *_steps(errors, href, of)]),
+        Section("Weight error by layer and module", maps := _maps(errors, of), len(maps) <= _MOST_MAPS),
         Section("Time and memory", _costs(rows, href, of)),
     ]
     return [section for section in found if section.charts]
@@ -195,29 +196,37 @@ def _spread(rows: Sequence[Row]) -> str:
     return _SPREAD if any(len(row.runs) > 1 for row in rows) else ""
 
 
-def _of_errors(rows: Sequence[Row], href: Href, of: str) -> list[Drawn]:
+def _errors(rows: Sequence[Row]) -> list[tuple[list[Row], Errors]]:
+    """Return the weight errors, and the rows that have these, such as those of one initialisation."""
     found: dict[bytes, tuple[list[Row], Errors]] = {}
     for row in rows:
         if (errors := errors_of(row)) is not None:
             found.setdefault(errors.kept.tobytes() + errors.steps.tobytes(), ([], errors))[0].append(row)
+    return list(found.values())
+
+
+def _steps(found: Sequence[tuple[list[Row], Errors]], href: Href, of: str) -> list[Drawn]:
     if not found:
         return []
-    drawn = [_line(_together(same), range(errors.steps.shape[1]), errors.steps, href(same[0])) for same, errors in found.values()]
-    banded = any(len(errors.steps) > 1 for _, errors in found.values())
-    caption = "Mean relative error of the weights, ‖W − Q − BA‖ / ‖W‖: step 0 after quantization alone, before any factors are fitted."
-    caption += " Bands: ± one sample standard deviation over the seeds." * banded
+    drawn = [_line(_together(same), range(errors.steps.shape[1]), errors.steps, href(same[0])) for same, errors in found]
+    caption = "Mean relative error of the weights, ‖W − Q − BA‖ / ‖W‖. Step 0: after quantization alone."
+    caption += " Bands: ± one sample standard deviation over the seeds." * any(len(errors.steps) > 1 for _, errors in found)
     svg = lines(f"Weight error by step: {of}", "alternating step", "mean relative error", drawn)
-    charts = [Drawn("Weight error by step", caption, svg)]
-    every = np.concatenate([errors.kept[~np.isnan(errors.kept)] for _, errors in found.values()])
-    limits = (float(every.min()), float(every.max()))
-    for same, errors in found.values():
+    return [Drawn("Weight error by step", caption, svg)]
+
+
+def _maps(found: Sequence[tuple[list[Row], Errors]], of: str) -> list[Drawn]:
+    """Return a heat map of each row's errors, all in the same colours."""
+    every = [float(error) for _, errors in found for error in errors.kept[~np.isnan(errors.kept)]]
+    charts = []
+    for same, errors in found:
         own = errors.kept[~np.isnan(errors.kept)]
         layer, module = np.unravel_index(np.nanargmax(errors.kept), errors.kept.shape)
         worst = f"{own.max():.4f} in layer {errors.layers[layer]}, {errors.modules[module]}"
         caption = f"Relative error of the kept factors: mean {own.mean():.4f}, least {own.min():.4f}, largest {worst}."
-        name = _together(same)
-        svg = heat_map(f"Weight error by layer and module: {name}, {of}", errors.kept, errors.layers, errors.modules, limits)
-        charts.append(Drawn(f"Error by layer and module: {name}", caption, svg))
+        label = f"Weight error by layer and module: {_together(same)}, {of}"
+        svg = heat_map(label, errors.kept, errors.layers, errors.modules, (min(every), max(every)))
+        charts.append(Drawn(_together(same), caption, svg))
     return charts
 
 

@@ -8,7 +8,7 @@ for (const table of document.querySelectorAll("table")) {
     button.type = "button";
     button.textContent = head.textContent;
     head.replaceChildren(button);
-    const texts = head.dataset.kind === "text";
+    const texts = head.className === "text";
     const missing = (row) => row.cells[index].textContent.trim() === "-";
     button.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";

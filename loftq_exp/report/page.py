@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +20,11 @@ from loftq_exp.report.command import command_of
 from loftq_exp.report.figures import Section, sections
 from loftq_exp.report.grid import LABELS, Grid, grids, runs_grid, setting_of
 from loftq_exp.report.settings import SEEDS, flatten
-from loftq_exp.report.summary import Row, Summary, narrowed
+from loftq_exp.report.summary import Row, Summary, narrowed, summarise
 from loftq_exp.report.values import scores_of
 from loftq_exp.whole import whole_file
+
+_MOST_NAMES = 8
 
 
 def write_page(summary: Summary, path: Path) -> None:
@@ -40,29 +43,35 @@ def _page(summary: Summary, folder: Path) -> str:
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     runs = sum(len(row.runs) for row in summary.rows)
     counted = f"{len(summary.rows)} rows of {runs} runs. " if runs > len(summary.rows) else f"{runs} runs. "
-    differ = f"They differ in {', '.join(summary.differing)}." if summary.differing else ""
+    differ = f"They differ in {', '.join(summary.differing[:_MOST_NAMES])}" if summary.differing else ""
+    differ += f" and {len(summary.differing) - _MOST_NAMES} more settings" * (len(summary.differing) > _MOST_NAMES)
+    body, first = list[str](), 0
+    for name, rows in _groups(summary):
+        body += _group(name, rows, first, summary, folder)
+        first += len(rows)
     return "\n".join([
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">',
         f"<title>LoftQ: {escape(counted.rstrip('. '))}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
-        f"<h1>LoftQ experiments</h1>\n<p>{escape(counted + differ)}</p>",
-        *(part for name, rows in _groups(summary) for part in _group(name, rows, summary, folder)),
+        f"<h1>LoftQ experiments</h1>\n<p>{escape(counted + differ)}.</p>",
+        *body,
         f"</main>\n<script>{script}</script>\n</body>\n</html>\n",
     ])  # fmt: skip
 
 
 def _groups(summary: Summary) -> list[tuple[str, list[Row]]]:
-    """Return the rows of each model and task with their name."""
+    """Return the rows of each model and task under its name. Their own names say no more than what differs in the group."""
     groups: dict[str, list[Row]] = {}
     for row in summary.rows:
         groups.setdefault(", ".join(str(setting_of(row, name)) for name in LABELS), []).append(row)
-    return list(groups.items())
+    own = {of: summarise([run for row in rows for run in row.runs]).rows for of, rows in groups.items()}
+    return [(of, [replace(row, name=short.name) for row, short in zip(rows, own[of], strict=True)]) for of, rows in groups.items()]
 
 
-def _group(name: str, rows: Sequence[Row], summary: Summary, folder: Path) -> list[str]:
+def _group(name: str, rows: Sequence[Row], first: int, summary: Summary, folder: Path) -> list[str]:
     part = narrowed(summary, rows)
-    anchors = {row.name: f"row-{summary.rows.index(row)}" for row in rows}
+    anchors = {row.name: f"row-{first + index}" for index, row in enumerate(rows)}
     (grid,) = grids(part)
     runs = [run for row in rows for run in row.runs]
     tables = [_table(grid, [(f"#{anchors[row.name]}", row.name) for row in rows], f"table-{anchors[rows[0].name]}")]
@@ -82,9 +91,9 @@ def _group(name: str, rows: Sequence[Row], summary: Summary, folder: Path) -> li
 
 def _table(grid: Grid, links: Sequence[tuple[str, str]], name: str) -> str:
     """Return a table. Each row's first cell leads to its link, which has the given title."""
-    texts = [all(not re.match(r"[-+\[]?[\d.]|-$", row[index]) for row in grid.rows) for index in range(len(grid.headings))]
+    texts = [not all(re.match(r"[-+\[]*[\d.]|-$", row[index]) for row in grid.rows) for index in range(len(grid.headings))]
     heads = "".join(
-        f'<th scope="col" data-kind="{"text" if text else "number"}">{escape(heading)}</th>'
+        f'<th scope="col" class="{"text" if text else "number"}">{escape(heading)}</th>'
         for heading, text in zip(grid.headings, texts, strict=True)
     )
     lines = []
