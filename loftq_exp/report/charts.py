@@ -8,26 +8,29 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-_WIDTH = 4.7
-"""Inches of 72 units. So narrow that text of 9 units is readable on a phone."""
-_MOST_LETTERS = 62
+_WIDTH = 4.4
+"""Inches of 72 units. So narrow that text of 10 units is readable on a phone."""
+_MOST_LETTERS = 52
 """In a line of a legend."""
 _TEXT = "#010203"
 """Stands for the colour of the page's text."""
 SERIES = tuple(f"#0a0b{index:02x}" for index in range(8))
 """Stand for the page's colours of series, the style sheet's --series-0 to --series-7."""
 _MARKERS = "osD^vPX*"
-_STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.labelsize": 9,
+_STYLE: Any = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 10, "axes.labelsize": 10,
     "text.color": _TEXT, "axes.labelcolor": _TEXT, "axes.edgecolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT,
     "grid.color": _TEXT, "axes.grid": True, "grid.alpha": 0.15, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8.5, "figure.constrained_layout.use": True,
+    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9.5, "figure.constrained_layout.use": True,
     "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 6), "path.simplify": True,
 }  # fmt: skip
 
@@ -71,9 +74,9 @@ class _Links:
 def _chart(label: str, height: float, entries: Sequence[str] = ()) -> Iterator[tuple[Axes, _Links, list[str]]]:
     """Yield axes to draw on. The list has the SVG afterwards, with `label` for those who do not see it."""
     links, svg = _Links(), list[str]()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):  # type: ignore[arg-type]
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):
         names = [textwrap.fill(entry, _MOST_LETTERS) for entry in entries]
-        figure = Figure(figsize=(_WIDTH, height + 0.17 * sum(name.count("\n") + 1.2 for name in names)))
+        figure = Figure(figsize=(_WIDTH, height + 0.185 * sum(name.count("\n") + 1.2 for name in names)))
         axes = figure.add_subplot()
         yield axes, links, svg
         if entries:
@@ -97,7 +100,9 @@ def scatter(
     named = [*["Pareto front"] * bool(front), *series]
     with _chart(label, 2.9, named if len(named) > 1 else ()) as (axes, links, svg):
         if front:
-            axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=_TEXT, linewidth=5, alpha=0.16, label=named[0])
+            axes.plot(
+                *zip(*front, strict=True), drawstyle="steps-post", color=_TEXT, linewidth=5, alpha=0.16, label=named[0]
+            )
         for index, (name, points) in enumerate(series.items()):
             colour, marker = SERIES[index % len(SERIES)], _MARKERS[index // len(SERIES) % len(_MARKERS)]
             xs, ys = [point.x for point in points], [point.y for point in points]
@@ -126,11 +131,13 @@ def lines(label: str, x: str, y: str, drawn: Sequence[Line], log: bool = False) 
             if list(line.low) != list(line.high):
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         axes.set(xlabel=x, ylabel=y)
-        if log:
+        values = [value for line in drawn for value in line.y]
+        if log and _wide(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:.3g}" if _narrow([value for line in drawn for value in line.y]) else "")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return svg[0]
 
 
@@ -140,7 +147,7 @@ def bars(label: str, x: str, names: Sequence[str], groups: dict[str, Sequence[Po
     The `x` of a point is its place in `names`, and its `y` the length.
     """
     names = [textwrap.fill(name, _MOST_LETTERS) for name in names]
-    text = 0.155 * max(name.count("\n") + 1 for name in names)  # inches
+    text = 0.17 * max(name.count("\n") + 1 for name in names)  # inches
     slot = 0.08 + text + 0.15 * len(groups)
     with _chart(label, 0.55 + slot * len(names), list(groups) if len(groups) > 1 else ()) as (axes, links, svg):
         thick = 0.15 / slot
@@ -153,7 +160,9 @@ def bars(label: str, x: str, names: Sequence[str], groups: dict[str, Sequence[Po
                     axes.errorbar([point.y], [place], xerr=[[point.y - point.low], [point.high - point.y]], color=_TEXT,
                                   linewidth=1, capsize=2)  # fmt: skip
         for place, name in enumerate(names):
-            written = axes.text(0.005, place - 0.02, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
+            written = axes.text(
+                0.005, place - 0.02, name, transform=axes.get_yaxis_transform(), va="bottom", fontsize=9.5
+            )
             written.set_in_layout(False)
         axes.set(xlabel=x, ylim=(len(names) - text / slot, -text / slot), yticks=[])
         axes.set_xlim(left=0)
@@ -161,31 +170,42 @@ def bars(label: str, x: str, names: Sequence[str], groups: dict[str, Sequence[Po
     return svg[0]
 
 
-def heat_map(label: str, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limits: tuple[float, float]) -> str:
+def heat_map(
+    label: str, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limits: tuple[float, float]
+) -> str:
     """Return a chart of `values` (row, column) between `limits`. NaN is left empty."""
     height = 0.5 + min(3.2, max(1.0, 0.11 * len(rows))) + 0.045 * max(map(len, columns))
     with _chart(label, height) as (axes, _, svg):
-        image = axes.imshow(values, aspect="auto", interpolation="none", cmap="viridis", vmin=limits[0], vmax=limits[1])
+        norm = LogNorm(*limits) if _wide(limits) else Normalize(*limits)
+        image = axes.imshow(values, aspect="auto", interpolation="none", cmap="viridis", norm=norm)
         axes.grid(False)
         every = max(1, len(rows) // 12)
         axes.set_yticks(range(0, len(rows), every), rows[::every])
         axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
         axes.set_ylabel("layer")
-        axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        if _wide(limits):
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bar.ax.yaxis.set_major_formatter("{x:g}")
+            bar.ax.yaxis.set_minor_locator(NullLocator())
     return svg[0]
 
 
-def _narrow(values: Sequence[float]) -> bool:
-    """Return whether a logarithmic axis of these values may have no power of ten on it."""
-    return max(values) < 10 * min(values)
+def _wide(values: Sequence[float]) -> bool:
+    """Return whether values are shown on a logarithmic scale: they are above 0 and span more than a factor of 4."""
+    return 0 < 4 * min(values) < max(values)
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Make the x axis logarithmic to base 2 with a tick at each value."""
+    """Make the x axis logarithmic to base 2 with ticks at the values."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(values)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value > 1.12 * ticks[-1]:  # labels do not overlap
+            ticks.append(value)
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter("{x:.4g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _inlined(svg: str, label: str, links: _Links) -> str:
@@ -193,7 +213,9 @@ def _inlined(svg: str, label: str, links: _Links) -> str:
     root = ET.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # a style would hold for the whole page, which has it itself
+            if child.tag.endswith(
+                ("}metadata", "}style")
+            ):  # a style would hold for the whole page, which has it itself
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

@@ -24,7 +24,9 @@ def command_of(config: Mapping[str, Any]) -> str:
         if group in _LEFT_OUT:
             continue
         if isinstance(value, Mapping):
-            given += [f"{group}.{name}={_value(own)}" for name, own in value.items() if (group, name) != ("task", "kind")]
+            given += [
+                f"{group}.{name}={_value(own)}" for name, own in value.items() if (group, name) != ("task", "kind")
+            ]
         else:
             given.append(f"{group}={_value(value)}")
     return " \\\n  ".join(["loftq-exp run", *map(shlex.quote, given)])

@@ -66,7 +66,10 @@ def _groups(summary: Summary) -> list[tuple[str, list[Row]]]:
     for row in summary.rows:
         groups.setdefault(", ".join(str(setting_of(row, name)) for name in LABELS), []).append(row)
     own = {of: summarise([run for row in rows for run in row.runs]).rows for of, rows in groups.items()}
-    return [(of, [replace(row, name=short.name) for row, short in zip(rows, own[of], strict=True)]) for of, rows in groups.items()]
+    return [
+        (of, [replace(row, name=short.name) for row, short in zip(rows, own[of], strict=True)])
+        for of, rows in groups.items()
+    ]
 
 
 def _group(name: str, rows: Sequence[Row], first: int, summary: Summary, folder: Path) -> list[str]:
@@ -74,16 +77,14 @@ def _group(name: str, rows: Sequence[Row], first: int, summary: Summary, folder:
     anchors = {row.name: f"row-{first + index}" for index, row in enumerate(rows)}
     (grid,) = grids(part)
     runs = [run for row in rows for run in row.runs]
-    tables = [_table(grid, [(f"#{anchors[row.name]}", row.name) for row in rows], f"table-{anchors[rows[0].name]}")]
-    for single in runs_grid(part):
-        links = [(_href(run, folder), _place(run)) for run in runs]
-        tables.append(_table(single, links, f"runs-{anchors[rows[0].name]}"))
+    links = [(_href(run, folder), _place(run)) for run in runs]
     drawn = sections(rows, part.differing, lambda row: f"#{anchors[row.name]}", name)
     return [
         f"<section>\n<h2>{escape(name)}</h2>",
-        *tables,
+        _table(grid, [(f"#{anchors[row.name]}", row.name) for row in rows], f"table-{first}"),
         *map(_charts, drawn),
-        "<h3>Runs, settings and commands</h3>",
+        *(_details(single.title, _table(single, links, f"runs-{first}")) for single in runs_grid(part)),
+        "<h3>Folders, settings and commands</h3>",
         *(_row(row, anchors[row.name], folder) for row in rows),
         "</section>",
     ]
@@ -91,7 +92,9 @@ def _group(name: str, rows: Sequence[Row], first: int, summary: Summary, folder:
 
 def _table(grid: Grid, links: Sequence[tuple[str, str]], name: str) -> str:
     """Return a table. Each row's first cell leads to its link, which has the given title."""
-    texts = [not all(re.match(r"[-+\[]*[\d.]|-$", row[index]) for row in grid.rows) for index in range(len(grid.headings))]
+    texts = [
+        not all(re.match(r"[-+\[]*[\d.]|-$", row[index]) for row in grid.rows) for index in range(len(grid.headings))
+    ]
     heads = "".join(
         f'<th scope="col" class="{"text" if text else "number"}">{escape(heading)}</th>'
         for heading, text in zip(grid.headings, texts, strict=True)
@@ -99,7 +102,8 @@ def _table(grid: Grid, links: Sequence[tuple[str, str]], name: str) -> str:
     lines = []
     for (first, *others), (href, title) in zip(grid.rows, links, strict=True):
         cells = "".join(
-            f'<td class="{"text" if text else "number"}">{escape(cell)}</td>' for cell, text in zip(others, texts[1:], strict=True)
+            f'<td class="{"text" if text else "number"}">{escape(cell)}</td>'
+            for cell, text in zip(others, texts[1:], strict=True)
         )
         link = f'<a href="{escape(href)}" title="{escape(title)}">{escape(first)}</a>'
         lines.append(f'<tr><th scope="row">{link}</th>{cells}</tr>')
@@ -118,8 +122,11 @@ def _charts(section: Section) -> str:
         + f"</figcaption>\n{drawn.svg}\n</figure>"
         for drawn in section.charts
     )
-    state = " open" if section.open else ""
-    return f'<details{state}><summary><h3>{escape(section.title)}</h3></summary>\n<div class="charts">\n{figures}\n</div></details>'
+    return _details(section.title, f'<div class="charts">\n{figures}\n</div>', section.open)
+
+
+def _details(title: str, content: str, opened: bool = True) -> str:
+    return f"<details{' open' * opened}><summary><h3>{escape(title)}</h3></summary>\n{content}</details>"
 
 
 def _row(row: Row, anchor: str, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ def errors_of(row: Row) -> Errors | None:
         return None
     layers, modules = _axes(_names(reports[0]))
     length = max(len(weight["errors"]) for weights in reports for weight in weights)
-    steps = np.array([np.mean([_padded(weight["errors"], length) for weight in weights], axis=0) for weights in reports])
+    steps = np.array(
+        [np.mean([_padded(weight["errors"], length) for weight in weights], axis=0) for weights in reports]
+    )
     total, count = np.zeros((2, len(layers), len(modules)))
     for weights in reports:
         for weight in weights:
@@ -64,7 +67,15 @@ def _weights(run: Found) -> list[dict[str, Any]]:
     weights = report.get("weights")
     if report.get("key") != start.get("key") or not isinstance(weights, list):
         return []
-    return weights if all(isinstance(weight, dict) and weight.get("errors") for weight in weights) else []
+    return weights if all(isinstance(weight, dict) and _finite(weight.get("errors")) for weight in weights) else []
+
+
+def _finite(errors: Any) -> bool:
+    return (
+        bool(errors)
+        and isinstance(errors, list)
+        and all(isinstance(error, float) and math.isfinite(error) for error in errors)
+    )
 
 
 def _names(weights: Sequence[dict[str, Any]]) -> list[str]:
@@ -101,7 +112,9 @@ def _labels(layers: Sequence[tuple[str, int]]) -> tuple[str, ...]:
     if len(stacks) == 1:
         return tuple(str(layer) for _, layer in layers)
     short = {
-        stack: next((part for part, *others in zip(parts, *stacks.values(), strict=False) if len(set(others)) > 1), stack)
+        stack: next(
+            (part for part, *others in zip(parts, *stacks.values(), strict=False) if len(set(others)) > 1), stack
+        )
         for stack, parts in stacks.items()
     }
     return tuple(f"{short[stack]} {layer}" for stack, layer in layers)
