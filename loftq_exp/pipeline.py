@@ -94,6 +94,7 @@ def _run(config: RunConfig) -> RunResult:
     check_published(config)
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
+    _check_objective(config, data.task)
     place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
     identity = ranks.from_main(lambda: identify(config, place))
     folder, records = identity.run_dir, Records(identity.run_dir, identity.init_key)
@@ -178,6 +179,15 @@ def _read_data(config: RunConfig) -> _Data:
         task.rows("train") if "finetune" in stages else [],
         task.rows("eval") if "evaluate" in stages else [],
     )
+
+
+def _check_objective(config: RunConfig, task: Task) -> None:
+    """Raise UserError if the task has no score that is named `objective`."""
+    names = [name for column in task.table for name in column.scores]
+    if config.objective and config.objective not in names:
+        raise UserError(
+            f"objective={config.objective}: {config.task.label} has no such score; choose from: {', '.join(names)}"
+        )
 
 
 def _check_scores(config: RunConfig, task: Task) -> None:

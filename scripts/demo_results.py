@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("folders", metavar="DIR", nargs="*", type=Path, default=[ROOT / "outputs" / "runs"])
     found = find(parser.parse_args().folders)
     TABLE.write_text(json.dumps(document(found), indent=1) + "\n")
-    plot_losses(PICTURE, {DEMOS[name]: metrics["losses"] for name, metrics in found.items()})
+    plot_losses(PICTURE, {DEMOS[name]: [metrics["losses"]] for name, metrics in found.items()})
 
 
 if __name__ == "__main__":

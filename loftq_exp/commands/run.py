@@ -10,6 +10,7 @@ import datetime
 import difflib
 import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -165,19 +166,26 @@ class SweepFolder(Callback):
         os.environ[SWEEP_FOLDER] = str(local_path(config.output_dir).resolve() / "sweeps" / began)
 
 
-def _job(composed: DictConfig, single: list[DictConfig]) -> None:
-    """Store the composed tree of a single run in `single`, or run the job of a multirun. Called by Hydra."""
+def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
+    """Store the composed tree of a single run in `single`, or run the job of a multirun. Called by Hydra.
+
+    Returns the score that `objective` names, for the sweeper: NaN if the job failed, None without an objective.
+    """
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         single.append(composed)
-        return
+        return None
     from loftq_exp.report.sweep import record_job
 
     # A failed job is recorded and reported at the end. The others continue.
     with record_job(
         Path(os.environ[SWEEP_FOLDER]), job.job.num, [override.lstrip("+") for override in job.overrides.task]
     ) as finished:
-        finished(_run(composed))
+        result = _run(composed)
+        finished(result)
+        objective = composed.get("objective")
+        return result.scores[objective] if objective else None
+    return math.nan if composed.get("objective") else None  # the failure is recorded
 
 
 def _run(composed: DictConfig) -> RunResult:

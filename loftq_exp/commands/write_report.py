@@ -15,10 +15,13 @@ from loftq_exp.report.collect import Found, collect
 from loftq_exp.report.console import print_table
 from loftq_exp.report.forms import as_csv, as_json, as_latex, as_markdown
 from loftq_exp.report.grid import grids, runs_grid
+from loftq_exp.report.page import write_page
 from loftq_exp.report.select import Condition, check_rows, full_name, in_order, of_run, row_value, run_value
 from loftq_exp.report.summary import Summary, narrowed, summarise
 
-FORMATS = ("table", "json", "csv", "markdown", "latex")
+log = logging.getLogger(__name__)
+
+FORMATS = ("table", "json", "csv", "markdown", "latex", "html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("places", metavar="DIR", nargs="+", help="a run, a sweep or a folder of them; globs work too")
     parser.add_argument("--format", choices=FORMATS, default="table",
-                        help="json: a list of rows with all settings and scores; csv: all digits; markdown, latex: the table")  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="output file (default: standard output)")
+                        help="json: a list of rows with all settings and scores; csv: all digits; markdown, latex: the table; html: a page with plots")  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="output file (default: standard output; report.html for html)")
     parser.add_argument("--group-by", metavar="NAME", action="append", default=[],
                         help="a table for each value of a setting (default: of model and task); repeatable")  # fmt: skip
     parser.add_argument("--filter", metavar="NAME=VALUE", action="append", default=[],
@@ -127,6 +130,10 @@ def _write(summary: Summary, group_by: Sequence[str], options: argparse.Namespac
             print_table(
                 grid.title, grid.headings, grid.rows, drop=grid.drop, elsewhere="each run's metrics.json has all"
             )
+        return
+    if options.format == "html":
+        write_page(summary, local_path(options.output or "report.html"))
+        log.info("%s", local_path(options.output or "report.html"))
         return
     if options.format in ("json", "csv"):
         text = (as_json if options.format == "json" else as_csv)(summary)

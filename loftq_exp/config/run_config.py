@@ -71,6 +71,11 @@ class RunConfig:
         shapes=(INITIALISATION, ADAPTER),
     )
     device: str = setting("compute device: auto, cpu, cuda or cuda:N", "auto", shapes=())
+    objective: str | None = setting(
+        "score that a job of a multirun returns to Hydra's sweeper, such as nll or accuracy; null: none",
+        None,
+        shapes=(),
+    )
     published: Mapping[str, float] | None = setting(
         "published scores by name, in the units of the results table (percent, points); shown beside the measured scores",
         None,
@@ -80,6 +85,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages or len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
+        if self.objective and "evaluate" not in self.stages:
+            raise UserError(f"objective={self.objective}: nothing is scored; add evaluate to stages")
         if self.hub.push and "quantize" not in self.stages:
             raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
         self._check_formats()

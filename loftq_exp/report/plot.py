@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 from matplotlib.figure import Figure
 
+from loftq_exp.whole import whole_file, write_whole
 
-def plot_losses(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """Plot training loss over optimiser steps, one line per run. `losses` maps a label to (step, loss) pairs."""
+MOST_MARKED = 40
+"""Points of a line up to which each has a marker. A line of one point is nothing but its marker."""
+
+Losses = Sequence[tuple[int, float]]
+"""(step, loss) pairs of a run."""
+
+
+def plot_losses(path: Path, losses: Mapping[str, Sequence[Losses]]) -> None:
+    """Plot training loss over optimiser steps to `path`, a PNG, and beside it as SVG, with the values as CSV.
+
+    Each label of `losses` has one line, for the runs that differ only in their seeds: their mean, and a band from the smallest
+    to the largest. Only steps that all runs of a label logged are drawn. The CSV has every value.
+    """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for label, pairs in losses.items():
-        if pairs:
-            steps, values = zip(*pairs, strict=True)
-            axes.plot(steps, values, label=label, linewidth=1.8)
+    for label, runs in losses.items():
+        logged = [dict(pairs) for pairs in runs if pairs]
+        steps = sorted(set.intersection(*map(set, logged))) if logged else []
+        if not steps:
+            continue
+        values = [[run[step] for run in logged] for step in steps]
+        marker = "o" if len(steps) <= MOST_MARKED else None
+        (line,) = axes.plot(steps, list(map(mean, values)), label=label, linewidth=1.8, marker=marker, markersize=4)
+        if len(logged) > 1:
+            axes.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line.get_color())
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("training loss (nats per token)")
     axes.set_yscale("log")
@@ -24,4 +45,16 @@ def plot_losses(path: Path, losses: Mapping[str, Sequence[tuple[int, float]]]) -
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    with whole_file(path) as beside, whole_file(path.with_suffix(".svg")) as drawn:
+        figure.savefig(beside, format="png")
+        figure.savefig(drawn, format="svg")
+    write_whole(path.with_suffix(".csv"), _table(losses))
+
+
+def _table(losses: Mapping[str, Sequence[Losses]]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["run", "number", "step", "loss"])
+    rows.writerows([label, number, step, repr(loss)] for label, runs in losses.items() for number, run in enumerate(runs)
+                   for step, loss in run)  # fmt: skip
+    return text.getvalue()

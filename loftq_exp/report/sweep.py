@@ -18,6 +18,7 @@ from loftq_exp.report.collect import Found
 from loftq_exp.report.console import print_table
 from loftq_exp.report.forms import as_csv, as_markdown
 from loftq_exp.report.grid import grids
+from loftq_exp.report.page import write_page
 from loftq_exp.report.plot import plot_losses
 from loftq_exp.report.record import write_json
 from loftq_exp.report.summary import Summary, summarise
@@ -58,7 +59,7 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Call
 
 
 def report_sweep(folder: Path) -> bool:
-    """Print the tables of all jobs in `folder`, and write table.md, table.csv and losses.png. Returns whether all succeeded.
+    """Print the tables of all jobs in `folder`, and write table.md, table.csv, report.html and losses.png. Returns whether all succeeded.
 
     One row a setting comes first if some jobs differ only in their seeds or there is a baseline, then one row a job.
 
@@ -82,7 +83,9 @@ def report_sweep(folder: Path) -> bool:
     text += [markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures)]
     write_whole(folder / "table.md", "\n".join(text))
     write_whole(folder / "table.csv", as_csv(summary))
-    _plot(folder, jobs, headings, rows)
+    if summary.rows:
+        write_page(summary, folder / "report.html")
+    _plot(folder, summary)
     log.info("tables, plot and one file per job: %s", folder)
     if refused:
         raise refused
@@ -113,12 +116,8 @@ def _job_rows(jobs: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[lis
     return ("job", "overrides", *results, "state"), rows
 
 
-def _plot(folder: Path, jobs: Sequence[dict[str, Any]], headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Plot the losses of the jobs that have some, named by their run if that is unique, else by their overrides."""
-    done = [(job["metrics"]["losses"], row) for job, row in zip(jobs, rows, strict=True) if job["metrics"]]
-    if not any(losses for losses, _ in done):
-        return
-    run, own = headings.index("run"), headings.index("overrides")
-    names = [row[run] for _, row in done]
-    label = run if len(set(names)) == len(names) else own
-    plot_losses(folder / "losses.png", {row[label]: losses for losses, row in done})
+def _plot(folder: Path, summary: Summary) -> None:
+    """Plot the losses of the rows that have some, with bands over seeds."""
+    losses = {row.name: [run.metrics["losses"] for run in row.runs] for row in summary.rows}
+    if any(any(runs) for runs in losses.values()):
+        plot_losses(folder / "losses.png", losses)

@@ -7,6 +7,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,8 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert outcome.err == "error: not every job succeeded; the failed jobs and their errors are listed above\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
     (sweep,) = Path("outputs/sweeps").iterdir()
-    left = ["job-0000.json", "job-0001.json", "losses.png", "multirun.yaml", "table.csv", "table.md"]
+    left = ["job-0000.json", "job-0001.json", "losses.csv", "losses.png", "losses.svg", "multirun.yaml", "report.html", "table.csv",
+            "table.md"]  # fmt: skip
     assert sorted(path.name for path in sweep.iterdir()) == left
     failed, done = (json.loads((sweep / f"job-000{number}.json").read_text()) for number in (0, 1))
     assert failed["error"].startswith("quant.rank=100000: ")
@@ -295,6 +297,38 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert len(rows) == 6
     assert "failed: quant.rank=100000" in " ".join(outcome.out.split())
     assert "Traceback" not in outcome.out
+
+
+def test_a_sweeper_gets_the_objective_of_each_job(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    values: list[float | None] = []
+    job = command._job
+
+    @functools.wraps(job)
+    def record(*arguments: Any, **options: Any) -> float | None:
+        values.append(job(*arguments, **options))
+        return values[-1]
+
+    monkeypatch.setattr(command, "_job", record)
+    sweep = (*cli.tiny, "-m", "stages=[quantize,evaluate]", "quant.rank=4,100000")
+    assert cli(*sweep, "objective=nll").code == 1
+    scores = json.loads(next(iter(Path("outputs/sweeps").rglob("job-0000.json"))).read_text())["metrics"]["scores"]
+    assert values[0] == scores["nll"]
+    assert values[1] is not None
+    assert math.isnan(values[1])  # the failed job
+    values.clear()
+    cli(*sweep)
+    assert values[0] is None
+
+
+def test_an_objective_that_is_no_score_is_refused_before_work(cli: Any) -> None:
+    message = cli.refused(*cli.tiny, "objective=f1")
+    assert message.startswith("objective=f1: ")
+    assert message.endswith(" has no such score; choose from: nll, accuracy")
+    assert (
+        cli.refused(*cli.tiny, "objective=nll", "stages=[quantize]")
+        == "objective=nll: nothing is scored; add evaluate to stages"
+    )
+    assert not Path("outputs/runs").exists()
 
 
 def test_a_multirun_over_seeds_ends_with_a_row_a_setting_and_differences_to_a_baseline(cli: Any) -> None:

@@ -299,7 +299,7 @@ def test_it_is_a_command_and_a_module(outputs: Path, capsys: pytest.CaptureFixtu
     (["empty"], "empty: there is no run with a metrics.json, and no sweep, in it"),
     (["outputs", "--format", "xml"], "argument --format: invalid choice: 'xml'"),
     (["outputs", "--output", "f"],
-     "--output=f: --format=table is for the terminal only; add --format json, csv, markdown or latex"),
+     "--output=f: --format=table is for the terminal only; add --format json, csv, markdown, latex or html"),
     (["outputs", "--format", "csv", "--output", "no/f"], "--output=no/f: cannot be written (No such file or directory)"),
     (["outputs", "--baseline", "lora"], "--baseline=lora: no row matches; choose from: qlora, QLoRA NF4 r8, QLoRA NF4 r16"),
     (["outputs", "--filter", "rank"], "--filter=rank: not readable; give NAME=VALUE, or NAME with !=, <, >, <= or >= and a value"),
