@@ -145,21 +145,42 @@ def run(overrides: tuple[str, ...]) -> dict[str, Any] | None:
         return None
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and number."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": spread, "n": len(values)}
-
-
-def row(key: tuple[str, ...], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the result file."""
-    scores = {name: summary([metrics["scores"][name] for metrics in found]) for name in found[0]["scores"]}
-    init = found[0]["init"]
+def shown(values: list[float], form: str) -> dict[str, Any] | None:
+    """Mean, and the sample standard deviation and number if there are several; as a number and as text."""
+    if not values:
+        return None
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return {"value": mean, "n": 1, "shown": form.format(mean)}
+    spread = statistics.stdev(values)
     return {
-        "bits": key[0], "method": key[1], "calibrated_on": key[2], "scored_on": key[3], "scores": scores,
-        "bits_per_weight": init["bits_per_weight"], "weight_error": init["mean_error"],
-        "output_error": init.get("mean_output_error"), "init_seconds": [m["init"]["seconds"] for m in found],
-    }  # fmt: skip
+        "value": mean,
+        "std": spread,
+        "n": len(values),
+        "shown": f"{form.format(mean)} ± {form.format(spread)} (n={len(values)})",
+    }
+
+
+SCORES = {"perplexity": ("perplexity", 1.0, "{:.2f}"), "gsm8k": ("nll", 1.0, "{:.4f}"), "qnli": ("accuracy", 100.0, "{:.1f}"),
+          "mnli": ("accuracy", 100.0, "{:.1f}")}  # fmt: skip
+"""The score of each part, its factor and its format."""
+ERRORS = {"bits_per_weight": ("bits a weight", "{:.2f}"), "mean_error": ("weight error", "{:.4f}"),
+          "mean_output_error": ("output error", "{:.4f}")}  # fmt: skip
+
+
+def table(part: str, runs: dict[tuple[str, ...], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Columns and rows of the result file: one row a start, one column a scored text, from the metrics of its runs."""
+    name, factor, form = SCORES[part]
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for (bits, method, text, scored), found in runs.items():
+        row = rows.setdefault((bits, method, text), {"bits": bits, "start": method, "calibrated_on": text})
+        row |= {key: found[0]["init"].get(key) for key in ERRORS}
+        row[scored] = shown([metrics["scores"][name] * factor for metrics in found], form)
+    scored = dict.fromkeys(key[3] for key in runs)
+    columns = [("bits", "bits", ""), ("start", "start", ""), ("calibrated_on", "calibrated on", ""),
+               *((key, title, layout) for key, (title, layout) in ERRORS.items()), *((key, key, "") for key in scored)]  # fmt: skip
+    return {"columns": [{"key": key, "name": title} | ({"format": layout} if layout else {}) for key, title, layout in columns],
+            "rows": list(rows.values())}  # fmt: skip
 
 
 def main() -> None:
@@ -188,16 +209,13 @@ def main() -> None:
     running = {overrides: pool.submit(run, overrides) for overrides in work}
     wait(running.values(), timeout=args.seconds)
     done = {overrides: future.result() for overrides, future in running.items() if future.done()}
-    rows = []
-    for key, each in runs.items():
-        found = [metrics for overrides in each if (metrics := done.get((*overrides, *extra)))]
-        if found:
-            rows.append(row(key, found))
+    found = {key: [metrics for one in each if (metrics := done.get((*one, *extra)))] for key, each in runs.items()}
+    made = table(args.part, {key: each for key, each in found.items() if each})
     facts = {"command": f"python benchmarks/calibration.py {args.part} ../shared/data", "provenance": provenance()}
     place = args.results / f"calibrated-{args.part}.json"
-    place.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    for one in rows:
-        print(json.dumps(one))
+    place.write_text(json.dumps({"facts": facts, **made}, indent=1) + "\n")
+    for row in made["rows"]:
+        print(json.dumps(row))
     pool.shutdown(wait=len(done) == len(work), cancel_futures=True)
     if len(done) < len(work):
         print(f"{len(work) - len(done)} of {len(work)} runs are not finished", flush=True)
