@@ -68,7 +68,7 @@ def _steps(found: Sequence[tuple[list[Row], Errors]], href: Href, of: str) -> li
     caption += " Bands: ± one sample standard deviation over the seeds." * any(
         len(errors.steps) > 1 for _, errors in found
     )
-    svg = lines(f"Weight error by step: {of}", "alternating step", "mean relative error", drawn)
+    svg = lines(f"Weight error by step: {of}", "alternating step", "mean relative error", drawn, log=True)
     return [Drawn("Weight error by step", caption, svg)]
 
 

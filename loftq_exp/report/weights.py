@@ -74,7 +74,7 @@ def _finite(errors: Any) -> bool:
     return (
         bool(errors)
         and isinstance(errors, list)
-        and all(isinstance(error, float) and math.isfinite(error) for error in errors)
+        and all(isinstance(error, (int, float)) and math.isfinite(error) for error in errors)
     )
 
 
