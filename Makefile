@@ -49,6 +49,8 @@ bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/perf
 	$(BIN)/python benchmarks/initialisation.py
 	$(BIN)/python benchmarks/packed.py time
 	$(BIN)/python benchmarks/packed.py memory
+	$(BIN)/python benchmarks/calibration_cost.py
+	$(BIN)/python scripts/result_tables.py
 
 docs: $(STAMP) tables ## write what documents have from the code: the picture of the packages, the API page, the result tables
 	$(BIN)/python scripts/draw_architecture.py
