@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.push import check_push, push
+from loftq_exp.calibration.samples import calibration_origin
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
@@ -174,6 +175,8 @@ def _read_data(config: RunConfig) -> _Data:
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
                         f"these fit: {pairs_that_fit()}; choose another model or task, or for an encoder another model.kind")  # fmt: skip
+    if "quantize" in stages and config.quant.needs_text:
+        calibration_origin(config)  # refuses a text that is not there before a model is downloaded or converted
     return _Data(
         task,
         task.rows("train") if "finetune" in stages else [],

@@ -82,7 +82,8 @@ def _chart(label: str, height: float, entries: Sequence[str] = ()) -> Iterator[t
         if entries:
             handles = axes.get_legend_handles_labels()[0]
             figure.legend(handles, names, loc="outside lower left", ncols=1, handlelength=1.6, borderaxespad=0.2)
-        figure.get_layout_engine().execute(figure)  # once, while saving would do it at each of its passes
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)  # once, while saving would do it at each of its passes
         figure.set_layout_engine("none")
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
