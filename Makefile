@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL ?= *
 LIMIT ?=
+SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 LIMITED = $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
 
 .DEFAULT_GOAL := help
@@ -29,10 +30,10 @@ demo-results: $(STAMP) ## write the numbers and the picture of the last make dem
 	$(BIN)/python scripts/result_tables.py
 
 test: $(STAMP) ## the fast tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) ## all tests, also the slow ones that fetch real weights; draws new examples
-	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q -m ''
+	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m ''
 
 lint: $(STAMP) ## ruff, mypy, and which room may import which
 	$(BIN)/ruff check .
@@ -48,6 +49,8 @@ bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/perf
 	$(BIN)/python benchmarks/initialisation.py
 	$(BIN)/python benchmarks/packed.py time
 	$(BIN)/python benchmarks/packed.py memory
+	$(BIN)/python benchmarks/calibration_cost.py
+	$(BIN)/python scripts/result_tables.py
 
 docs: $(STAMP) tables ## write what documents have from the code: the picture of the packages, the API page, the result tables
 	$(BIN)/python scripts/draw_architecture.py

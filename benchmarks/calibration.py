@@ -10,12 +10,13 @@ run again. Writes docs/results/calibrated-PART.json: mean, sample standard devia
 
 perplexity: SmolLM2-135M, on 12 blocks of 512 tokens of the WikiText-2 test split, and on the first test problems of GSM8K as
 text. A seed draws the calibration samples. gsm8k: 500 training and 200 test problems; qnli, mnli: 4,000 training rows of the
-task and its whole validation file. There a seed draws the calibration samples, the order of rows, and a new head.
+task and 2,000 of its validation file. There a seed draws the calibration samples, the order of rows, and a new head.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -41,13 +42,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "QERA approx": ("quant=loftq", *GRID, "quant.calibration=diagonal", "quant.iter=1"),
     "QERA exact": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1"),
     "CLoQ": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=1", "quant.rounding=gptq"),
+    "RILQ": ("quant=qlora", *GRID, "quant.polish_steps=200"),
     "diagonal": ("quant=loftq", *GRID, "quant.calibration=diagonal"),
     "gptq": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq"),
     "sequential": ("quant=loftq", *GRID, "quant.calibration=full", "quant.order=sequential"),
     "10 steps": ("quant=loftq", *GRID, "quant.calibration=full", "quant.iter=10"),
     "calibrated": ("quant=loftq", *GRID, "quant.calibration=full"),
+    "polished": ("quant=loftq", *GRID, "quant.calibration=full", "quant.rounding=gptq", "quant.polish_steps=200"),
 }
-"""The overrides of each row. PiSSA, QERA and CLoQ are these methods' recipes on this project's best levels and scales."""
+"""The overrides of each row. PiSSA, QERA, CLoQ and RILQ are these methods' recipes on this project's best levels and scales."""
 COMPARED = [
     "QLoRA", "LoftQ", "PiSSA", "QERA approx", "QERA exact", "CLoQ", "calibrated"
 ]  # fmt: skip
@@ -55,14 +58,15 @@ TEXT_PROBLEMS = 40
 SMOLLM2 = ("model=smollm2", "quant.rank=64", "quant.dropout=0", "train.backbone=dense")
 MINILM = (
     "model=minilm", "task=glue", "task.max_train_samples=4000", "quant.dropout=0", "quant.rank=32", "train=demo",
-    "train.learning_rate=5e-4", "train.weight_decay=0", "train.lr_scheduler_type=linear", "train.warmup_ratio=0.1",
-    "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length",
+    "train.learning_rate=2.5e-4", "train.weight_decay=0", "train.lr_scheduler_type=linear", "train.warmup_ratio=0.1",
+    "train.per_device_train_batch_size=16", "train.train_sampling_strategy=group_by_length", "task.max_eval_samples=2000",
+    "calibration.samples=1024",
 )  # fmt: skip
 
 
 def is_random(method: str) -> bool:
     """Whether an initialisation depends on the seed of the calibration samples."""
-    return any("calibration" in override for override in METHODS[method])
+    return any("calibration" in override or "polish" in override for override in METHODS[method])
 
 
 def of_text(text: str, data: Path, seed: int) -> tuple[str, ...]:
@@ -91,17 +95,16 @@ def perplexity_runs(args: argparse.Namespace) -> dict[tuple[str, ...], list[tupl
     problems.write_text("\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows))
     scored = {"WikiText-2": args.data / "wikitext-2" / "test.raw.txt", "GSM8K text": problems}
     runs: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for bits in args.bits:
-        for method in args.method or COMPARED:
-            texts = args.text if is_random(method) else ["none"]
-            for text in texts:
-                for name, file in scored.items():
-                    runs[bits, method, text, name] = [
-                        (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
-                         "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
-                         *(of_text(text, args.data, seed) if text != "none" else ()))
-                        for seed in (args.seed if text != "none" else args.seed[:1])
-                    ]  # fmt: skip
+    # One scored text after the other: two jobs at once that need the same initialisation would wait for each other.
+    for (name, file), bits, method in itertools.product(scored.items(), args.bits, args.method or COMPARED):
+        texts = args.text if is_random(method) else ["none"]
+        for text in texts:
+            runs[bits, method, text, name] = [
+                (*SMOLLM2, "task=wikitext", f"task.eval_file={file}", "task.block_size=512",
+                 "task.max_eval_samples=12", "stages=[quantize,evaluate]", *METHODS[method], *of_bits(method, bits),
+                 *(of_text(text, args.data, seed) if text != "none" else ()))
+                for seed in (args.seed if text != "none" else args.seed[:1])
+            ]  # fmt: skip
     return runs
 
 
@@ -142,21 +145,42 @@ def run(overrides: tuple[str, ...]) -> dict[str, Any] | None:
         return None
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and number."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": spread, "n": len(values)}
-
-
-def row(key: tuple[str, ...], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the result file."""
-    scores = {name: summary([metrics["scores"][name] for metrics in found]) for name in found[0]["scores"]}
-    init = found[0]["init"]
+def shown(values: list[float], form: str) -> dict[str, Any] | None:
+    """Mean, and the sample standard deviation and number if there are several; as a number and as text."""
+    if not values:
+        return None
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return {"value": mean, "n": 1, "shown": form.format(mean)}
+    spread = statistics.stdev(values)
     return {
-        "bits": key[0], "method": key[1], "calibrated_on": key[2], "scored_on": key[3], "scores": scores,
-        "bits_per_weight": init["bits_per_weight"], "weight_error": init["mean_error"],
-        "output_error": init.get("mean_output_error"), "init_seconds": [m["init"]["seconds"] for m in found],
-    }  # fmt: skip
+        "value": mean,
+        "std": spread,
+        "n": len(values),
+        "shown": f"{form.format(mean)} ± {form.format(spread)} (n={len(values)})",
+    }
+
+
+SCORES = {"perplexity": ("perplexity", 1.0, "{:.2f}"), "gsm8k": ("nll", 1.0, "{:.4f}"), "qnli": ("accuracy", 100.0, "{:.1f}"),
+          "mnli": ("accuracy", 100.0, "{:.1f}")}  # fmt: skip
+"""The score of each part, its factor and its format."""
+ERRORS = {"bits_per_weight": ("bits a weight", "{:.2f}"), "mean_error": ("weight error", "{:.4f}"),
+          "mean_output_error": ("output error", "{:.4f}")}  # fmt: skip
+
+
+def table(part: str, runs: dict[tuple[str, ...], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Columns and rows of the result file: one row a start, one column a scored text, from the metrics of its runs."""
+    name, factor, form = SCORES[part]
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for (bits, method, text, scored), found in runs.items():
+        row = rows.setdefault((bits, method, text), {"bits": bits, "start": method, "calibrated_on": text})
+        row |= {key: found[0]["init"].get(key) for key in ERRORS}
+        row[scored] = shown([metrics["scores"][name] * factor for metrics in found], form)
+    scored = dict.fromkeys(key[3] for key in runs)
+    columns = [("bits", "bits", ""), ("start", "start", ""), ("calibrated_on", "calibrated on", ""),
+               *((key, title, layout) for key, (title, layout) in ERRORS.items()), *((key, key, "") for key in scored)]  # fmt: skip
+    return {"columns": [{"key": key, "name": title} | ({"format": layout} if layout else {}) for key, title, layout in columns],
+            "rows": list(rows.values())}  # fmt: skip
 
 
 def main() -> None:
@@ -185,16 +209,13 @@ def main() -> None:
     running = {overrides: pool.submit(run, overrides) for overrides in work}
     wait(running.values(), timeout=args.seconds)
     done = {overrides: future.result() for overrides, future in running.items() if future.done()}
-    rows = []
-    for key, each in runs.items():
-        found = [metrics for overrides in each if (metrics := done.get((*overrides, *extra)))]
-        if found:
-            rows.append(row(key, found))
+    found = {key: [metrics for one in each if (metrics := done.get((*one, *extra)))] for key, each in runs.items()}
+    made = table(args.part, {key: each for key, each in found.items() if each})
     facts = {"command": f"python benchmarks/calibration.py {args.part} ../shared/data", "provenance": provenance()}
     place = args.results / f"calibrated-{args.part}.json"
-    place.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    for one in rows:
-        print(json.dumps(one))
+    place.write_text(json.dumps({"facts": facts, **made}, indent=1) + "\n")
+    for row in made["rows"]:
+        print(json.dumps(row))
     pool.shutdown(wait=len(done) == len(work), cancel_futures=True)
     if len(done) < len(work):
         print(f"{len(work) - len(done)} of {len(work)} runs are not finished", flush=True)

@@ -32,7 +32,8 @@ from loftq_exp import loftq_init
 from loftq_exp.loftq import make_quantizer
 from loftq_exp.loftq.quantizer import Quantizer
 from loftq_exp.provenance import provenance
-from loftq_exp.report.table import markdown, print_table
+from loftq_exp.report.console import print_table
+from loftq_exp.report.table import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.push import check_push, push
+from loftq_exp.calibration.samples import calibration_origin
 from loftq_exp.config import RunConfig
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
@@ -27,8 +28,9 @@ from loftq_exp.initialise.published import check_published, source_of
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, is_of_version_0_1, write_config
+from loftq_exp.report.console import print_table
 from loftq_exp.report.record import assemble, write_json
-from loftq_exp.report.table import cells, columns, print_table
+from loftq_exp.report.table import LEAST, cells, columns
 from loftq_exp.report.tensorboard import Recorder
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
@@ -52,7 +54,6 @@ class RunResult:
         adapter_dir: the fine-tuned adapter; None if no stage trained or scored one.
         scores: the task's scores by name, in the task's own units; empty if nothing was scored.
         metrics: the content of metrics.json.
-        objective: the score that `objective` names; None if it names none.
     """
 
     run_dir: Path
@@ -60,7 +61,6 @@ class RunResult:
     adapter_dir: Path | None
     scores: dict[str, float]
     metrics: dict[str, Any]
-    objective: float | None = None
 
 
 def run(config: RunConfig) -> RunResult:
@@ -120,10 +120,9 @@ def _run(config: RunConfig) -> RunResult:
         metrics = ranks.from_main(report)
     if ranks.is_main():
         headings = columns([metrics])
-        print_table(config.label, headings, [cells(metrics, headings)])
+        print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
-    return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics,
-                     metrics["scores"][config.objective] if config.objective else None)  # fmt: skip
+    return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
 
 
 def _make_folder(config: RunConfig, folder: Path) -> None:
@@ -179,6 +178,8 @@ def _read_data(config: RunConfig) -> _Data:
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
                         f"these fit: {pairs_that_fit()}; choose another model or task, or for an encoder another model.kind")  # fmt: skip
+    if "quantize" in stages and config.quant.needs_text:
+        calibration_origin(config)  # refuses a text that is not there before a model is downloaded or converted
     return _Data(
         task,
         task.rows("train") if "finetune" in stages else [],
@@ -187,9 +188,9 @@ def _read_data(config: RunConfig) -> _Data:
 
 
 def _check_objective(config: RunConfig, task: Task) -> None:
-    """Raise UserError if the task does not have the score that the run shall return."""
+    """Raise UserError if the task has no score that is named `objective`."""
     names = [name for column in task.table for name in column.scores]
-    if config.objective is not None and config.objective not in names:
+    if config.objective and config.objective not in names:
         raise UserError(
             f"objective={config.objective}: {config.task.label} has no such score; choose from: {', '.join(names)}"
         )

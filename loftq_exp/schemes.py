@@ -41,6 +41,7 @@ def variation(settings: Mapping[str, Any]) -> str:
         {"full": "calibrated", "diagonal": "calibrated by diagonal"}.get(settings.get("calibration", ""), ""),
         "GPTQ" if settings.get("rounding") == "gptq" else "",
         "sequential" if settings.get("order") == "sequential" else "",
+        f"polished {settings['polish_steps']}" if settings.get("polish_steps") else "",
     ]
     return "".join(f" {word}" for word in words if word)
 

@@ -45,7 +45,7 @@ def whole_file(place: Path, shared: bool = False) -> Iterator[Path]:
 def write_whole(place: Path, text: str) -> None:
     """Write `text` to the file `place`."""
     with whole_file(place) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
 
 
 def read_object(place: Path) -> dict[str, Any]:

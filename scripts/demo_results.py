@@ -17,7 +17,7 @@ from typing import Any
 
 from loftq_exp import RunConfig, compose
 from loftq_exp.report.collect import collect
-from loftq_exp.report.plot import Curve, plot_losses
+from loftq_exp.report.plot import plot_losses
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "results" / "demo.json"
@@ -103,9 +103,7 @@ def main() -> None:
     parser.add_argument("folders", metavar="DIR", nargs="*", type=Path, default=[ROOT / "outputs" / "runs"])
     found = find(parser.parse_args().folders)
     TABLE.write_text(json.dumps(document(found), indent=1) + "\n")
-    plot_losses(
-        PICTURE, {DEMOS[name]: [Curve(metrics["config"]["seed"], metrics["losses"])] for name, metrics in found.items()}
-    )
+    plot_losses(PICTURE, {DEMOS[name]: [metrics["losses"]] for name, metrics in found.items()})
 
 
 if __name__ == "__main__":

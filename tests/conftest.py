@@ -24,6 +24,10 @@ from zoo import llama, with_tokenizer
 from loftq_exp.commands.run import SWEEP_FOLDER, main
 from loftq_exp.tasks.arithmetic import generate
 
+# A table in a pipe is as narrow as COLUMNS says, which a pytest-xdist worker inherits from its parent's readline.
+for _size in ("COLUMNS", "LINES"):
+    os.environ.pop(_size, None)
+
 # The same examples each time, so that a red run means a change; `make test-all` draws new ones (HYPOTHESIS_PROFILE).
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("new", deadline=None)

@@ -150,7 +150,7 @@ def test_how_many_rows_there_are() -> None:
 
 
 def test_an_experiment_beats_the_defaults_and_the_command_line_beats_it(runs: dict[str, RunConfig]) -> None:
-    assert runs["demo-loftq"].train.learning_rate == 1e-3
+    assert runs["demo-loftq"].train.learning_rate == 4e-4
     run = compose(["experiment=llama-2-7b_nf2_r64_gsm8k", "quant.bits=4", "train.num_train_epochs=1"])
     assert (run.quant.bits, run.train.num_train_epochs, run.task.kind) == (4, 1, "gsm8k")
 

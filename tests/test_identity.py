@@ -425,6 +425,7 @@ BASES: dict[str, dict[str, Any]] = {
         ("quant.rounding", "quant.order", "calibration.samples", "calibration.length", "calibration.seed"),
         CALIBRATED,
     ),
+    "quant.polish_learning_rate": {"quant.polish_steps": 2},
     **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
 }
 """What a setting needs to be of use, where that is not the plain run."""
@@ -472,7 +473,15 @@ def another(name: str, value: Any) -> dict[str, Any]:
 
 
 def configured(settings: dict[str, Any]) -> RunConfig:
-    values: dict[str, Any] = {"model": {}, "quant": {}, "task": {}, "train": {}, "hub": {}, "calibration": {}}
+    values: dict[str, Any] = {
+        "model": {},
+        "quant": {},
+        "task": {},
+        "train": {},
+        "hub": {},
+        "calibration": {},
+        "report": {},
+    }
     base = {
         "model.path": "me/tiny",
         "model.kind": "causal",

@@ -79,6 +79,14 @@ def open_backbone(folder: Path) -> Iterator[Backbone]:
     if init is None:
         raise UserError(f"DIR={folder}: no initialised checkpoint (it has no {REPORT}); give the folder that stages=[quantize] "
                         "wrote: an adapter belongs to its backbone Q and is never merged into a base model")  # fmt: skip
+    with backbone_of(init) as backbone:
+        yield backbone
+
+
+@contextmanager
+def backbone_of(init: Initialised) -> Iterator[Backbone]:
+    """Open the backbone of `init`, whose report need not be written yet. Its files are closed when the block ends."""
+    folder = init.folder
     try:
         kind = init.report["model"]["kind"]
         shapes = {weight["name"]: (weight["shape"][0], weight["shape"][1]) for weight in init.report["weights"]}

@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from loftq_exp.config import RunConfig
 from loftq_exp.config.calibration import RUNNING_TEXT
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 """Maximum number of tokens per batch, unless one sample has more."""
+
+IGNORED = -100
+"""The label of padding."""
 
 
 def calibration_task(config: RunConfig) -> Task:
@@ -142,6 +146,33 @@ def batches_of(samples: Sequence[Features]) -> list[dict[str, torch.Tensor]]:
             batch = {name: torch.tensor([sample[name] for sample in some]) for name in some[0]}
             batches.append(batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
     return batches
+
+
+def padded_batches(samples: Sequence[Features], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Return the samples in batches of similar lengths, padded on the right: int64 (batch, length) by argument.
+
+    A batch has at most `tokens` tokens, padding included, unless one sample has more. Padding is masked, and is `IGNORED`
+    among labels.
+    """
+    ordered = sorted(samples, key=lambda sample: sorted((name, len(ids)) for name, ids in sample.items()))
+    groups: list[list[Features]] = [[]]
+    for sample in ordered:
+        longest = max(len(ids) for one in [*groups[-1], sample] for ids in one.values())
+        if groups[-1] and longest * (len(groups[-1]) + 1) > tokens:
+            groups.append([])
+        groups[-1].append(sample)
+    return [_padded(group) for group in groups]
+
+
+def _padded(samples: Sequence[Features]) -> dict[str, torch.Tensor]:
+    batch = {}
+    for name in samples[0]:
+        rows = [torch.tensor(sample[name]) for sample in samples]
+        filler = IGNORED if name == "labels" else 0
+        batch[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    places = torch.arange(batch["input_ids"].shape[1])
+    return batch | {"attention_mask": (places < lengths[:, None]).long()}
 
 
 def _drawn(count: int, config: RunConfig, draw: random.Random) -> list[int]:

@@ -14,7 +14,7 @@ COMMANDS = {
     "run": ("run", "quantize, fine-tune and score a model (the same as `python -m loftq_exp`)"),
     "cache": ("manage_cache", "list, size, verify and prune the cache"),
     "export": ("export_model", "merge an adapter into its backbone"),
-    "report": ("write_report", "show a table of runs and sweeps, on the terminal or as JSON, CSV or Markdown"),
+    "report": ("write_report", "show a table of runs and sweeps, on the terminal or as JSON, CSV, Markdown or LaTeX"),
     "rerun": ("run_again", "repeat a finished run from its record and report what differs"),
 }
 """Each command with its module, imported on demand, and its description."""

@@ -23,7 +23,7 @@ from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
 from loftq_exp.progress import progress
-from loftq_exp.report.table import print_table
+from loftq_exp.report.console import print_table
 from loftq_exp.schemes import variation
 from loftq_exp.source.digests import FileDigests
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from loftq_exp.commands.terminal import count, megabytes, say
 from loftq_exp.errors import UserError
-from loftq_exp.report.table import print_table
+from loftq_exp.report.console import print_table
 
 DEFAULT_FOLDER = "outputs"
 COLUMNS = ("initialisation", "made from", "method", "steps", "MB", "runs that use it")

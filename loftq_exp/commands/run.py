@@ -191,7 +191,7 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
     ) as finished:
         result = _run(composed)
         finished(result)
-        objective = result.objective
+        objective = None if named is None else result.scores[named]
     if searches and math.isnan(cast("float", objective)):
         raise UserError(
             f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "

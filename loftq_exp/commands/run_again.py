@@ -254,7 +254,7 @@ def _short(text: str) -> str:
 
 def _report(old: Recorded, new: Recorded) -> bool:
     """Print scores, differences and the verdict. Returns whether every result is equal."""
-    from loftq_exp.report.table import print_table
+    from loftq_exp.report.console import print_table
 
     before, after = results(old), results(new)
     changed = differences(before, after)

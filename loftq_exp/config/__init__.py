@@ -9,6 +9,7 @@ from loftq_exp.config.model import KINDS, ModelConfig
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.publishing import HUB_ID, HubConfig
 from loftq_exp.config.quant import QuantConfig
+from loftq_exp.config.report import ReportConfig
 from loftq_exp.config.run_config import STAGES, RunConfig
 from loftq_exp.config.task import TaskConfig
 from loftq_exp.config.train import TrainConfig
@@ -21,6 +22,7 @@ __all__ = [
     "HubConfig",
     "ModelConfig",
     "QuantConfig",
+    "ReportConfig",
     "RunConfig",
     "TaskConfig",
     "TrainConfig",

@@ -15,6 +15,7 @@ SHOWN: dict[str, tuple[Any, ...]] = {
     "quant.calibration": ("cal", "none"),
     "quant.rounding": ("round", "nearest"),
     "quant.order": ("order", "parallel"),
+    "quant.polish_steps": ("polish", 0),
     "quant.scale": ("scale", "absmax"),
     "quant.levels": ("levels", "nf"),
     "quant.alpha": ("alpha", None),

@@ -123,6 +123,17 @@ class QuantConfig:
         shapes=(INITIALISATION,),
         before="parallel",
     )
+    polish_steps: int = setting(
+        "gradient steps on A and B after the decomposition, so that the model's last hidden state on the calibration text is the "
+        "pre-trained one's; 0: none",
+        0,
+        ge=0,
+        shapes=(INITIALISATION,),
+        before=0,
+    )
+    polish_learning_rate: float = setting(
+        "peak learning rate of these steps", 5e-4, gt=0, shapes=(INITIALISATION,), before=5e-4
+    )
     path: str | None = setting(
         "off-the-shelf only: Hub id or folder of the published checkpoint; null: the one known for model, bits and rank",
         None,
@@ -230,11 +241,14 @@ class QuantConfig:
         if self.order != "parallel" and self.calibration == "none":
             raise UserError(f"quant.order={self.order}: nothing is calibrated; add quant.calibration=full, "
                             "or leave the order at parallel")  # fmt: skip
+        if self.polish_steps and self.method not in ("loftq", "qlora", "pissa"):
+            raise UserError(f"quant.polish_steps={self.polish_steps}: {self.method} has no quantization error to tune for; "
+                            "use quant=loftq, qlora or pissa, or leave it at 0")  # fmt: skip
 
     @property
     def needs_text(self) -> bool:
         """Whether the initialisation reads calibration text."""
-        return self.calibration != "none"
+        return self.calibration != "none" or self.polish_steps > 0
 
     def _check_off_the_shelf(self) -> None:
         if self.method != "off-the-shelf":

@@ -18,6 +18,7 @@ from loftq_exp.config.naming import unusual
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.publishing import HubConfig
 from loftq_exp.config.quant import QuantConfig
+from loftq_exp.config.report import ReportConfig
 from loftq_exp.config.schema import ADAPTER, INITIALISATION, build, setting
 from loftq_exp.config.task import TaskConfig
 from loftq_exp.config.train import TrainConfig
@@ -37,6 +38,7 @@ class RunConfig:
     train: TrainConfig
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     stages: tuple[str, ...] = setting(
         "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()
     )
@@ -71,7 +73,7 @@ class RunConfig:
     )
     device: str = setting("compute device: auto, cpu, cuda or cuda:N", "auto", shapes=())
     objective: str | None = setting(
-        "score, by its name such as nll or accuracy, that a job of a sweep returns to a sweeper that searches; null: none",
+        "score that a job of a multirun returns to Hydra's sweeper, such as nll or accuracy; null: none",
         None,
         shapes=(),
     )
@@ -84,10 +86,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages or len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
+        if self.objective and "evaluate" not in self.stages:
+            raise UserError(f"objective={self.objective}: nothing is scored; add evaluate to stages")
         if self.hub.push and "quantize" not in self.stages:
             raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
-        if self.objective is not None and "evaluate" not in self.stages:
-            raise UserError(f"objective={self.objective}: nothing is scored; add evaluate to stages")
         self._check_formats()
 
     def _check_formats(self) -> None:

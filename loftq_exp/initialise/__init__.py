@@ -1,4 +1,4 @@
-"""The quantize stage: plan, decompose and cache, or reuse a published checkpoint.
+"""The quantize stage: plan, calibrate, decompose and cache, polish, or reuse a published checkpoint.
 
-Imports artifact, source, storage, loftq, config.
+Imports calibration, training, artifact, source, tasks, storage, loftq, config, ranks, schemes.
 """

@@ -40,6 +40,8 @@ class Calibration:
         self._lock = threading.Lock()
         self.tokens = 0
         """Tokens that the statistics are of, the most of any layer."""
+        self.seconds = 0.0
+        """Seconds that collecting them took; 0 if all were in the cache."""
 
     def add(self, stored: StoredStatistics) -> None:
         """Add the statistics of a block."""
@@ -115,7 +117,8 @@ def calibrate(
                     runner.set_weights(initialiser(block, calibration))
                     runner.advance(block)
             advance(number, len(keys), block)
-    log.info("calibrate: %d samples, %d tokens, %.1f s", len(samples), calibration.tokens, time.perf_counter() - began)
+    calibration.seconds = time.perf_counter() - began
+    log.info("calibrate: %d samples, %d tokens, %.1f s", len(samples), calibration.tokens, calibration.seconds)
     return calibration
 
 

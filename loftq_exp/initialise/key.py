@@ -20,6 +20,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import FORMAT as CACHE_FORMAT
 from loftq_exp.initialise.plan import VERSION as PLAN_VERSION
 from loftq_exp.initialise.plan import is_measured
+from loftq_exp.initialise.polish import VERSION as POLISH_VERSION
 from loftq_exp.initialise.prequantized import check_files
 from loftq_exp.initialise.published import find_adapter
 from loftq_exp.initialise.verify import VERSION as CHECK_VERSION
@@ -84,6 +85,7 @@ def _versions(config: RunConfig) -> dict[str, int | str]:
     versions |= (
         {"metric": METRIC_VERSION, "statistics": STATISTICS_FORMAT} if config.quant.calibration != "none" else {}
     )
+    versions |= {"polish": POLISH_VERSION} if config.quant.polish_steps else {}
     return versions | ({"plan": PLAN_VERSION} if is_measured(config.quant) else {})
 
 

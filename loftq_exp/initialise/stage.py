@@ -34,7 +34,9 @@ from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_nam
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
+from loftq_exp.initialise.measure import measuring
 from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, log_plan, make_plan
+from loftq_exp.initialise.polish import polish, polish_samples
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.verify import check_written
@@ -76,11 +78,24 @@ class WeightReport:
     phases: dict[str, float]
     """Seconds by phase: `digest` (which also reads the weight from its file), `cache`, `metric`, `decompose`, `decode`,
     `write`."""
+    polished_error: float | None = None
+    """The relative error with polished factors; None without a polish."""
+    polished_output_error: float | None = None
 
     @property
     def error(self) -> float:
         """The relative error of the weight as it is written."""
-        return self.errors[self.kept_step]
+        return self.errors[self.kept_step] if self.polished_error is None else self.polished_error
+
+    @property
+    def output_error(self) -> float:
+        """The relative error of the layer's outputs as it is written. Only with calibration."""
+        found = self.polished_output_error
+        return self.output_errors[self.kept_step] if found is None else found
+
+    def record(self) -> dict[str, Any]:
+        """The fields by name, without those of a polish that was not done."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def initialise(source: Source, config: RunConfig) -> Initialised:
@@ -103,6 +118,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             check_finite(tensors, names)
             watch = StageWatch()
             worker = _Worker(config)
+            samples = polish_samples(source, config)
             plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
                 write_surroundings(folder, final, source, layout, plan, config)
@@ -111,9 +127,17 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 weights = _write_weights(folder, tensors, names, layout, plan, worker, head)
                 forms = {target.tensor: (target.shape, list(worker.stored_specs(target, plan[target.module].bits)))
                          for target in layout.targets}  # fmt: skip
+                report = _report(wanted, source, config, tensors, layout, plan, weights)
+                if samples:
+                    init = Initialised(folder, report)
+                    done = polish(init, source, samples, config)
+                    weights = _measured_again(init, tensors, layout, weights, worker) if done.kept else weights
+                    report = _report(wanted, source, config, tensors, layout, plan, weights)
+                    report["polish"] = dataclasses.asdict(done)
                 check_written(folder, tensors, layout, forms, config)
                 check_unchanged(source, config, wanted)
-                report = _report(wanted, source, config, tensors, layout, plan, weights)
+                if calibration := worker.decomposer.calibration:
+                    report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                 report["totals"] |= watch.costs()
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
@@ -271,6 +295,16 @@ class _Worker:
         return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
 
 
+def _measured_again(
+    init: Initialised, tensors: CheckpointTensors, layout: Layout, weights: list[WeightReport], worker: _Worker
+) -> list[WeightReport]:
+    """The reports of the weights of `init` with the errors of the factors in its file."""
+    with measuring(init, tensors, worker.decomposer.calibration, worker.device) as errors:
+        found = [(weight, *errors(target)) for weight, target in zip(weights, layout.targets, strict=True)]
+    return [dataclasses.replace(weight, polished_error=error, polished_output_error=output_error)
+            for weight, error, output_error in found]  # fmt: skip
+
+
 def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
     """A as LoRA draws it, from the run's seed and the module's name alone, independent of the order of the weights."""
     stream = hashlib.blake2b(f"{seed} {module}".encode(), digest_size=8).digest()
@@ -344,7 +378,7 @@ def _report(
             "phases": _summed([weight.phases for weight in weights]),
         },
         "bits_plan": describe_plan(layout, plan, quant),
-        "weights": [dataclasses.asdict(weight) for weight in weights],
+        "weights": [weight.record() for weight in weights],
         "provenance": provenance(),
     }  # fmt: skip
 
@@ -355,7 +389,7 @@ def _output_errors(weights: list[WeightReport]) -> dict[str, float]:
         return {}
     return {
         "mean_output_error_quantized": sum(weight.output_errors[0] for weight in weights) / len(weights),
-        "mean_output_error": sum(weight.output_errors[weight.kept_step] for weight in weights) / len(weights),
+        "mean_output_error": sum(weight.output_error for weight in weights) / len(weights),
     }
 
 

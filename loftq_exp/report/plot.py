@@ -1,46 +1,46 @@
-"""Plots: training losses, with the numbers beside them, and a map of weight errors. No display is needed."""
+"""Plots: training losses, and a map of weight errors. No display is needed."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import mean
 
 import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loftq_exp.report.table import cells
+from loftq_exp.report.weights import Errors
 from loftq_exp.whole import whole_file, write_whole
 
-matplotlib.rcParams["svg.hashsalt"] = "loftq_exp"  # the same bytes for the same losses
+matplotlib.rcParams["svg.hashsalt"] = "loftq_exp"  # names in an SVG, which are random otherwise
 
-FEW_POINTS = 30
-"""A line of at most this many losses has a marker at each, so that a single loss is visible."""
+MOST_MARKED = 40
+"""Points of a line up to which each has a marker. A line of one point is nothing but its marker."""
 
-
-class Curve(NamedTuple):
-    """The logged losses of one run: (optimiser step, loss) pairs, and the run's seed."""
-
-    seed: int
-    losses: Sequence[tuple[int, float]]
+Losses = Sequence[tuple[int, float]]
+"""(step, loss) pairs of a run."""
 
 
-def plot_losses(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
-    """Plot training loss over optimiser steps to `path`, a PNG, and beside it as SVG and CSV.
+def plot_losses(path: Path, losses: Mapping[str, Sequence[Losses]]) -> None:
+    """Plot training loss over optimiser steps to `path`, a PNG, and beside it as SVG, with the values as CSV.
 
-    `curves` maps a label to the runs that differ only in the seed. Several of them become one line, their mean, in a band from
-    their smallest to their largest loss. The CSV has each run's own losses.
+    Each label of `losses` has one line, for the runs that differ only in their seeds: their mean, and a band from the smallest
+    to the largest. Only steps that all runs of a label logged are drawn. The CSV has every value.
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for position, (label, runs) in enumerate(curves.items()):
-        _draw(axes, f"C{position % 10}", label, [run for run in runs if run.losses])
+    for label, runs in losses.items():
+        logged = [dict(pairs) for pairs in runs if pairs]
+        steps = sorted(set.intersection(*map(set, logged))) if logged else []
+        if not steps:
+            continue
+        values = [[run[step] for run in logged] for step in steps]
+        marker = "o" if len(steps) <= MOST_MARKED else None
+        (line,) = axes.plot(steps, list(map(mean, values)), label=label, linewidth=1.8, marker=marker, markersize=4)
+        if len(logged) > 1:
+            axes.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line.get_color())
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("training loss")
     axes.set_yscale("log")
@@ -49,76 +49,30 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    for place, metadata in ((path, {}), (path.with_suffix(".svg"), {"Date": None})):
-        with whole_file(place) as beside:
-            figure.savefig(beside, format=place.suffix[1:], metadata=metadata)
-    write_whole(path.with_suffix(".csv"), _table(curves))
+    with whole_file(path) as beside, whole_file(path.with_suffix(".svg")) as drawn:
+        figure.savefig(beside, format="png")
+        figure.savefig(drawn, format="svg", metadata={"Date": None})  # the same bytes for the same losses
+    write_whole(path.with_suffix(".csv"), _table(losses))
 
 
-def curves(runs: Mapping[str, dict[str, Any]]) -> dict[str, list[Curve]]:
-    """Return the loss curves of runs, grouped by all settings but the seed. `runs` maps a run's overrides to its metrics.
-
-    A group's label is its method as in the results table if that differs between the groups, else its overrides.
-    """
-
-    def without_seed(overrides: str) -> str:
-        return " ".join(word for word in overrides.split(" ") if not word.startswith("seed="))
-
-    groups: dict[str, list[str]] = {}
-    for name, metrics in runs.items():
-        rest = {key: value for key, value in metrics["config"].items() if key != "seed"}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
-    methods = [cells(runs[names[0]], ["run"])[0] for names in groups.values()]
-    unique = len(set(methods)) == len(methods)
-    return {
-        method if unique else without_seed(names[0]): [
-            Curve(runs[name]["config"]["seed"], runs[name]["losses"]) for name in names
-        ]
-        for method, names in zip(methods, groups.values(), strict=True)
-    }
+def _table(losses: Mapping[str, Sequence[Losses]]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["run", "number", "step", "loss"])
+    rows.writerows([label, number, step, repr(loss)] for label, runs in losses.items() for number, run in enumerate(runs)
+                   for step, loss in run)  # fmt: skip
+    return text.getvalue()
 
 
-def _draw(axes: Axes, color: str, label: str, runs: Sequence[Curve]) -> None:
-    """Draw one line: a run's losses, or the mean over seeds at the steps that all of them logged, and their range."""
-    if not runs:
-        return
-    by_step = [dict(run.losses) for run in runs]
-    steps = [step for step in by_step[0] if all(step in losses for losses in by_step)]
-    losses = np.array([[losses[step] for step in steps] for losses in by_step])
-    marker = "o" if len(steps) <= FEW_POINTS else ""
-    shown = label if len(runs) == 1 else f"{label} (mean and range of {len(runs)} seeds)"
-    axes.plot(steps, losses.mean(0), label=shown, color=color, linewidth=1.8, marker=marker, markersize=4)
-    if len(runs) > 1:
-        axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
-
-
-def _table(curves: Mapping[str, Sequence[Curve]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "seed", "step", "loss"])
-    writer.writerows([label, run.seed, *pair] for label, runs in curves.items() for run in runs for pair in run.losses)
-    return out.getvalue()
-
-
-def error_map(weights: Sequence[Mapping[str, Any]]) -> Figure:
-    """Return a heat map of relative weight errors: a row for each layer, a column for each module in it.
-
-    `weights` are entries of init_report.json. The error is that of the step that was kept. A place without a weight is blank.
-    """
-    errors = {_place(weight["name"]): weight["errors"][weight["kept_step"]] for weight in weights}
-    layers, modules = (list(dict.fromkeys(place[axis] for place in errors)) for axis in (0, 1))
-    values = np.array([[errors.get((layer, module), np.nan) for module in modules] for layer in layers])
-    size = (2.5 + 0.7 * len(modules), 2.5 + 0.22 * len(layers))
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+def error_map(errors: Errors) -> Figure:
+    """Return a heat map of the relative errors of weights, a row for each layer. A layer without a module is blank there."""
+    figure = Figure(
+        figsize=(2.5 + 0.7 * len(errors.modules), 2.5 + 0.22 * len(errors.layers)), dpi=100, layout="constrained"
+    )
     axes = figure.add_subplot()
-    image = axes.imshow(values, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
-    axes.set_yticks(range(len(layers)), layers)
+    image = axes.imshow(errors.kept, aspect="auto", interpolation="none", cmap="viridis")
+    axes.set_xticks(range(len(errors.modules)), errors.modules, rotation=45, ha="right")
+    axes.set_yticks(range(len(errors.layers)), errors.layers)
+    axes.set_ylabel("layer")
     figure.colorbar(image, label="relative weight error")
     return figure
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Return the layer and the module in it: "model.layers.0" and "self_attn.q_proj" of "model.layers.0.self_attn.q_proj"."""
-    found = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
-    return (found[1], found[2]) if found else ("", name)

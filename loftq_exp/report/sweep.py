@@ -1,4 +1,4 @@
-"""A multirun: the outcome of each job, one table of all jobs and one plot of the losses.
+"""A multirun: the outcome of each job, a table of settings over their seeds, one of all jobs, and one plot of the losses.
 
 Each job writes a small file to the sweep's folder, so that the table does not depend on the process that ran it.
 """
@@ -8,21 +8,29 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.errors import UserError
-from loftq_exp.report.plot import curves, plot_losses
+from loftq_exp.report.collect import Found
+from loftq_exp.report.console import print_table
+from loftq_exp.report.forms import as_csv, as_markdown
+from loftq_exp.report.grid import grids
+from loftq_exp.report.page import write_page
+from loftq_exp.report.plot import plot_losses
 from loftq_exp.report.record import write_json
-from loftq_exp.report.table import cells, columns, markdown, print_table
+from loftq_exp.report.summary import Summary, summarise
+from loftq_exp.report.table import LEAST, cells, columns, markdown
 from loftq_exp.whole import write_whole
 
 if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult
 
 log = logging.getLogger(__name__)
+
+_ELSEWHERE = "table.md and table.csv have all"
 
 
 @contextmanager
@@ -51,30 +59,65 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Call
 
 
 def report_sweep(folder: Path) -> bool:
-    """Print the table of all jobs in `folder`, and write table.md and the plot of the losses. Returns whether every job succeeded.
+    """Print the tables of all jobs in `folder`, and write table.md, table.csv, report.html and losses.png. Returns whether all succeeded.
 
-    Raises UserError if there was no job.
+    One row a setting comes first if some jobs differ only in their seeds or there is a baseline, then one row a job.
+
+    Raises UserError if there was no job, or after all this if no row matches report.baseline.
     """
-    jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
+    files = sorted(folder.glob("job-*.json"))
+    jobs = [json.loads(path.read_text()) for path in files]
     if not jobs:
         raise UserError("no job to run: a glob among the overrides matches no file of its folder in conf/")
-    common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-    headings = columns([job["metrics"] for job in jobs if job["metrics"]])
-    rows = []
-    runs = {}
-    for job in jobs:
-        own = " ".join(override for override in job["overrides"] if override not in common)
-        result = cells(job["metrics"], headings) if job["metrics"] else ["-"] * len(headings)
-        rows.append([str(job["number"]), own, *result, "failed" if job["error"] else "done"])
-        if job["metrics"]:
-            runs[own] = job["metrics"]
+    found = [Found(path, job["metrics"]) for path, job in zip(files, jobs, strict=True) if job["metrics"]]
+    summary, refused = _summary(found)
+    settings = grids(summary) if summary.baseline or len(summary.rows) < len(found) else []
+    headings, rows = _job_rows(jobs)
+    for grid in settings:
+        print_table(grid.title, grid.headings, grid.rows, drop=grid.drop, notes=grid.notes, elsewhere=_ELSEWHERE)
+    print_table(f"{len(jobs)} jobs", headings, rows, drop=(*LEAST, "rank", "run", "state"), elsewhere=_ELSEWHERE)
     failures = [f"job {job['number']} failed: {job['error']}" for job in jobs if job["error"]]
-    headings = ("job", "overrides", *headings, "state")
-    print_table(f"{len(jobs)} jobs", headings, rows)
     for failure in failures:
         log.info("%s", failure)
-    write_whole(folder / "table.md", markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures))
-    if any(metrics["losses"] for metrics in runs.values()):
-        plot_losses(folder / "losses.png", curves(runs))
-    log.info("table, plot and one file per job: %s", folder)
+    text = [as_markdown(settings)] if settings else []
+    text += [markdown(headings, rows) + "".join(f"\n{failure}\n" for failure in failures)]
+    write_whole(folder / "table.md", "\n".join(text))
+    write_whole(folder / "table.csv", as_csv(summary))
+    if summary.rows:
+        write_page(summary, folder / "report.html")
+    _plot(folder, summary)
+    log.info("tables, plot and one file per job: %s", folder)
+    if refused:
+        raise refused
     return not failures
+
+
+def _summary(found: Sequence[Found]) -> tuple[Summary, UserError | None]:
+    """Return the rows with their differences to report.baseline; without them, and the error, if no row matches it."""
+    named = [(run.metrics["config"].get("report") or {}).get("baseline") for run in found]
+    chosen = sorted({name for name in named if name is not None})
+    try:
+        if len(chosen) > 1:
+            raise UserError(f"report.baseline={','.join(chosen)}: a sweep has one baseline; give one of them")
+        return summarise(found, baseline=next(iter(chosen), None)), None
+    except UserError as error:
+        return summarise(found), error
+
+
+def _job_rows(jobs: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the headings and rows of the table of jobs. Overrides that all jobs have are not shown."""
+    common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    results = columns([job["metrics"] for job in jobs if job["metrics"]])
+    rows = []
+    for job in jobs:
+        own = " ".join(override for override in job["overrides"] if override not in common)
+        result = cells(job["metrics"], results) if job["metrics"] else ["-"] * len(results)
+        rows.append([str(job["number"]), own, *result, "failed" if job["error"] else "done"])
+    return ("job", "overrides", *results, "state"), rows
+
+
+def _plot(folder: Path, summary: Summary) -> None:
+    """Plot the losses of the rows that have some, with bands over seeds."""
+    losses = {row.name: [run.metrics["losses"] for run in row.runs] for row in summary.rows}
+    if any(any(runs) for runs in losses.values()):
+        plot_losses(folder / "losses.png", losses)

@@ -1,28 +1,34 @@
-"""The results table of a run or a sweep, on the terminal and as Markdown."""
+"""The results table of single runs: one row a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from loftq_exp.schemes import variation
 
+METHODS = {
+    "loftq": "LoftQ",
+    "qlora": "QLoRA",
+    "pissa": "PiSSA",
+    "lora": "LoRA 16-bit",
+    "off-the-shelf": "LoftQ as published",
+}
+"""The names of the methods in tables."""
 BEFORE = ("run", "bits", "rank", "weight error")
 OUTPUT = "output error"
 """Heading of the mean relative error of the layers' outputs. The column appears only if a run was calibrated."""
 QUANTIZED = "quantized"
 """Heading of the share of quantized values in the blocks. The column appears only if the share is below 1."""
 AFTER = ("init s", "train s", "backbone MB", "adapter MB")
+LEAST = (*AFTER[::-1], QUANTIZED, OUTPUT, "weight error", "bits")
+"""Headings in the order in which a narrow terminal drops them."""
 
 
 def columns(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Return the headings for the metrics of these runs, with the scores of all their tasks in the middle."""
     scores = dict.fromkeys(column["title"] for metrics in runs for column in metrics["table"])
-    shares = [_quantized(metrics) for metrics in runs]
+    shares = [quantized_share(metrics) for metrics in runs]
     partial = [QUANTIZED] if any(share is not None and share < 1 for share in shares) else []
     calibrated = [OUTPUT] if any("mean_output_error" in metrics["init"] for metrics in runs) else []
     return (*BEFORE[:2], *partial, *BEFORE[2:], *calibrated, *scores, *AFTER)
@@ -32,22 +38,22 @@ def cells(metrics: dict[str, Any], headings: Sequence[str]) -> list[str]:
     """Return one run's row, in the order of `headings`. Scores of other tasks are "-"."""
     seconds, init = metrics["seconds"], metrics["init"]
     row = {
-        "run": _name(metrics["config"]),
-        "bits": f"{init['bits_per_weight']:.2f}",
-        QUANTIZED: _shown(_quantized(metrics), "{:.2%}"),
+        "run": method_name(metrics["config"]),
+        "bits": shown(init.get("bits_per_weight"), "{:.2f}"),
+        QUANTIZED: shown(quantized_share(metrics), "{:.2%}"),
         "rank": str(metrics["config"]["quant"]["rank"]),
-        "weight error": _shown(init["mean_error"], "{:.4f}"),
-        OUTPUT: _shown(init.get("mean_output_error"), "{:.4f}"),
-        "init s": _shown(seconds.get("quantize"), "{:.1f}"),
-        "train s": _shown(seconds.get("finetune"), "{:.0f}"),
-        "backbone MB": f"{metrics['backbone_bytes'] / 1e6:.0f}",
-        "adapter MB": f"{metrics['adapter_bytes'] / 1e6:.1f}",
+        "weight error": shown(init.get("mean_error"), "{:.4f}"),
+        OUTPUT: shown(init.get("mean_output_error"), "{:.4f}"),
+        "init s": shown(seconds.get("quantize"), "{:.1f}"),
+        "train s": shown(seconds.get("finetune"), "{:.0f}"),
+        "backbone MB": shown(megabytes(metrics["backbone_bytes"]), "{:.0f}"),
+        "adapter MB": shown(megabytes(metrics["adapter_bytes"]), "{:.1f}"),
     }
     row |= {column["title"]: _scores(metrics, column) for column in metrics["table"]}
     return [row.get(heading, "-") for heading in headings]
 
 
-def _quantized(metrics: dict[str, Any]) -> float | None:
+def quantized_share(metrics: dict[str, Any]) -> float | None:
     """Return the quantized share of the values in the blocks. None if nothing is quantized or an older run has no count."""
     init = metrics["init"]
     quantized = init.get("quantized_values", 0)
@@ -68,39 +74,33 @@ def _together(scores: dict[str, float], column: dict[str, Any]) -> str:
     found = [scores.get(name) for name in column["scores"]]
     if all(score is None for score in found):
         return "-"
-    return "/".join(_shown(None if score is None else score * column["scale"], column["form"]) for score in found)
+    return "/".join(shown(score, column["form"], column["scale"]) for score in found)
 
 
-def _name(config: dict[str, Any]) -> str:
+def method_name(config: dict[str, Any]) -> str:
+    """Return the method with its type, bits and steps, such as "LoftQ NF2 iter 5"."""
     quant = config["quant"]
     if quant["method"] == "lora":
-        return "LoRA 16-bit"
+        return METHODS["lora"]
     kind = quant["type"].upper() if quant["type"] == "nf" else quant["type"] + "-"
-    steps = f" iter {quant['iter']}" if quant["method"] == "loftq" else ""
-    name = {"loftq": "LoftQ", "qlora": "QLoRA", "pissa": "PiSSA", "off-the-shelf": "LoftQ as published"}[
-        quant["method"]
-    ]
+    steps = f" iter {quant.get('iter')}" if quant["method"] == "loftq" else ""
+    name = METHODS[quant["method"]]
     bits = f"{quant['bits']} {quant.get('allocation') or ''}".rstrip() if not quant.get("bits_per_layer") else " mixed"
     return f"{name} {kind}{bits}{variation(quant)}{steps}"
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def shown(value: float | None, form: str, scale: float = 1) -> str:
+    """Return a number, times `scale`, in this form; "-" if there is none."""
+    return "-" if value is None else form.format(value * scale)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table. It is wide enough for its cells if the output is not a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    table = Table(*columns, title=escape(title), title_justify="left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+def megabytes(size: float | None) -> float | None:
+    """Return a number of bytes in MB of 1e6 bytes."""
+    return None if size is None else size / 1e6
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return the table as Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.config.naming import shown
 from loftq_exp.report.plot import error_map
+from loftq_exp.report.weights import averaged
 
 MOST_SAMPLES = 10
 """Number of samples that are written. A run's samples.jsonl has all of them."""
@@ -50,13 +51,14 @@ class Recorder:
         Step 0 is after quantization alone, step t after t alternating steps. The errors of a published checkpoint are unknown.
         """
         weights = [weight for weight in init.report["weights"] if weight["errors"]]
-        if not weights:
+        by_layer = averaged([weights]) if weights else None
+        if by_layer is None:
             return
         for step in range(max(len(weight["errors"]) for weight in weights)):
             errors = np.array([weight["errors"][step] for weight in weights if step < len(weight["errors"])])
             self._writer.add_histogram("init_error", errors, step)
             self._writer.add_scalar("init_error_mean", errors.mean(), step)
-        self._writer.add_figure("init_error_by_layer", error_map(weights))
+        self._writer.add_figure("init_error_by_layer", error_map(by_layer))
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """Write what the trainer logs: loss, learning rate, gradient norm."""

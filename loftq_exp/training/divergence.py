@@ -11,18 +11,25 @@ from transformers import Trainer, TrainerCallback
 
 from loftq_exp.errors import UserError
 
+TRAINING = (
+    "no adapter is saved and earlier checkpoints are kept; lower it, or set train.max_grad_norm=1 and a longer warmup"
+)
+"""What to do when fine-tuning diverges."""
+
 
 class FiniteTrainer(Trainer):
     """A Trainer that raises UserError, which names the step, if a loss, gradient norm or parameter is NaN or infinite.
 
     Losses and gradients are checked before clipping, which turns infinite gradients into zeros and NaN. Parameters may
-    overflow in the optimiser step. They are checked after it and before a checkpoint is saved.
+    overflow in the optimiser step. They are checked after it and before a checkpoint is saved. The error names `setting`,
+    that of the learning rate, and ends with `advice`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, advice: str = TRAINING, setting: str = "train.learning_rate", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._losses: list[torch.Tensor] = []
-        self.add_callback(_FiniteParameters())
+        self._blamed = f"{setting}={self.args.learning_rate:g}", advice
+        self.add_callback(_FiniteParameters(self._blamed))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward of one batch, and check the gradients once all batches of a step are accumulated."""
@@ -34,18 +41,21 @@ class FiniteTrainer(Trainer):
             losses, self._losses = float(self.accelerator.reduce(torch.stack(self._losses).sum(), "mean")), []
             norm = float(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
             if not (math.isfinite(losses) and math.isfinite(norm)):
-                raise _diverged(self.args, self.state.global_step + 1, f"loss {losses:g}, gradient norm {norm:g}")
+                raise _diverged(self._blamed, self.state.global_step + 1, f"loss {losses:g}, gradient norm {norm:g}")
         return loss
 
 
 class _FiniteParameters(TrainerCallback):
+    def __init__(self, blamed: tuple[str, str]) -> None:
+        self._blamed = blamed
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Raise UserError if the step made a trained parameter NaN or infinite."""
         largest = [value.detach().abs().max() for value in model.parameters() if value.requires_grad and value.numel()]
         if not bool(torch.stack(largest).isfinite().all()):
-            raise _diverged(args, state.global_step, "a trained parameter is NaN or infinite after it")
+            raise _diverged(self._blamed, state.global_step, "a trained parameter is NaN or infinite after it")
 
 
-def _diverged(args: Any, step: int, what: str) -> UserError:
-    return UserError(f"train.learning_rate={args.learning_rate:g}: training diverged at step {step} ({what}); no adapter is saved "
-                     "and earlier checkpoints are kept; lower it, or set train.max_grad_norm=1 and a longer warmup")  # fmt: skip
+def _diverged(blamed: tuple[str, str], step: int, what: str) -> UserError:
+    setting, advice = blamed
+    return UserError(f"{setting}: training diverged at step {step} ({what}); {advice}")

@@ -186,7 +186,7 @@ class _Report(TrainerCallback):
             self.scalars(state.global_step, values)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advance the display by one optimiser step. Request a log entry at the last one."""
+        """Advance the display by one optimiser step. The last step is always logged, as the first is."""
         control.should_log = control.should_log or state.global_step >= state.max_steps
         if state.is_world_process_zero:
             self.advance(state.global_step, state.max_steps, self.loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import functools
 import itertools
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from loftq_exp.commands import run as command
@@ -281,7 +280,8 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert outcome.err == "error: not every job succeeded; the failed jobs and their errors are listed above\n"
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
     (sweep,) = Path("outputs/sweeps").iterdir()
-    left = ["job-0000.json", "job-0001.json", "losses.csv", "losses.png", "losses.svg", "multirun.yaml", "table.md"]
+    left = ["job-0000.json", "job-0001.json", "losses.csv", "losses.png", "losses.svg", "multirun.yaml", "report.html", "table.csv",
+            "table.md"]  # fmt: skip
     assert sorted(path.name for path in sweep.iterdir()) == left
     failed, done = (json.loads((sweep / f"job-000{number}.json").read_text()) for number in (0, 1))
     assert failed["error"].startswith("quant.rank=100000: ")
@@ -297,6 +297,69 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert len(rows) == 6
     assert "failed: quant.rank=100000" in " ".join(outcome.out.split())
     assert "Traceback" not in outcome.out
+
+
+def test_a_sweeper_gets_the_objective_of_each_job(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    values: list[float | None] = []
+    job = command._job
+
+    @functools.wraps(job)
+    def record(*arguments: Any, **options: Any) -> float | None:
+        values.append(job(*arguments, **options))
+        return values[-1]
+
+    monkeypatch.setattr(command, "_job", record)
+    sweep = (*cli.tiny, "-m", "stages=[quantize,evaluate]", "quant.rank=4,100000")
+    assert cli(*sweep, "objective=nll").code == 1
+    scores = json.loads(next(iter(Path("outputs/sweeps").rglob("job-0000.json"))).read_text())["metrics"]["scores"]
+    assert values[0] == scores["nll"]
+    assert values[1] is not None
+    assert math.isnan(values[1])  # the failed job
+    values.clear()
+    cli(*sweep)
+    assert values[0] is None
+
+
+def test_an_objective_that_is_no_score_is_refused_before_work(cli: Any) -> None:
+    message = cli.refused(*cli.tiny, "objective=f1")
+    assert message.startswith("objective=f1: ")
+    assert message.endswith(" has no such score; choose from: nll, accuracy")
+    assert (
+        cli.refused(*cli.tiny, "objective=nll", "stages=[quantize]")
+        == "objective=nll: nothing is scored; add evaluate to stages"
+    )
+    assert not Path("outputs/runs").exists()
+
+
+def test_a_multirun_over_seeds_ends_with_a_row_a_setting_and_differences_to_a_baseline(cli: Any) -> None:
+    sweep = (*cli.tiny, "-m", "stages=[quantize,evaluate]", "seed=0,1", "quant=qlora,loftq")
+    outcome = cli(*sweep, "report.baseline=qlora")
+    assert (outcome.code, outcome.err) == (0, "")
+    (folder,) = Path("outputs/sweeps").iterdir()
+    above, below = outcome.out[outcome.out.rindex("2 rows of 4 runs") :].split("4 jobs")
+    assert "Δ: paired difference to QLoRA NF4" in above
+    assert below.count(" done ") == 4
+    nll = {
+        (job["metrics"]["config"]["quant"]["method"], job["metrics"]["config"]["seed"]): job["metrics"]["scores"]["nll"]
+        for job in (json.loads(path.read_text()) for path in folder.glob("job-*.json"))
+    }
+    rows = {row["name"].split()[0]: row for row in csv.DictReader((folder / "table.csv").open())}
+    assert float(rows["LoftQ"]["nll"]) == pytest.approx((nll["loftq", 0] + nll["loftq", 1]) / 2)
+    assert float(rows["LoftQ"]["nll.std"]) == pytest.approx(abs(nll["loftq", 0] - nll["loftq", 1]) / 2**0.5)
+    pairs = [nll["loftq", seed] - nll["qlora", seed] for seed in (0, 1)]
+    assert float(rows["LoftQ"]["nll.difference"]) == pytest.approx(sum(pairs) / 2)
+    assert rows["QLoRA"]["nll.difference"] == ""
+    page = (folder / "table.md").read_text()
+    assert page.count("| QLoRA NF4 |") == 3  # a row of the setting, and one for each seed
+    runs = {path.name: path.stat().st_mtime_ns for path in Path("outputs/runs").iterdir()}
+    again = cli(*sweep, "report.baseline=pissa")
+    assert again.code == 1
+    assert again.err.startswith("error: report.baseline=pissa: no row matches; choose from: qlora, loftq, QLoRA NF4 ")
+    assert again.err.count("\n") == 1
+    assert "2 rows of 4 runs" in again.out
+    assert {path.name for path in Path("outputs/runs").iterdir()} == set(runs)  # the baseline shapes no result
+    several = cli(*sweep, "report.baseline=qlora,loftq")
+    assert several.err == "error: report.baseline=loftq,qlora: a sweep has one baseline; give one of them\n"
 
 
 def test_the_table_stands_at_the_end_and_a_sweep_without_training_has_no_plot(cli: Any) -> None:
@@ -383,47 +446,3 @@ def test_a_sweep_whose_folder_cannot_be_made(cli: Any, tmp_path: Path) -> None:
     message = cli.refused("-m", f"output_dir={tmp_path / 'file'}", "quant.rank=4,8")
     assert message.startswith(f"output_dir: {tmp_path / 'file'}/sweeps/")
     assert message.endswith("(Not a directory); set another output_dir")
-
-
-# What it returns to a sweeper -----------------------------------------------------------------------------------------
-
-
-class Returned:
-    """Hydra's basic sweeper, which collects what the jobs return."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.values: list[Any] = []
-        (launcher,) = (each for each in Plugins.instance().discover(Launcher) if each.__name__ == "BasicLauncher")
-        launch = launcher.launch
-
-        def collecting(launcher: Any, *arguments: Any, **named: Any) -> Any:
-            returns = launch(launcher, *arguments, **named)
-            self.values += [each.return_value for each in returns]
-            return returns
-
-        monkeypatch.setattr(launcher, "launch", collecting)
-
-
-def test_a_job_returns_its_objective(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    returned = Returned(monkeypatch)
-    assert cli(*cli.tiny, "-m", "objective=nll", "stages=[quantize,evaluate]", "quant.rank=4,100000").code == 1
-    (job,) = [json.loads(path.read_text()) for path in Path("outputs/sweeps").glob("*/job-0000.json")]
-    assert returned.values[0] == job["metrics"]["scores"]["nll"] > 0
-    assert math.isnan(returned.values[1]), "the job failed"
-
-
-def test_without_an_objective_a_job_returns_nothing(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    returned = Returned(monkeypatch)
-    assert cli(*cli.tiny, "-m", "stages=[quantize]", "quant.rank=4").code == 0
-    assert returned.values == [None]
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["objective=bleu"], "objective=bleu: arithmetic has no such score; choose from: nll, accuracy"),
-    (["objective=nll", "stages=[quantize]"], "objective=nll: nothing is scored; add evaluate to stages"),
-])  # fmt: skip
-def test_an_objective_that_no_run_can_return_is_refused_at_once(cli: Any, arguments: list[str], message: str) -> None:
-    assert cli.refused(*cli.tiny, *arguments) == message
-    assert list(Path.cwd().iterdir()) == []
-    assert cli(*cli.tiny, "-m", *arguments).code == 1
-    assert not Path("outputs/inits").exists()

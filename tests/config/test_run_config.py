@@ -162,6 +162,10 @@ def test_how_bits_are_given_to_weights(settings: dict[str, Any], rule: str, widt
     ({"rounding": "gptq", "calibration": "diagonal"}, "quant.rounding=gptq: needs all of H, and quant.calibration=diagonal; add"),
     ({"rounding": "gptq", "calibration": "full", "type": "int", "bits": 8}, "quant.rounding=gptq: type int has no levels per"),
     ({"order": "sequential"}, "quant.order=sequential: nothing is calibrated; add quant.calibration=full"),
+    ({"polish_steps": -1}, "quant.polish_steps=-1: out of range; give a value at least 0"),
+    ({"polish_learning_rate": 0.0}, "quant.polish_learning_rate=0.0: out of range; give a value greater than 0"),
+    ({"polish_steps": 5, "method": "off-the-shelf", "iter": 0}, "quant.polish_steps=5: off-the-shelf has no quantization error to"),
+    ({"polish_steps": 5, "method": "lora", "type": "none", "bits": 16, "iter": 0}, "quant.polish_steps=5: lora has no quantization"),
     ({"method": "off-the-shelf", "iter": 0, "allocation": "paper"}, "quant.allocation=paper: off-the-shelf takes"),
     ({"method": "off-the-shelf", "iter": 0, "bits_per_layer": {"*": 4}}, "quant.bits_per_layer={'*': 4}: off-the-shelf takes"),
 ])  # fmt: skip
@@ -180,7 +184,7 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
     later = {"double", "allocation", "bits_per_layer", "rank_choices", "scale", "levels"}
-    later |= {"calibration", "rounding", "order"}
+    later |= {"calibration", "rounding", "order", "polish_steps", "polish_learning_rate"}
     assert not later & {name.rpartition(".")[2] for name in shaping(config(), INITIALISATION)}
     changes: list[dict[str, Any]] = [
         {}, {"allocation": "paper"}, {"allocation": "error"}, {"allocation": "error+rank"},

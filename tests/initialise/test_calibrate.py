@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from zoo import FAMILIES, seeded, with_tokenizer
 
 import loftq_exp
+from loftq_exp import pipeline
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.calibration.cache import StatisticsCache
 from loftq_exp.calibration.samples import batches_of, calibration_samples
@@ -433,6 +434,12 @@ def test_a_finetune_alone_finds_the_calibrated_initialisation(
     with pytest.raises(UserError, match="there is no initialised checkpoint at"):
         loftq_exp.run(loftq_exp.compose([*quick, "stages=[finetune]", "calibration.samples=5"]))
     assert collected == BLOCKS
+
+
+def test_a_missing_text_is_refused_before_a_model_is_fetched(monkeypatch: pytest.MonkeyPatch, quick: list[str]) -> None:
+    monkeypatch.setattr(pipeline, "source_of", lambda config: pytest.fail("the model was fetched"))
+    with pytest.raises(UserError, match=r"^calibration\.file=/absent\.txt: there is no such file"):
+        loftq_exp.run(loftq_exp.compose([*quick, "calibration.file=/absent.txt"]))
 
 
 def test_few_tokens_are_warned_of_and_no_second_moment_is_none(place: Place, caplog: pytest.LogCaptureFixture) -> None:
