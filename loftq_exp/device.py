@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -53,19 +55,55 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def peak_memory() -> dict[str, int]:
-    """Return this process's peak memory so far, in bytes: resident (with file-backed pages), and allocated on CUDA."""
-    peak = {"resident_bytes": _peak_resident_bytes()}
-    if torch.cuda.is_available():
-        peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return peak
+class PeakMemory:
+    """The peak memory of this process from the creation of this object on. Objects do not overlap: one resets the other's peak."""
+
+    def __init__(self) -> None:
+        self._reset = _reset_peak()
+        self._before = _peak_resident_bytes()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def read(self) -> dict[str, int | str | None]:
+        """Return the peak in bytes: `resident_bytes` (with file-backed pages), and `cuda_bytes` (allocated) if there is CUDA.
+
+        `resident_bytes` is None if the peak is unknown, and `resident_reason` is then why.
+        """
+        peak: dict[str, int | str | None] = _known_or_why(self._reset, self._before, _peak_resident_bytes())
+        if torch.cuda.is_available():
+            peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
+        return peak
 
 
-def _peak_resident_bytes() -> int:
-    """Return the peak resident memory in bytes; 0 if the system does not report it (Windows)."""
+def _known_or_why(reset: bool, before: int | None, after: int | None) -> dict[str, int | str | None]:
+    if after is None:
+        return {"resident_bytes": None, "resident_reason": "this system does not report a process's peak"}
+    # A peak that was not reset is this stage's only if it has grown since the stage began.
+    if reset or before is None or after > before:
+        return {"resident_bytes": after}
+    return {"resident_bytes": None, "resident_reason": f"this system cannot reset the peak, and earlier work of this process reached {before} bytes"}  # fmt: skip
+
+
+def _reset_peak() -> bool:
+    """Set the kernel's record of this process's peak to its present memory, as Linux can. Return whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident_bytes() -> int | None:
+    """Return the peak resident memory in bytes; None if the system does not report it (Windows)."""
+    try:  # on Linux getrusage also has peaks from before the reset
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
     try:
         import resource
     except ImportError:
-        return 0
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # in bytes on macOS, in KiB elsewhere

@@ -95,7 +95,6 @@ def _run(config: RunConfig) -> RunResult:
     check_published(config)
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
-    _check_objective(config, data.task)
     place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
     identity = ranks.from_main(lambda: identify(config, place))
     folder, records = identity.run_dir, Records(identity.run_dir, identity.init_key)
@@ -108,7 +107,8 @@ def _run(config: RunConfig) -> RunResult:
         try:
             init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key))
             finetuned = _finetune(config, init, data, prepared, records, recorder)
-            evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder)
+            steps = finetuned["steps"] if finetuned and adapter else 0
+            evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder, steps)
         finally:
             recorder.close()
 
@@ -145,7 +145,9 @@ def _log_version_0_1(config: RunConfig, folder: Path) -> None:
     if folder.exists():
         return
     old = [
-        place for place in sorted(config.runs_path.glob(f"{glob.escape(config.label)}-*")) if is_of_version_0_1(place)
+        place
+        for place in sorted(config.runs_path.glob(f"{glob.escape(config.plain_label)}-*"))
+        if is_of_version_0_1(place)
     ]
     if old:
         log.info("%s: made by version 0.1, left alone; this run's results go to %s", old[0], folder)
@@ -171,6 +173,7 @@ class _Data:
 
 def _read_data(config: RunConfig) -> _Data:
     task = load_task(config.task)
+    _check_objective(config, task)
     stages = set(config.stages)
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
@@ -272,7 +275,9 @@ def _evaluate(
     records: Records,
     adapter: Path | None,
     recorder: Recorder,
+    steps: int,
 ) -> Record | None:
+    """Return the record of the scores. `steps` is the number of training steps of the scored adapter, 0 without one."""
     if "evaluate" not in config.stages:
         return records.evaluated()
     key = scores_key(records.init_key, adapter, data.eval, config)
@@ -284,7 +289,8 @@ def _evaluate(
         digest = adapter_digest(adapter) if adapter else None
         result = score(init, adapter, data.eval, prepared, data.task, config, records.samples(key))
         if ranks.is_main():
-            recorder.scores(config, init, result["scores"])
+            recorder.scores(config, init, result["scores"], steps)
+            recorder.samples(records.samples(key), steps)
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 

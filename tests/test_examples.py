@@ -85,7 +85,7 @@ def test_the_example_of_pefts_page_trains_what_it_names(translated: Callable[...
         "task.pad_to_max_length=true", "task.max_source_length=128", "task.max_target_length=256", "train.num_train_epochs=5",
         "train.per_device_train_batch_size=4", "train.per_device_eval_batch_size=4", "train.gradient_accumulation_steps=4",
     ])  # fmt: skip
-    assert run.label == "Llama-2-13b-hf-4bit-64rank-off-the-shelf-gsm8k"
+    assert run.plain_label == "Llama-2-13b-hf-4bit-64rank-off-the-shelf-gsm8k"
 
 
 def test_without_flags_pefts_defaults_hold(translated: Callable[..., RunConfig]) -> None:

@@ -586,3 +586,15 @@ def table() -> str:
 def test_the_docs_have_the_schemas_table() -> None:
     page = (Path(__file__).parents[1] / "docs" / "run.md").read_text()
     assert table() in page, f"docs/run.md: put this table in place of the one that is there\n{table()}"
+
+
+def test_a_run_of_a_name_without_its_settings_is_found_by_its_key(place: Place, done: Counter[str]) -> None:
+    """Names gained the settings that are not the usual ones. A folder of before keeps its name and is continued."""
+    config = place.config()
+    assert "-steps1-" in place.first.run_dir.name
+    before = place.first.run_dir.with_name(f"{config.plain_label}-{place.first.run_dir.name.rpartition('-')[2]}")
+    place.first.run_dir.rename(before)
+    again = place.run()
+    assert again.run_dir == before
+    assert again.scores == place.first.scores
+    assert done == {}

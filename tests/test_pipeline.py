@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import loftq_exp
 from loftq_exp import RunConfig, UserError
@@ -64,19 +65,42 @@ def test_run_leaves_metrics_samples_and_log(configure: Configure) -> None:
 
 def test_tensorboard_holds_errors_losses_scores_settings(configure: Configure) -> None:
     result = loftq_exp.run(configure())
-    log = EventAccumulator(str(result.run_dir / "tensorboard"))
+    log = EventAccumulator(str(result.run_dir / "tensorboard"), size_guidance={"histograms": 0, "images": 0})
     log.Reload()
     tags = log.Tags()
     assert {"train/loss", "train/learning_rate", "score/nll", "score/accuracy", "init_error_mean"} <= set(
         tags["scalars"]
     )
-    errors = log.Scalars("init_error/model.layers.0.self_attn.q_proj")
-    assert [event.step for event in errors] == [0, 1, 2]
-    report = json.loads((result.init_dir / "init_report.json").read_text())
-    first = next(w for w in report["weights"] if w["name"] == "model.layers.0.self_attn.q_proj")
-    assert [event.value for event in errors] == pytest.approx(first["errors"], rel=1e-6)
+    assert not [tag for tag in tags["scalars"] if "proj" in tag], "no chart of each weight"
+    weights = json.loads((result.init_dir / "init_report.json").read_text())["weights"]
+    for step, event in enumerate(log.Histograms("init_error")):
+        errors = [weight["errors"][step] for weight in weights]
+        found = event.histogram_value
+        assert (event.step, found.num) == (step, 14)
+        assert (found.min, found.max, found.sum) == pytest.approx((min(errors), max(errors), sum(errors)))
+        assert log.Scalars("init_error_mean")[step].value == pytest.approx(sum(errors) / 14, rel=1e-6)
+    assert step == 2
+    (image,) = log.Images("init_error_by_layer")
+    assert min(image.width, image.height) > 200
     assert "config/text_summary" in tags["tensors"]
-    assert "_hparams_/session_start_info" in log.summary_metadata
+    (samples,) = log.Tensors("samples/text_summary")
+    text = samples.tensor_proto.string_val[0].decode()
+    rows = [json.loads(block) for block in text.split("\n\n---\n\n")]
+    assert rows == [json.loads(line) for line in (result.run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [event.step for event in log.Scalars("score/nll")] == [samples.step] == [4]
+    start = log.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert {"seed", "quant.rank", "train.learning_rate", "quant.block_size", "quant.alpha", "model", "task"} <= set(
+        hparams
+    )
+    assert hparams["quant.rank"].number_value == 4
+
+
+def test_scores_of_the_initial_factors_stand_at_step_0(configure: Configure) -> None:
+    result = loftq_exp.run(configure("stages=[quantize,evaluate]"))
+    log = EventAccumulator(str(result.run_dir / "tensorboard"))
+    log.Reload()
+    assert [event.step for event in log.Scalars("score/nll")] == [0]
 
 
 def test_same_command_does_nothing_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,12 +169,20 @@ class SweepFolder(Callback):
 def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
     """Store the composed tree of a single run in `single`, or run the job of a multirun. Called by Hydra.
 
-    Returns the score that `objective` names, for the sweeper: NaN if the job failed, None without an objective.
+    Return the job's objective to the sweeper: NaN if the job failed, None if no objective is set. A sweeper that searches gets
+    an error for a failed job instead, because it may not accept NaN.
     """
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         single.append(composed)
         return None
+    searches = not str(job.sweeper["_target_"]).endswith(".BasicSweeper")
+    named = composed.get("objective")
+    if searches and named is None:
+        raise UserError(
+            "objective=null: hydra/sweeper searches for the best score; add objective=NAME, such as objective=nll"
+        )
+    objective = None if named is None else math.nan
     from loftq_exp.report.sweep import record_job
 
     # A failed job is recorded and reported at the end. The others continue.
@@ -183,9 +191,13 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
     ) as finished:
         result = _run(composed)
         finished(result)
-        objective = composed.get("objective")
-        return result.scores[objective] if objective else None
-    return math.nan if composed.get("objective") else None  # the failure is recorded
+        objective = None if named is None else result.scores[named]
+    if searches and math.isnan(cast("float", objective)):
+        raise UserError(
+            f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "
+            "hydra.sweeper.max_failure_rate=1"
+        )
+    return objective
 
 
 def _run(composed: DictConfig) -> RunResult:

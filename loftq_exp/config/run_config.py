@@ -14,6 +14,7 @@ from typing import Any
 
 from loftq_exp.config.calibration import CalibrationConfig
 from loftq_exp.config.model import ModelConfig
+from loftq_exp.config.naming import unusual
 from loftq_exp.config.paths import local_path
 from loftq_exp.config.publishing import HubConfig
 from loftq_exp.config.quant import QuantConfig
@@ -124,7 +125,12 @@ class RunConfig:
 
     @property
     def label(self) -> str:
-        """A short description of the run: model, bits, method and task."""
+        """A short description of the run: model, bits, method, task, and the settings that are not the usual ones."""
+        return self.plain_label + unusual(self)
+
+    @property
+    def plain_label(self) -> str:
+        """`label` without the settings that are not the usual ones, as version 0.1 named its runs."""
         quant = self.quant
         kind = "" if quant.type in ("nf", "none") else f"{quant.type}-"
         bits = f"{quant.bits_label}bit" + (f"-{quant.allocation}" if quant.allocation else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
-from loftq_exp.device import compute_device, compute_dtype, peak_memory
+from loftq_exp.costs import StageWatch
+from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.evaluation.evaluate import evaluate
 from loftq_exp.progress import progress
@@ -41,7 +41,7 @@ def score(
 
     With several ranks, each answers a share of the batches and all return the same. Seconds and memory are the rank's own.
     """
-    began = time.perf_counter()
+    watch = StageWatch()
     device = compute_device(config.device)
     dtype = compute_dtype(device, config.train.bf16)
     model = load_model(init, adapter, config, device, dtype, task.num_labels)
@@ -55,8 +55,7 @@ def score(
         "rows": len(rows),
         "samples": ranks.from_main(lambda: _keep(lines, samples)),
         "tokens_generated": result.tokens_generated,
-        "seconds": time.perf_counter() - began,
-        "peak_memory": peak_memory(),
+        **watch.costs(),
     }
 
 

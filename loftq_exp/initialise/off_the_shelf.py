@@ -11,7 +11,6 @@ import logging
 import math
 import pickle
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from loftq_exp.artifact.folder import (
 )
 from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.config import RunConfig, digest_of
-from loftq_exp.device import peak_memory
+from loftq_exp.costs import StageWatch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
@@ -76,7 +75,7 @@ def take(source: Source, config: RunConfig) -> Initialised:
     Raises UserError if the checkpoint does not fit the settings, or if its folder holds another initialisation or cannot be
     written.
     """
-    began = time.perf_counter()
+    watch = StageWatch()
     wanted = made_from(source, config)
     final = init_dir(config, digest_of(wanted))
     with exclusive(final), _about_quant_path():
@@ -93,7 +92,7 @@ def take(source: Source, config: RunConfig) -> Initialised:
                 _write(folder, final, source, config, tensors, names, layout, adapter)
                 check_written(folder, tensors, layout, {}, config)
                 check_unchanged(source, config, wanted)
-                report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+                report["totals"] |= watch.costs()
                 (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     _log_taken(final, report)
     return Initialised(final, report)

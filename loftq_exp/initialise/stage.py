@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from loftq_exp.artifact.folder import (
 )
 from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.config import RunConfig, digest_of
-from loftq_exp.device import peak_memory
+from loftq_exp.costs import StageWatch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.calibrate import Calibration, calibrate
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
@@ -117,7 +116,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             check_fit(layout, config)
             names = written_names(tensors, layout)
             check_finite(tensors, names)
-            began = time.perf_counter()
+            watch = StageWatch()
             worker = _Worker(config)
             samples = polish_samples(source, config)
             plan = worker.plan(source, wanted, tensors, layout)
@@ -139,7 +138,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 check_unchanged(source, config, wanted)
                 if calibration := worker.decomposer.calibration:
                     report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
-                report["totals"] |= {"seconds": time.perf_counter() - began, "peak_memory": peak_memory()}
+                report["totals"] |= watch.costs()
                 text = json.dumps(report, indent=1)
                 (folder / REPORT).write_text(text + "\n")
     report = json.loads(text)  # the same containers that a later run reads: lists, no tuples

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+
+from loftq_exp.costs import Stopwatch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -23,7 +24,7 @@ WORKERS = 2
 
 
 class Phases:
-    """The seconds that one weight spent in each phase, by the phase's name."""
+    """The seconds that one weight spent in each phase, by the phase's name. Compiling kernels is not part of any."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -36,11 +37,11 @@ class Phases:
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the time of the block to the phase `name`."""
-        began = time.perf_counter()
+        watch = Stopwatch()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + watch.seconds
 
 
 def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.device) -> Iterator[U]:

@@ -10,6 +10,8 @@ try:
     import numba
 except ImportError:  # loftq_exp.kernels.quantize warns once
     numba = None  # type: ignore[assignment]
+else:
+    from loftq_exp.kernels import kept
 
 CPU_TYPES = (torch.float32, torch.bfloat16)
 """Types of values that the compiled passes read and write."""
@@ -27,4 +29,18 @@ SMALLEST_ABSMAX = 1e-38
 def compiled(function: Any) -> Any:
     """Return `function` compiled by numba: single-threaded, without the GIL, with float32 operations in the given order."""
     # Inputs have no NaN, so "nnan" is safe; it lets the compiler vectorise maxima. Other fastmath flags would change bytes.
-    return numba.njit(function, nogil=True, error_model="numpy", fastmath={"nnan"})
+    return compiled_with(function, {"nnan"})
+
+
+def compiled_with(function: Any, fastmath: set[str]) -> Any:
+    """As `compiled`, with these fastmath flags of LLVM."""
+    name = kept.named_by_content(function)
+    dispatcher: Any = numba.njit(function, nogil=True, error_model="numpy", fastmath=fastmath)
+    if hasattr(dispatcher, "_cache"):  # a plain function with NUMBA_DISABLE_JIT
+        dispatcher._cache = kept.Kept(name, {"fastmath": sorted(fastmath)})
+    return dispatcher
+
+
+def compile_seconds() -> float:
+    """Return the time that this process has spent in compiling kernels or loading them from disk, in seconds."""
+    return kept.clock.seconds if numba is not None else 0.0

@@ -22,7 +22,7 @@ import torch
 
 from loftq_exp.kernels import registers
 from loftq_exp.kernels.bfloat16 import flat, narrowing, rounding
-from loftq_exp.kernels.compiled import CHUNK_VALUES, CPU_TYPES, compiled, numba
+from loftq_exp.kernels.compiled import CHUNK_VALUES, CPU_TYPES, compiled, compiled_with, numba
 
 if TYPE_CHECKING:
     from loftq_exp.loftq.quantizer import Quantizer
@@ -187,7 +187,7 @@ def _product_kernel(bits: int, block: int, affine: bool) -> Any:
                 products[n, o] = total
 
     # Sums may be reordered, so that the compiler vectorises them. The order is the same every time.
-    return numba.njit(run, nogil=True, error_model="numpy", fastmath={"nnan", "reassoc", "contract"})
+    return compiled_with(run, {"nnan", "reassoc", "contract"})
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from loftq_exp.whole import write_whole
 FORMAT = 2
 """Version of the records in a run's folder: config.json, finetune.json, evaluate.json, metrics.json. Version 0.1 wrote none."""
 
+_COSTS = ("seconds", "compile_seconds", "peak_memory")
+
 
 def assemble(
     config: RunConfig,
@@ -39,10 +41,9 @@ def assemble(
         "table": [dataclasses.asdict(column) for column in table],
         "scored_adapter": evaluated["adapter"] if evaluated else None,
         "published": config.published,
-        "init": {name: value for name, value in totals.items() if name not in ("seconds", "peak_memory")},
+        "init": {name: value for name, value in totals.items() if name not in _COSTS},
         "bits_plan": init.report.get("bits_plan"),
-        "seconds": {name: record["seconds"] for name, record in stages.items() if record},
-        "peak_memory": {name: record["peak_memory"] for name, record in stages.items() if record},
+        **{cost: {name: record.get(cost) for name, record in stages.items() if record} for cost in _COSTS},
         "backbone_bytes": init.backbone_bytes,
         "adapter_bytes": init.adapter_bytes,
         "finetune": {name: finetuned.get(name) for name in ("steps", "rows", "ranks", "backbone", "dtype")}

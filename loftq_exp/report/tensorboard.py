@@ -1,16 +1,24 @@
-"""TensorBoard: errors of every weight and step, losses, learning rate, scores, resolved settings, hparams."""
+"""TensorBoard: errors of the weights, losses, learning rate, scores, samples, resolved settings, hparams."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
+from loftq_exp.config.naming import shown
+from loftq_exp.report.plot import error_map
+from loftq_exp.report.weights import averaged
+
+MOST_SAMPLES = 10
+"""Number of samples that are written. A run's samples.jsonl has all of them."""
 
 
 class Recorder:
@@ -38,13 +46,19 @@ class Recorder:
         self._writer.add_text("config", "    " + json.dumps(config.to_dict(), indent=2).replace("\n", "\n    "))
 
     def errors(self, init: Initialised) -> None:
-        """Write the relative weight errors: step 0 after quantization alone, step t after t alternating steps."""
-        weights = init.report["weights"]
-        for weight in weights:
-            for step, error in enumerate(weight["errors"]):
-                self._writer.add_scalar(f"init_error/{weight['name']}", error, step)
-        for step in range(len(weights[0]["errors"])):
-            self._writer.add_scalar("init_error_mean", sum(w["errors"][step] for w in weights) / len(weights), step)
+        """Write the relative weight errors: their histogram and mean by step, and a map of those that were kept.
+
+        Step 0 is after quantization alone, step t after t alternating steps. The errors of a published checkpoint are unknown.
+        """
+        weights = [weight for weight in init.report["weights"] if weight["errors"]]
+        by_layer = averaged([weights]) if weights else None
+        if by_layer is None:
+            return
+        for step in range(max(len(weight["errors"]) for weight in weights)):
+            errors = np.array([weight["errors"][step] for weight in weights if step < len(weight["errors"])])
+            self._writer.add_histogram("init_error", errors, step)
+            self._writer.add_scalar("init_error_mean", errors.mean(), step)
+        self._writer.add_figure("init_error_by_layer", error_map(by_layer))
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """Write what the trainer logs: loss, learning rate, gradient norm."""
@@ -52,12 +66,23 @@ class Recorder:
             self._writer.add_scalar(f"train/{name}", value, step)
         self._writer.flush()
 
-    def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float]) -> None:
-        """Write the scores with hparams, so that runs can be compared in the HPARAMS tab."""
-        quant, train, plan = config.quant, config.train, init.report.get("bits_plan", {})
+    def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float], step: int) -> None:
+        """Write the scores after `step` training steps with hparams, so that runs can be compared in the HPARAMS tab.
+
+        Every run has the same hparams, because TensorBoard shows the columns of one run for all of a sweep.
+        """
+        quant, plan = config.quant, init.report.get("bits_plan", {})
         hparams: dict[str, Any] = {
-            "model": config.model.basename, "method": quant.method, "type": quant.type, "bits": plan.get("code_bits", quant.bits),
-            "rank": quant.rank, "iter": quant.iter, "alpha": init.report["quant"]["scaling"] * quant.rank, "task": config.task.label,
-            "learning_rate": train.learning_rate, "seed": config.seed,
+            "model": config.model.basename, "task": config.task.label, "quant.method": quant.method, "quant.type": quant.type,
+            "quant.bits": float(plan.get("code_bits", quant.bits)), "quant.rank": quant.rank, "quant.iter": quant.iter,
         }  # fmt: skip
-        self._writer.add_hparams(hparams, {f"score/{name}": score for name, score in scores.items()}, run_name=".")
+        hparams |= shown(config) | {"quant.alpha": init.report["quant"]["scaling"] * quant.rank}
+        metrics = {f"score/{name}": score for name, score in scores.items()}
+        self._writer.add_hparams(hparams, metrics, run_name=".", global_step=step)
+
+    def samples(self, path: Path, step: int) -> None:
+        """Write the first samples behind the scores as text: what the task records, predictions and gold answers."""
+        with path.open() as file:
+            some = [json.loads(line) for line in itertools.islice(file, MOST_SAMPLES)]
+        blocks = (json.dumps(sample, indent=2, ensure_ascii=False).replace("\n", "\n    ") for sample in some)
+        self._writer.add_text("samples", "\n\n---\n\n".join(f"    {block}" for block in blocks), step)

@@ -39,7 +39,11 @@ class Errors:
 
 def errors_of(row: Row) -> Errors | None:
     """Return the errors of a row's weights. None if no initialisation of its runs is on this machine, or none has errors."""
-    reports = [weights for run in row.runs if (weights := _weights(run))]
+    return averaged([weights for run in row.runs if (weights := _weights(run))])
+
+
+def averaged(reports: Sequence[list[dict[str, Any]]]) -> Errors | None:
+    """Return the errors of the weights of initialisations, averaged. None for none, or for those of different models."""
     if not reports or any(_names(weights) != _names(reports[0]) for weights in reports):
         return None
     layers, modules = _axes(_names(reports[0]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from transformers import TrainerCallback, TrainingArguments
 from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
-from loftq_exp.device import compute_device, compute_dtype, peak_memory
+from loftq_exp.costs import StageWatch
+from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
@@ -55,7 +55,7 @@ def finetune(
 
     With several ranks, each trains on its own batches. Rank 0 saves; seconds and peak memory are those of rank 0.
     """
-    began = time.perf_counter()
+    watch = StageWatch()
     device = compute_device(config.device)
     dtype = compute_dtype(device, config.train.bf16)
     transformers.set_seed(config.seed)
@@ -100,8 +100,7 @@ def finetune(
         "ranks": ranks.count(),
         "dtype": str(dtype).removeprefix("torch."),
         "resumed_from": resumed.name if resumed else None,
-        "seconds": time.perf_counter() - began,
-        "peak_memory": peak_memory(),
+        **watch.costs(),
     }
 
 
@@ -173,7 +172,7 @@ def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
 
 
 class _Report(TrainerCallback):
-    """Shows progress after each step and forwards what the trainer logs."""
+    """Shows progress after each step, logs the last step's loss too, and forwards what the trainer logs."""
 
     def __init__(self, advance: Advance, scalars: Scalars) -> None:
         self.advance, self.scalars, self.loss = advance, scalars, ""

@@ -320,7 +320,7 @@ def test_without_save_dir_the_checkpoint_lies_in_a_store() -> None:
      "Tiny-1B-16bit-64rank-lora-gsm8k"),
 ])  # fmt: skip
 def test_labels(settings: dict[str, Any], label: str) -> None:
-    assert config(settings).label == label
+    assert config(settings).plain_label == label
     assert run_dir(settings).name.startswith(f"{label}-")
 
 
@@ -340,7 +340,7 @@ def test_the_run_follows_from_what_shapes_it_and_nothing_else() -> None:
         "device": "cpu",
         "task.num_beams": 4,
     }
-    assert run_dir(free).name == name
+    assert run_dir(free).name == run_dir({"objective": "nll"}).name == name
     shaping = {"seed": 12, "quant.alpha": 16, "quant.dropout": 0, "quant.solver": "exact", "train.learning_rate": 1e-4,
                "task.max_train_samples": 8, "task.train_file": "rows.jsonl", "save_dtype": "float32", "save_format": "bnb4",
                "train.bf16": True, "quant.block_size": 32}  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from loftq_exp.report.plot import plot_losses
+from loftq_exp.report.plot import error_map, plot_losses
+from loftq_exp.report.weights import averaged
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[float], str | None]]:
@@ -56,3 +58,21 @@ def test_a_long_line_has_no_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines = drawn(monkeypatch)
     plot_losses(tmp_path / "losses.png", {"long": [[(step, 1.0) for step in range(1, 101)]]})
     assert lines[0][2] is None
+
+
+def test_the_map_of_errors_has_a_row_for_each_layer_and_a_column_for_each_module() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.10.self_attn.q_proj"]
+    weights = [{"name": name, "errors": [0.5, place / 10], "kept_step": 1} for place, name in enumerate(names, start=1)]
+    errors = averaged([weights])
+    assert errors is not None
+    axes = error_map(errors).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["self_attn.q_proj", "mlp.up_proj"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "10"]
+    values = np.ma.filled(axes.images[0].get_array(), np.nan)
+    np.testing.assert_array_equal(values, [[0.1, 0.2], [0.3, np.nan]])
+
+
+def test_the_same_losses_give_the_same_svg(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        plot_losses(tmp_path / f"{name}.png", {"LoftQ": [[(1, 2.0), (6, 1.5)], [(1, 2.5), (6, 1.0)]]})
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
