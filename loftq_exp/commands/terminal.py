@@ -22,11 +22,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def exit_code(work: Callable[[], int], interrupted: str) -> int:
+def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
     """Run a command's `work` and return its exit code.
 
-    A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted` and gives
-    130. A page such as --help, after which argparse and Hydra exit, gives 0.
+    A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted`, or what it
+    returns, and gives 130. A page such as --help, after which argparse and Hydra exit, gives 0.
     """
     try:
         return work()
@@ -36,7 +36,8 @@ def exit_code(work: Callable[[], int], interrupted: str) -> int:
         return 1
     except KeyboardInterrupt:
         if ranks.is_main():
-            sys.stderr.write(f"error: interrupted: {interrupted}\n")
+            message = interrupted if isinstance(interrupted, str) else interrupted()
+            sys.stderr.write(f"error: interrupted: {message}\n")
         return 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
