@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp import ranks
+from loftq_exp.commands.launchers import check_launcher
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
@@ -143,6 +144,7 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     if ranks.count() > 1 and (options.multirun or "hydra.mode=MULTIRUN" in options.overrides):
         raise UserError("-m: not supported with several processes, because each would run the whole sweep; "
                         "launch single runs, or run without the launcher")  # fmt: skip
+    check_launcher(options.overrides)
     options.overrides = [_plain(override) for override in options.overrides]
     return parser, options
 
@@ -186,7 +188,7 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
         single.append(composed)
         return None
     _set_up_output()
-    folder, objective = Path(os.environ[SWEEP_FOLDER]), composed.get("objective")
+    folder, objective = Path(job.sweep.dir), composed.get("objective")
     metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task])
     if not objective:
         return None

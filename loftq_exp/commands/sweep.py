@@ -12,6 +12,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.schema import RESULTS, shaping
@@ -174,8 +175,12 @@ class SweepFolder(Callback):
     def __init__(self) -> None:
         self.lock: FileLock | None = None
 
+    def __reduce__(self) -> tuple[type[SweepFolder], tuple[()]]:
+        """Leave the lock out: launchers send the callbacks to other processes."""
+        return SweepFolder, ()
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Choose the folder, see `start`, and set the environment variable that the jobs read it from."""
+        """Choose the folder, see `start`, and make it that of every job, in whatever process or machine."""
         asked = request.get()
         sweeps = local_path(config.output_dir).resolve() / "sweeps"
         plan = Sweep(sweeps, asked.arguments, str(Path.cwd()), planned(config), time.time(), asked.retries)
@@ -187,6 +192,12 @@ class SweepFolder(Callback):
             reason = f"{error.filename} cannot be written ({error.strerror})"
             raise Refused(UserError(f"output_dir: {reason}; set another output_dir")) from error
         os.environ[SWEEP_FOLDER] = str(sweep.folder)
+        with open_dict(config.hydra):
+            config.hydra.sweep.dir = str(sweep.folder)
+        with read_write(config.hydra.overrides.hydra):
+            config.hydra.overrides.hydra.append(
+                f"hydra.sweep.dir={_quoted(str(sweep.folder))}"
+            )  # jobs are composed from these
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Release the folder."""
@@ -265,6 +276,12 @@ def _newest_input(config: RunConfig) -> float:
     paths = [Path(name).expanduser() for name in named if isinstance(name, str)]
     inside = [inner for path in paths if path.is_dir() for inner in path.rglob("*")]
     return max((path.stat().st_ctime for path in (*paths, *inside) if path.exists()), default=0.0)
+
+
+def _quoted(text: str) -> str:
+    """Return `text` quoted for Hydra, in which a backslash is special only before a quote."""
+    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{inner}'"
 
 
 def _duration(seconds: float) -> str:

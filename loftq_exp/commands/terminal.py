@@ -48,10 +48,13 @@ def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> 
 
 def quiet_libraries() -> None:
     """Silence the libraries' output on the terminal. Call it before torch and transformers are imported."""
-    for name in ("hydra", "httpx", "httpx2", "datasets", "absl"):
+    for name in ("hydra", "hydra_plugins", "httpx", "httpx2", "datasets", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each missing optional package
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
+    warnings.filterwarnings(
+        "ignore", message=r"\s*'hydra/launcher/"
+    )  # a file of conf/ beside the launcher's own schema is meant
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it found no unused parameter
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report an unreachable Hub in one line

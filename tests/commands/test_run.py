@@ -236,7 +236,7 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["--resolve"], "The --resolve flag"),
     (["--cfg", "job", "quant.bit=3"], "quant.bit=3: there is no such setting; did you mean 'quant.bits'?"),
     (["--config-name", "nothing"], "Cannot find primary config 'nothing'"),
-    (["hydra/launcher=ray"], "hydra/launcher=ray: there is no such choice"),
+    (["hydra/launcher=rya"], "hydra/launcher=rya: there is no such choice"),
     (["device=gpu9"], "device=gpu9: not a device; choose auto, cpu, cuda or cuda:N"),
     (["train.optim=adam-w"], "train.optim=adam-w: transformers has no such optimiser; choose one of its OptimizerNames"),
 ])  # fmt: skip
@@ -278,8 +278,8 @@ def test_a_multirun_names_the_failed_job_and_keeps_the_others(cli: Any) -> None:
     assert outcome.err.startswith("error: not every job succeeded; the failed jobs and their errors are listed above; ")
     assert [path.name for path in Path.cwd().iterdir()] == ["outputs"]
     (sweep,) = Path("outputs/sweeps").iterdir()
-    left = ["job-0000.json", "job-0001.json", "losses.csv", "losses.png", "losses.svg", "multirun.yaml", "report.html", "table.csv",
-            "table.md"]  # fmt: skip
+    left = ["job-0000.json", "job-0001.json", "losses.csv", "losses.png", "losses.svg", "multirun.yaml", "report.html",
+            "sweep.json", "table.csv", "table.md"]  # fmt: skip
     assert sorted(path.name for path in sweep.iterdir()) == left
     failed, done = (json.loads((sweep / f"job-000{number}.json").read_text()) for number in (0, 1))
     assert failed["error"].startswith("quant.rank=100000: ")
