@@ -25,6 +25,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.initialise.kept import find_kept
 from loftq_exp.initialise.off_the_shelf import take
 from loftq_exp.initialise.published import check_published, source_of
+from loftq_exp.initialise.share import share
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, is_of_version_0_1, write_config
@@ -100,6 +101,8 @@ def _run(config: RunConfig) -> RunResult:
     folder, records = identity.run_dir, Records(identity.run_dir, identity.init_key)
     adapter = _adapter_to_score(config, records)
     prepared = _prepare(place, config, data, records, adapter)
+    if config.initialise.shards > 1 and isinstance(place, Source):
+        ranks.from_main(lambda: share(place, config))  # before the run's lock, behind which the other shards would wait
     ranks.from_main(lambda: _make_folder(config, folder))
     with _alone(folder):
         ranks.from_main(lambda: write_config(folder, config, identity))

@@ -1,4 +1,4 @@
-"""The command line: run, cache, export, report, rerun.
+"""The command line: run, cache, export, report, sweep, rerun.
 
 The only package that uses Hydra and argv. May import every other package.
 """

@@ -6,13 +6,13 @@ same command finds its own results, and ranks above 0 of a distributed run write
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import functools
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -28,22 +28,23 @@ from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp import ranks
+from loftq_exp.commands.launchers import check_launcher
+from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
-from loftq_exp.config import RunConfig, TaskConfig, local_path
+from loftq_exp.config import RunConfig, TaskConfig
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
 
 if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult
 
-SWEEP_FOLDER = "LOFTQ_EXP_SWEEP"
-"""Environment variable with the folder of this process's multirun."""
+log = logging.getLogger(__name__)
+
 GROUPS = ("model", "quant", "task", "train", "experiment")
 NAMES = (*dotted_names(RunConfig), *GROUPS)
 """Every name that an override may set."""
@@ -77,23 +78,40 @@ for _kind, _settings in TaskConfig.variants().items():
     ConfigStore.instance().store(_kind, defaults(_settings), group="schema_of_task", package="task")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv`, by default the process's arguments. Returns 0 if every job succeeded."""
+def main(argv: Sequence[str] | None = None, resumed: Path | None = None, retries: bool = False) -> int:
+    """Run the command with `argv`, by default the process's arguments. Returns 0 if every job succeeded.
+
+    `resumed` is the folder of a multirun with these arguments that is to go on, with its failed jobs if `retries`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    quiet_libraries()
+    request.set(Request(tuple(arguments), resumed, retries))
+    _set_up_output()
     only_rank_0_speaks()
     threading.excepthook = _report_thread
     os.environ.pop(SWEEP_FOLDER, None)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here and reported in one line
-    return exit_code(lambda: _work(arguments), "finished work is kept; run the same command again to resume")
+    return exit_code(lambda: _work(arguments), _how_to_go_on)
+
+
+def _set_up_output() -> None:
+    """Print logs and silence libraries. A job in a process of a launcher needs this too."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    quiet_libraries()
+
+
+def _how_to_go_on() -> str:
+    sweep = Sweep.read(Path(os.environ[SWEEP_FOLDER])) if os.environ.get(SWEEP_FOLDER) else None
+    if sweep is None:
+        return "finished work is kept; run the same command again to resume"
+    return f"{sweep.progress()}; go on with: loftq-exp sweep resume {shlex.quote(str(sweep.folder))}"
 
 
 def _work(arguments: list[str]) -> int:
     for composed in _composed(arguments):
         _run(composed)
     if SWEEP_FOLDER in os.environ and not _report_sweep(Path(os.environ[SWEEP_FOLDER])):
-        raise UserError("not every job succeeded; the failed jobs and their errors are listed above")
+        raise UserError("not every job succeeded; the failed jobs and their errors are listed above; to run them again: "
+                        f"loftq-exp sweep resume {shlex.quote(os.environ[SWEEP_FOLDER])} --failed")  # fmt: skip
     return 0
 
 
@@ -105,6 +123,8 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     try:
         # As `hydra.main`, which however can only read arguments from sys.argv.
         _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+    except Refused as refused:
+        raise refused.reason from None
     except _COMPOSE_ERRORS as error:
         _remove_empty_sweep()
         raise UserError(_explain(error, arguments)) from error
@@ -124,6 +144,7 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     if ranks.count() > 1 and (options.multirun or "hydra.mode=MULTIRUN" in options.overrides):
         raise UserError("-m: not supported with several processes, because each would run the whole sweep; "
                         "launch single runs, or run without the launcher")  # fmt: skip
+    check_launcher(options.overrides)
     options.overrides = [_plain(override) for override in options.overrides]
     return parser, options
 
@@ -157,15 +178,6 @@ def _report_thread(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-class SweepFolder(Callback):
-    """Sets a multirun's folder once, so that jobs in other processes of a launcher belong to the same sweep."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Set the folder's name from the time in microseconds, so that sweeps started in the same second differ."""
-        began = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        os.environ[SWEEP_FOLDER] = str(local_path(config.output_dir).resolve() / "sweeps" / began)
-
-
 def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
     """Store the composed tree of a single run in `single`, or run the job of a multirun. Called by Hydra.
 
@@ -182,22 +194,35 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
         raise UserError(
             "objective=null: hydra/sweeper searches for the best score; add objective=NAME, such as objective=nll"
         )
-    objective = None if named is None else math.nan
-    from loftq_exp.report.sweep import record_job
-
-    # A failed job is recorded and reported at the end. The others continue.
-    with record_job(
-        Path(os.environ[SWEEP_FOLDER]), job.job.num, [override.lstrip("+") for override in job.overrides.task]
-    ) as finished:
-        result = _run(composed)
-        finished(result)
-        objective = None if named is None else result.scores[named]
-    if searches and math.isnan(cast("float", objective)):
+    _set_up_output()
+    folder = Path(job.sweep.dir)
+    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task])
+    if metrics is None and searches:
         raise UserError(
             f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "
             "hydra.sweeper.max_failure_rate=1"
         )
-    return objective
+    if named is None:
+        return None
+    return metrics["scores"][named] if metrics else math.nan
+
+
+def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[str]) -> dict[str, Any] | None:
+    """Return the metrics of a job, which is run if it was not before; None if it failed, as its record says."""
+    from loftq_exp.report.sweep import record_job
+
+    sweep = Sweep.read(folder)
+    assert sweep
+    if known := sweep.decided(number, overrides, lambda: _config(composed)):
+        return cast("dict[str, Any] | None", known["metrics"])
+    metrics: dict[str, Any] | None = None
+    # A failed job is recorded and reported at the end. The others continue.
+    with record_job(folder, number, overrides) as finished:
+        result = _run(composed)
+        finished(result)
+        metrics = result.metrics
+    log.info("sweep: %s", sweep.progress())
+    return metrics
 
 
 def _run(composed: DictConfig) -> RunResult:

@@ -22,11 +22,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def exit_code(work: Callable[[], int], interrupted: str) -> int:
+def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
     """Run a command's `work` and return its exit code.
 
-    A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted` and gives
-    130. A page such as --help, after which argparse and Hydra exit, gives 0.
+    A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted`, or what it
+    returns, and gives 130. A page such as --help, after which argparse and Hydra exit, gives 0.
     """
     try:
         return work()
@@ -36,7 +36,8 @@ def exit_code(work: Callable[[], int], interrupted: str) -> int:
         return 1
     except KeyboardInterrupt:
         if ranks.is_main():
-            sys.stderr.write(f"error: interrupted: {interrupted}\n")
+            message = interrupted if isinstance(interrupted, str) else interrupted()
+            sys.stderr.write(f"error: interrupted: {message}\n")
         return 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -47,10 +48,13 @@ def exit_code(work: Callable[[], int], interrupted: str) -> int:
 
 def quiet_libraries() -> None:
     """Silence the libraries' output on the terminal. Call it before torch and transformers are imported."""
-    for name in ("hydra", "httpx", "httpx2", "datasets", "absl"):
+    for name in ("hydra", "hydra_plugins", "httpx", "httpx2", "datasets", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each missing optional package
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
+    warnings.filterwarnings(
+        "ignore", message=r"\s*'hydra/launcher/"
+    )  # a file of conf/ beside the launcher's own schema is meant
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it found no unused parameter
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report an unreachable Hub in one line

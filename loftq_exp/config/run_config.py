@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.config.calibration import CalibrationConfig
+from loftq_exp.config.initialise import InitialiseConfig
 from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.naming import unusual
 from loftq_exp.config.paths import local_path
@@ -38,6 +39,7 @@ class RunConfig:
     train: TrainConfig
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    initialise: InitialiseConfig = dataclasses.field(default_factory=InitialiseConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     stages: tuple[str, ...] = setting(
         "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()
@@ -91,6 +93,22 @@ class RunConfig:
         if self.hub.push and "quantize" not in self.stages:
             raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
         self._check_formats()
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        given = f"initialise.shards={self.initialise.shards}"
+        if self.initialise.shards == 1:
+            return
+        if self.stages != ("quantize",):
+            raise UserError(f"{given}: the processes share the quantize stage alone; give stages=[quantize], and run the other "
+                            "stages without it afterwards")  # fmt: skip
+        if self.quant.type == "none" or self.quant.method == "off-the-shelf":
+            raise UserError(f"{given}: {self.quant.method} decomposes no weight; leave it out")
+        if self.quant.calibration != "none" and self.quant.order == "sequential":
+            raise UserError(f"{given}: with quant.order=sequential each block waits for the one before it; leave it out, or set "
+                            "quant.order=parallel")  # fmt: skip
+        if self.hub.push:
+            raise UserError(f"{given}: each process would push; push with the same command without it afterwards")
 
     def _check_formats(self) -> None:
         stored, backbone, quant = FORMATS[self.save_format], self.train.backbone, self.quant

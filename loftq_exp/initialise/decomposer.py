@@ -53,10 +53,7 @@ class Decomposer:
         self, target: Target, weight: torch.Tensor, digest: str, precision: Precision, phases: Phases
     ) -> Decomposed:
         """The decomposition of the target's weight with this `digest`. A computed result is stored in the cache."""
-        quantizer = self.quantizers[precision.bits]
-        hessian = self.calibration.digest(target.module) if self.calibration else None
-        recipe = Recipe(quantizer, precision.rank, self.quant.iter, self.quant.solver, hessian, self.quant.rounding,
-                        self.quant.method == "pissa")  # fmt: skip
+        recipe = self._recipe(target, precision)
         with phases.timed("cache"):
             found = self.cache.find(recipe, digest, target.shape)
         if found and found.steps == recipe.steps:
@@ -68,7 +65,7 @@ class Decomposer:
                 metric = self.calibration.metric(target.module, self.device)
         try:
             with phases.timed("decompose"):
-                result = decompose(weight.to(self.device), quantizer, solved.rank, solved.steps, solved.solver,
+                result = decompose(weight.to(self.device), recipe.quantizer, solved.rank, solved.steps, solved.solver,
                                    start=found.unpacked() if found else None, workspace=self._workspace.of_thread(),
                                    metric=metric, rounding=self.quant.rounding,
                                    principal=recipe.principal)  # fmt: skip
@@ -78,6 +75,18 @@ class Decomposer:
             kept = self.cache.put(solved, digest, result)
         computed = recipe.steps - (found.steps if found else 0)
         return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
+
+    def claimed(self, target: Target, weight: torch.Tensor, precision: Precision, wait: bool) -> Decomposed | None:
+        """As `decomposed`, in one process at a time. None if another process is at it; with `wait`, wait for it instead."""
+        digest = weight_digest(weight)
+        recipe = self._recipe(target, precision)
+        with self.cache.claim(recipe.after(recipe.steps, target.shape).key(digest), wait) as ours:
+            return self.decomposed(target, weight, digest, precision, Phases()) if ours else None
+
+    def _recipe(self, target: Target, precision: Precision) -> Recipe:
+        hessian = self.calibration.digest(target.module) if self.calibration else None
+        return Recipe(self.quantizers[precision.bits], precision.rank, self.quant.iter, self.quant.solver, hessian,
+                      self.quant.rounding, self.quant.method == "pissa")  # fmt: skip
 
     def initialised(self, target: Target, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
         """Q + s B A of the target's weight: float32 (out, in), on the CPU."""

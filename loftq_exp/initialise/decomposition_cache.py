@@ -27,6 +27,7 @@ import safetensors
 import safetensors.torch
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 
 from loftq_exp.artifact.writer import tensor_bytes
 from loftq_exp.errors import UserError
@@ -176,9 +177,35 @@ class DecompositionCache:
             with whole_file(path, shared=True) as beside:
                 beside.write_bytes(_encoded(path.stem, recipe, digest, kept))
         except OSError as error:
-            raise UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
-                            "free space there or set another cache_dir") from None  # fmt: skip
+            raise self._unwritable(error) from None
         return kept
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cache_dir={self.folder.parent}: cannot be written ({error.strerror}); "
+                         "free space there or set another cache_dir")  # fmt: skip
+
+    @contextlib.contextmanager
+    def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the claim of this name, of one process at a time, and yield True. Yield False if it is taken and `wait` is false.
+
+        A process that dies loses its claims. Raises UserError if the folder cannot be written.
+        """
+        lock = FileLock(self.folder / "claims" / f"{name}.lock")
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            yield True
+            Path(lock.lock_file).unlink(
+                missing_ok=True
+            )  # what was claimed is in the cache: who waits for this file finds it
+        finally:
+            lock.release()
 
     def path(self, key: str) -> Path:
         """The path of the entry with this key."""

@@ -20,12 +20,12 @@ def test_help_names_every_command(cli: Any) -> None:
         outcome = call(cli, *arguments)
         assert (outcome.code, outcome.err) == (0, "")
         named = [line.split()[0] for line in outcome.out.splitlines() if line.startswith("  ")]
-        assert named == ["run", "cache", "export", "report", "rerun"]
+        assert named == ["run", "cache", "export", "report", "sweep", "rerun"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["cahce", "list"], "cahce: there is no such command; did you mean 'cache'?"),
-    (["zzz"], "zzz: there is no such command; choose from: run, cache, export, report, rerun"),
+    (["zzz"], "zzz: there is no such command; choose from: run, cache, export, report, sweep, rerun"),
     (["quant.bits=2"], "quant.bits=2: settings come after the command; give loftq-exp run quant.bits=2"),
     (["-m", "quant.bits=2,4"], "-m: settings come after the command; give loftq-exp run -m"),
     (["run", "quant.bit=2"], "quant.bit=2: there is no such setting; did you mean 'quant.bits'?"),

@@ -1,0 +1,26 @@
+"""The settings `initialise`: how several processes share one initialisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loftq_exp.config.schema import setting
+from loftq_exp.errors import UserError
+
+
+@dataclass(frozen=True)
+class InitialiseConfig:
+    """How many processes compute the weights, on any machines that share cache_dir. No result depends on it."""
+
+    shards: int = setting("number of processes that share out the weights of one initialisation", 1, ge=1, shapes=())
+    shard: int = setting(
+        "number of this process, from 0; it starts with the weights of its share, and goes on with those that are left",
+        0,
+        ge=0,
+        shapes=(),
+    )
+
+    def __post_init__(self) -> None:
+        if self.shard >= self.shards:
+            raise UserError(f"initialise.shard={self.shard}: there are {self.shards} shards, numbered from 0; "
+                            f"give at most {self.shards - 1}, or set initialise.shards")  # fmt: skip
