@@ -93,6 +93,8 @@ class LoftQHfQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
+    update_tp_plan = update_attn_implementation  # the first one in transformers 5.17
+
     def _process_model_before_weight_loading(
         self,
         model: Any,

@@ -81,6 +81,11 @@ class Bnb4(StorageFormat):
             if dtype != torch.bfloat16:
                 # On a CPU with AVX512_BF16 the layer would ignore compute_dtype in evaluation and use bfloat16.
                 module.support_avx512bf16_for_cpu = False
+        # transformers leaves the other weights of a stored 4-bit checkpoint in their stored dtype, beside biases in `dtype`.
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, value in model.named_parameters():
+            if value.is_floating_point() and kept.isdisjoint(name.split(".")):
+                value.data = value.data.to(dtype)
 
     def load_code(self, other_linears: Sequence[str], dtype: str) -> LoadCode:
         settings = [

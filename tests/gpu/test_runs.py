@@ -73,7 +73,7 @@ def test_every_family(cli: Any, checkpoint: Callable[[str], Any], name: str, sto
     metrics = json.loads(record.read_text())
     assert metrics["peak_memory"]["finetune"]["cuda_bytes"] > 0
     assert len(metrics["losses"]) == 2
-    assert all(0 <= loss < 20 for _, loss in metrics["losses"])
+    assert all(0 <= loss < 1000 for _, loss in metrics["losses"])  # t5 v1.1's untied head starts above 20
 
 
 @pytest.mark.parametrize("storage", ["dense", "bnb4"])
