@@ -31,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from loftq_exp import ranks
-from loftq_exp.commands.launchers import check_launcher
+from loftq_exp.commands.launchers import check_launcher, chosen, launched
 from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
@@ -119,7 +119,11 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     hydra_version.setbase("1.3")
     try:
         # As `hydra.main`, which however can only read arguments from sys.argv.
-        _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+        with launched(chosen(options.overrides)):
+            _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+    except UserError:
+        _remove_empty_sweep()
+        raise
     except Refused as refused:
         raise refused.reason from None
     except COMPOSE_ERRORS as error:

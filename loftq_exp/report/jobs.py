@@ -25,6 +25,11 @@ class Job:
     metrics: dict[str, Any] | None
 
     @property
+    def missing(self) -> bool:
+        """Whether it has no record."""
+        return not self.error and self.metrics is None
+
+    @property
     def failure(self) -> str:
         """One line: the job, its overrides and its reason."""
         return f"job {self.number} failed: {' '.join(self.error.split())}" if self.error else ""
@@ -82,6 +87,15 @@ def jobs_in(places: Iterable[Path]) -> list[Job]:
             overrides = tuple(map(str, found.get("overrides") or ()))
             jobs.append(Job(path, int(found.get("number") or 0), overrides, error and str(error), metrics))
     return jobs
+
+
+def all_jobs(folder: Path) -> list[Job]:
+    """Return the jobs of the sweep in `folder` in order, also those that its plan has and that have no record."""
+    recorded = {(job.number, job.overrides): job for job in jobs_in([folder])}
+    planned = [(number, tuple(job)) for number, job in enumerate(read_object(folder / PLAN).get("jobs") or ())]
+    absent = [Job(folder / f"job-{number:04d}.json", number, overrides, None, None)
+              for number, overrides in planned if (number, overrides) not in recorded]  # fmt: skip
+    return sorted([*recorded.values(), *absent], key=lambda job: job.number)
 
 
 def failures(jobs: Iterable[Job]) -> list[Job]:

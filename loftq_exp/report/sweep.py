@@ -18,7 +18,7 @@ from loftq_exp.report.collect import Found
 from loftq_exp.report.console import print_table
 from loftq_exp.report.forms import as_csv, as_markdown
 from loftq_exp.report.grid import grids
-from loftq_exp.report.jobs import Job, failures, jobs_in, searches
+from loftq_exp.report.jobs import Job, all_jobs, failures, searches
 from loftq_exp.report.page import write_page
 from loftq_exp.report.plot import plot_losses
 from loftq_exp.report.record import write_json
@@ -69,7 +69,7 @@ def report_sweep(folder: Path) -> bool:
 
     Raises UserError if there was no job, or after all this if no row matches report.baseline.
     """
-    jobs = jobs_in([folder])
+    jobs = all_jobs(folder)
     if not jobs:
         raise UserError("no job to run: a glob among the overrides matches no file of its folder in conf/")
     found = [Found(job.path, job.metrics) for job in jobs if job.metrics]
@@ -80,6 +80,8 @@ def report_sweep(folder: Path) -> bool:
         print_table(grid.title, grid.headings, grid.rows, drop=grid.drop, notes=grid.notes, elsewhere=_ELSEWHERE)
     print_table(f"{len(jobs)} jobs", headings, rows, drop=(*LEAST, "rank", "run", "state"), elsewhere=_ELSEWHERE)
     lines = [*(search.summary for search in searches(jobs)), *(job.failure for job in failures(jobs))]
+    missing = [job.number for job in jobs if job.missing]
+    lines += [f"job {number} ended without a result; its process was killed or not started" for number in missing]
     for line in lines:
         log.info("%s", line)
     text = [as_markdown(settings)] if settings else []
@@ -91,7 +93,7 @@ def report_sweep(folder: Path) -> bool:
     log.info("tables, plot and one file per job: %s", folder)
     if refused:
         raise refused
-    return not failures(jobs)
+    return not failures(jobs) and not missing
 
 
 def with_baseline(found: Sequence[Found]) -> Summary:
@@ -119,7 +121,7 @@ def _job_rows(jobs: Sequence[Job]) -> tuple[tuple[str, ...], list[list[str]]]:
     for job in jobs:
         own = " ".join(override for override in job.overrides if override not in common)
         result = cells(job.metrics, results) if job.metrics else ["-"] * len(results)
-        rows.append([str(job.number), own, *result, "failed" if job.error else "done"])
+        rows.append([str(job.number), own, *result, "failed" if job.error else "missing" if job.missing else "done"])
     return ("job", "overrides", *results, "state"), rows
 
 
