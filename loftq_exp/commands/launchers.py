@@ -100,12 +100,13 @@ def _submitted(launcher: str | None) -> Sequence[Any]:
     if sweep is None or launcher is None or not launcher.startswith("submitit"):
         return ()
     folder = sweep.folder / SUBMITTED
-    numbers = [path.name for path in folder.glob("*") if path.stat().st_mtime >= sweep.began]
+    found = [path for path in folder.glob("[0-9]*") if path.is_dir() and path.stat().st_mtime >= sweep.began]
+    numbers = [path.name for path in found if re.fullmatch(r"\d+(_\d+)?", path.name)]
     if launcher == "submitit_slurm":
         import submitit
 
         return [submitit.SlurmJob(folder=folder / "%j", job_id=number, tasks=[0]) for number in numbers]
-    return [_Child(int(number)) for number in numbers if number.isdecimal()]
+    return [_Child(int(number)) for number in numbers]
 
 
 class _Child:

@@ -150,13 +150,17 @@ def test_ray_on_two_nodes_makes_the_table_of_the_plain_loop(cli: Any) -> None:
             cluster.shutdown()
 
 
+def submitted() -> list[int]:
+    """The numbers of the jobs that submitit started."""
+    return [int(path.name) for path in Path().glob("outputs/sweeps/*/.submitit/*") if path.name.isdecimal()]
+
+
 @pytest.mark.slow
 def test_a_job_that_is_killed_is_named_and_the_others_go_on(cli: Any) -> None:
     needs("submitit_local")
     sweep = start(cli, "-m", "seed=1,2,3", "stages=[quantize]", "hydra/launcher=submitit_local")
-    jobs = until(lambda: len(found := list(Path("outputs/sweeps").glob("*/.submitit/*"))) == 3 and found)
+    numbers = sorted(until(lambda: len(found := submitted()) == 3 and found))
     (folder,) = Path("outputs/sweeps").iterdir()
-    numbers = sorted(int(path.name) for path in jobs)
     (job,) = until(lambda: psutil.Process(numbers[1]).children())
     job.kill()
     out, err = sweep.communicate(timeout=200)
