@@ -214,6 +214,7 @@ def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[st
 
     sweep = Sweep.read(folder)
     assert sweep
+    os.chdir(sweep.place)  # a worker of a cluster may start elsewhere
     if known := sweep.decided(number, overrides, lambda: run_config(composed)):
         return cast("dict[str, Any] | None", known["metrics"])
     # A failed job is recorded and reported at the end. The others continue.

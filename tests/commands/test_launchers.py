@@ -17,6 +17,7 @@ import psutil
 import pytest
 import slurm
 import yaml
+from ray_cluster import two_nodes
 
 from loftq_exp.commands import launchers
 from loftq_exp.commands.run import conf_dir
@@ -135,19 +136,8 @@ def until(holds: Callable[[], Any], seconds: float = 120) -> Any:
 @pytest.mark.slow
 def test_ray_on_two_nodes_makes_the_table_of_the_plain_loop(cli: Any) -> None:
     needs("ray")
-    from ray.cluster_utils import Cluster  # type: ignore[import-not-found]
-
-    node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", environment()["PYTHONPATH"])  # workers inherit it from their node
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-            cluster.wait_for_nodes()
-            assert len(cluster.list_all_nodes()) == 2
-            check_same_table(cli, "hydra/launcher=ray", f"hydra.launcher.ray.init.address='{cluster.address}'")
-        finally:
-            cluster.shutdown()
+    with two_nodes() as address:
+        check_same_table(cli, "hydra/launcher=ray", f"hydra.launcher.ray.init.address='{address}'")
 
 
 def submitted() -> list[int]:
