@@ -24,6 +24,7 @@ from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.kept import find_kept
 from loftq_exp.initialise.off_the_shelf import take
+from loftq_exp.initialise.on_ray import share_on_ray
 from loftq_exp.initialise.published import check_published, source_of
 from loftq_exp.initialise.share import share
 from loftq_exp.initialise.stage import initialise
@@ -102,7 +103,10 @@ def _run(config: RunConfig) -> RunResult:
     adapter = _adapter_to_score(config, records)
     prepared = _prepare(place, config, data, records, adapter)
     if config.initialise.shards > 1 and isinstance(place, Source):
-        ranks.from_main(lambda: share(place, config))  # before the run's lock, behind which the other shards would wait
+        spread = share_on_ray if config.initialise.engine == "ray" else share
+        ranks.from_main(
+            lambda: spread(place, config)
+        )  # before the run's lock, behind which the other shards would wait
     ranks.from_main(lambda: _make_folder(config, folder))
     with _alone(folder):
         ranks.from_main(lambda: write_config(folder, config, identity))

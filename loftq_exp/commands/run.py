@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra
-import yaml
 from hydra import version as hydra_version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp import ranks
-from loftq_exp.commands.launchers import check_launcher
+from loftq_exp.commands.launchers import check_launcher, chosen, launched
+from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
@@ -48,8 +47,6 @@ log = logging.getLogger(__name__)
 GROUPS = ("model", "quant", "task", "train", "experiment")
 NAMES = (*dotted_names(RunConfig), *GROUPS)
 """Every name that an override may set."""
-_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
-"""What Hydra raises for settings that it cannot compose. ValueError is for a choice that is not text, such as model=null."""
 
 
 def conf_dir() -> Path:
@@ -108,7 +105,7 @@ def _how_to_go_on() -> str:
 
 def _work(arguments: list[str]) -> int:
     for composed in _composed(arguments):
-        _run(composed)
+        _run(run_config(composed))
     if SWEEP_FOLDER in os.environ and not _report_sweep(Path(os.environ[SWEEP_FOLDER])):
         raise UserError("not every job succeeded; the failed jobs and their errors are listed above; to run them again: "
                         f"loftq-exp sweep resume {shlex.quote(os.environ[SWEEP_FOLDER])} --failed")  # fmt: skip
@@ -122,10 +119,14 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     hydra_version.setbase("1.3")
     try:
         # As `hydra.main`, which however can only read arguments from sys.argv.
-        _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+        with launched(chosen(options.overrides)):
+            _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+    except UserError:
+        _remove_empty_sweep()
+        raise
     except Refused as refused:
         raise refused.reason from None
-    except _COMPOSE_ERRORS as error:
+    except COMPOSE_ERRORS as error:
         _remove_empty_sweep()
         raise UserError(_explain(error, arguments)) from error
     except OSError as error:
@@ -213,31 +214,22 @@ def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[st
 
     sweep = Sweep.read(folder)
     assert sweep
-    if known := sweep.decided(number, overrides, lambda: _config(composed)):
+    os.chdir(sweep.place)  # a worker of a cluster may start elsewhere
+    if known := sweep.decided(number, overrides, lambda: run_config(composed)):
         return cast("dict[str, Any] | None", known["metrics"])
-    metrics: dict[str, Any] | None = None
     # A failed job is recorded and reported at the end. The others continue.
-    with record_job(folder, number, overrides) as finished:
-        result = _run(composed)
-        finished(result)
-        metrics = result.metrics
+    with record_job(folder, number, overrides) as outcome:
+        config = run_config(composed)
+        outcome.config = config.to_dict()
+        outcome.metrics = _run(config).metrics
     log.info("sweep: %s", sweep.progress())
-    return metrics
+    return outcome.metrics
 
 
-def _run(composed: DictConfig) -> RunResult:
-    config = _config(composed)
+def _run(config: RunConfig) -> RunResult:
     from loftq_exp.pipeline import run  # imported late: it takes seconds
 
     return run(config)
-
-
-def _config(composed: DictConfig) -> RunConfig:
-    try:
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error)) from error
-    return RunConfig.from_mapping(cast("dict[str, Any]", values))
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -254,8 +246,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _config(hydra.compose("config", overrides=[_plain(override) for override in overrides]))
-    except _COMPOSE_ERRORS as error:
+            return run_config(hydra.compose("config", overrides=[_plain(override) for override in overrides]))
+    except COMPOSE_ERRORS as error:
         raise UserError(_explain(error, list(overrides))) from error
 
 
