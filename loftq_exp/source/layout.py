@@ -120,7 +120,7 @@ def find_layout(
         )
     prefix = model.base_model_prefix
     outside = tuple(name for name in linears if name not in inside)
-    head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
+    head = head_modules(model, outside, shapes) if kind in HEAD_KINDS else ()
     targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
     report = load_report(model, shapes)
     check_complete(model, head, report, folder)
@@ -130,7 +130,7 @@ def find_layout(
         _check_own_head(model, report, folder)
     return Layout(
         targets=targets,
-        target_modules=_shortest_endings(inside, modules),
+        target_modules=shortest_endings(inside, modules),
         other_linears=outside,
         left_dense=left_dense(model, inside),
         foreign=_foreign(model, stacks, kind, shapes, report, folder),
@@ -204,7 +204,10 @@ def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:
     return next((n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in tensors), None)
 
 
-def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: Container[str]) -> tuple[str, ...]:
+def head_modules(
+    model: transformers.PreTrainedModel, outside: Iterable[str], tensors: Container[str]
+) -> tuple[str, ...]:
+    """The modules to train and save with the adapter, see `Layout.head`. `outside` names the linear layers outside the blocks."""
     prefix = model.base_model_prefix
     head: dict[str, None] = {}
     for name in outside:
@@ -294,7 +297,7 @@ def _is_body(model: transformers.PreTrainedModel, stacks: Iterable[str], kind: s
     return kind not in HEAD_KINDS and name.rpartition(".")[0] in own - {""}
 
 
-def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
+def shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
     """The shortest dotted suffixes that match every name in `inside` and no other module under PEFT's rules."""
     inside = set(inside)
     others = [name for name in modules if name not in inside]
