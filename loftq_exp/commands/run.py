@@ -30,7 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from loftq_exp import ranks
 from loftq_exp.commands.launchers import check_launcher
@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 GROUPS = ("model", "quant", "task", "train", "experiment")
 NAMES = (*dotted_names(RunConfig), *GROUPS)
 """Every name that an override may set."""
+AUTO = "model=auto"
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 """What Hydra raises for settings that it cannot compose. ValueError is for a choice that is not text, such as model=null."""
 
@@ -145,8 +146,15 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
         raise UserError("-m: not supported with several processes, because each would run the whole sweep; "
                         "launch single runs, or run without the launcher")  # fmt: skip
     check_launcher(options.overrides)
-    options.overrides = [_plain(override) for override in options.overrides]
+    options.overrides = _overrides(options.overrides)
     return parser, options
+
+
+def _overrides(given: Sequence[str]) -> list[str]:
+    """Return the overrides as Hydra accepts them. A model.path without a choice of model is of the group `auto`."""
+    names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0] for each in given}
+    chosen = [AUTO] if "model.path" in names and not names & {"model", "experiment"} else []
+    return [*chosen, *map(_plain, given)]
 
 
 def _plain(override: str) -> str:
@@ -196,7 +204,7 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
         )
     _set_up_output()
     folder = Path(job.sweep.dir)
-    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task])
+    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task if each != AUTO])
     if metrics is None and searches:
         raise UserError(
             f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "
@@ -209,11 +217,12 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
 
 def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[str]) -> dict[str, Any] | None:
     """Return the metrics of a job, which is run if it was not before; None if it failed, as its record says."""
+    from loftq_exp.pipeline import settled  # imported late: it takes seconds
     from loftq_exp.report.sweep import record_job
 
     sweep = Sweep.read(folder)
     assert sweep
-    if known := sweep.decided(number, overrides, lambda: _config(composed)):
+    if known := sweep.decided(number, overrides, lambda: settled(_config(composed))):
         return cast("dict[str, Any] | None", known["metrics"])
     metrics: dict[str, Any] | None = None
     # A failed job is recorded and reported at the end. The others continue.
@@ -235,6 +244,10 @@ def _run(composed: DictConfig) -> RunResult:
 def _config(composed: DictConfig) -> RunConfig:
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key}: no value is set and there is no default; give {error.full_key}=VALUE"
+        ) from error
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from error
     return RunConfig.from_mapping(cast("dict[str, Any]", values))
@@ -254,7 +267,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _config(hydra.compose("config", overrides=[_plain(override) for override in overrides]))
+            return _config(hydra.compose("config", overrides=_overrides(overrides)))
     except _COMPOSE_ERRORS as error:
         raise UserError(_explain(error, list(overrides))) from error
 
