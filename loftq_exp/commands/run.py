@@ -49,6 +49,14 @@ GROUPS = ("model", "quant", "task", "train", "experiment")
 NAMES = (*dotted_names(RunConfig), *GROUPS)
 """Every name that an override may set."""
 AUTO = "model=auto"
+KNOWN_ELSEWHERE = {
+    "train.lr": "did you mean 'train.learning_rate'?",
+    "train.fp16": "choose train.bf16=true, or false for float32",
+    "train.packing": "each row is a sample of its own; train.per_device_train_batch_size sets how many are padded together",
+    "train.report_to": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+    "logger": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+}
+"""What replaces a setting that other tools have."""
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 """What Hydra raises for settings that it cannot compose. ValueError is for a choice that is not text, such as model=null."""
 
@@ -283,6 +291,9 @@ def _explain(error: Exception, arguments: list[str]) -> str:
     """Return one line for an error of Hydra or OmegaConf, with the invalid name and the nearest valid one."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if "/" in group and group.split("/")[0] == "model":  # a hub id, model=OWNER/NAME
+            given = str(error.missing_cfg_file).removeprefix("model/")
+            return f"model={given}: model= chooses a file of conf/model; for a hub id or folder give model.path={given}"
         return f"{group}={choice}: there is no such choice; {nearest(choice, error.options)}"
     if isinstance(error, OverrideParseException):
         return (
@@ -298,7 +309,7 @@ def _explain(error: Exception, arguments: list[str]) -> str:
             continue
         key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
         if not key.startswith("hydra") and key not in NAMES:
-            return f"{argument}: there is no such setting; {_nearest_setting(key)}"
+            return f"{argument}: there is no such setting; {KNOWN_ELSEWHERE.get(key) or _nearest_setting(key)}"
         choices = _choices(key)
         if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # not text, such as model=null
             return f"{argument}: there is no such choice; {nearest(value, choices)}"
