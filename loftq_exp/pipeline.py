@@ -34,6 +34,7 @@ from loftq_exp.report.console import print_table
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import LEAST, cells, columns
 from loftq_exp.report.tensorboard import Recorder
+from loftq_exp.source.kind import with_kind
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
@@ -95,6 +96,8 @@ def _run(config: RunConfig) -> RunResult:
     _check_machine(config)
     check_push(config)
     check_published(config)
+    asked = config
+    config = ranks.from_main(lambda: settled(asked))
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
     place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
@@ -130,6 +133,11 @@ def _run(config: RunConfig) -> RunResult:
         print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
     return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The settings with the model's kind instead of `model.kind=auto`. Raises UserError if the model is not found."""
+    return with_kind(config, load_task(config.task).model_kind)
 
 
 def _make_folder(config: RunConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
@@ -57,6 +57,9 @@ def run_config(composed: DictConfig) -> RunConfig:
     """Return the settings of a run from Hydra's tree. Raises UserError for any error in them."""
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        name = error.full_key
+        raise UserError(f"{name}: no value is set and there is no default; give {name}=VALUE") from error
     except OmegaConfBaseException as error:
         raise UserError(str(error)) from error
     return RunConfig.from_mapping(cast("dict[str, Any]", values))

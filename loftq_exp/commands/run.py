@@ -47,6 +47,15 @@ log = logging.getLogger(__name__)
 GROUPS = ("model", "quant", "task", "train", "experiment")
 NAMES = (*dotted_names(RunConfig), *GROUPS)
 """Every name that an override may set."""
+AUTO = "model=auto"
+KNOWN_ELSEWHERE = {
+    "train.lr": "did you mean 'train.learning_rate'?",
+    "train.fp16": "choose train.bf16=true, or false for float32",
+    "train.packing": "each row is a sample of its own; train.per_device_train_batch_size sets how many are padded together",
+    "train.report_to": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+    "logger": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+}
+"""What replaces a setting that other tools have."""
 
 
 def conf_dir() -> Path:
@@ -146,8 +155,15 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
         raise UserError("-m: not supported with several processes, because each would run the whole sweep; "
                         "launch single runs, or run without the launcher")  # fmt: skip
     check_launcher(options.overrides)
-    options.overrides = [_plain(override) for override in options.overrides]
+    options.overrides = _overrides(options.overrides)
     return parser, options
+
+
+def _overrides(given: Sequence[str]) -> list[str]:
+    """Return the overrides as Hydra accepts them. A model.path without a choice of model is of the group `auto`."""
+    names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0] for each in given}
+    chosen = [AUTO] if "model.path" in names and not names & {"model", "experiment"} else []
+    return [*chosen, *map(_plain, given)]
 
 
 def _plain(override: str) -> str:
@@ -197,7 +213,7 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
         )
     _set_up_output()
     folder = Path(job.sweep.dir)
-    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task])
+    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task if each != AUTO])
     if metrics is None and searches:
         raise UserError(
             f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "
@@ -210,12 +226,13 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
 
 def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[str]) -> dict[str, Any] | None:
     """Return the metrics of a job, which is run if it was not before; None if it failed, as its record says."""
+    from loftq_exp.pipeline import settled  # imported late: it takes seconds
     from loftq_exp.report.sweep import record_job
 
     sweep = Sweep.read(folder)
     assert sweep
     os.chdir(sweep.place)  # a worker of a cluster may start elsewhere
-    if known := sweep.decided(number, overrides, lambda: run_config(composed)):
+    if known := sweep.decided(number, overrides, lambda: settled(run_config(composed))):
         return cast("dict[str, Any] | None", known["metrics"])
     # A failed job is recorded and reported at the end. The others continue.
     with record_job(folder, number, overrides) as outcome:
@@ -246,7 +263,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return run_config(hydra.compose("config", overrides=[_plain(override) for override in overrides]))
+            return run_config(hydra.compose("config", overrides=_overrides(overrides)))
     except COMPOSE_ERRORS as error:
         raise UserError(_explain(error, list(overrides))) from error
 
@@ -262,6 +279,9 @@ def _explain(error: Exception, arguments: list[str]) -> str:
     """Return one line for an error of Hydra or OmegaConf, with the invalid name and the nearest valid one."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if "/" in group and group.split("/")[0] == "model":  # a hub id, model=OWNER/NAME
+            given = str(error.missing_cfg_file).removeprefix("model/")
+            return f"model={given}: model= chooses a file of conf/model; for a hub id or folder give model.path={given}"
         return f"{group}={choice}: there is no such choice; {nearest(choice, error.options)}"
     if isinstance(error, OverrideParseException):
         return (
@@ -277,7 +297,7 @@ def _explain(error: Exception, arguments: list[str]) -> str:
             continue
         key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
         if not key.startswith("hydra") and key not in NAMES:
-            return f"{argument}: there is no such setting; {_nearest_setting(key)}"
+            return f"{argument}: there is no such setting; {KNOWN_ELSEWHERE.get(key) or _nearest_setting(key)}"
         choices = _choices(key)
         if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # not text, such as model=null
             return f"{argument}: there is no such choice; {nearest(value, choices)}"

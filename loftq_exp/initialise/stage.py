@@ -159,10 +159,11 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
 
 def check_shapes(layout: Layout, quant: QuantConfig) -> None:
     """Raise UserError if rank or block size do not fit a target's shape."""
+    largest = max(layout.targets, key=lambda target: min(target.shape))
+    if quant.rank > min(largest.shape):  # a smaller weight gets its largest possible rank, see `make_plan`
+        raise UserError(f"quant.rank={quant.rank}: no weight has such a rank, {largest.module} is {largest.shape[0]} x "
+                        f"{largest.shape[1]}; choose a rank of at most {min(largest.shape)}")  # fmt: skip
     for target in layout.targets:
-        if quant.rank > min(target.shape):
-            raise UserError(f"quant.rank={quant.rank}: {target.module} is {target.shape[0]} x {target.shape[1]}; "
-                            f"choose a rank of at most {min(min(t.shape) for t in layout.targets)}")  # fmt: skip
         if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
             raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
                             f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loftq_exp.errors import UserError
-from loftq_exp.source.blocks import LeftOut, block_lists, block_of, left_out
+from loftq_exp.source.blocks import LeftOut, block_lists, block_of, is_gate, left_out
 from loftq_exp.source.loading import LoadReport, load_report, name_in_files
 from loftq_exp.source.tensors import some
 
@@ -65,7 +65,7 @@ class Layout:
     target_modules: tuple[str, ...]
     """The shortest module name endings that match the targets and nothing else."""
     other_linears: tuple[str, ...]
-    """Linear layers outside the blocks, which stay dense."""
+    """Linear layers outside the blocks, and gates inside them, which stay dense."""
     left_dense: tuple[str, ...]
     """Targets that transformers keeps dense when it loads 4-bit layers: subclasses of `nn.Linear` (falcon), and layers
     that the model class keeps in float32 (t5's `wo`)."""
@@ -113,7 +113,8 @@ def find_layout(
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     stacks = block_lists(model)
     left_out(model, stacks, {}, folder)  # refuse unsupported models before looking for their tensors
-    inside = {name: block for name in linears if (block := block_of(name, stacks))}
+    inside = {name: block for name in linears
+              if (block := block_of(name, stacks)) and not is_gate(linears[name].weight.shape)}  # fmt: skip
     if not inside:
         raise UserError(
             f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
