@@ -55,7 +55,7 @@ class TaskConfig:
         locates=(SCORES,),
     )
     train_file: str | None = setting(
-        "local .json, .jsonl or .csv training file (wikitext: also .txt) in place of the Hub data set; + joins several",
+        "local .json, .jsonl, .csv or .parquet training file (wikitext: also .txt) in place of the Hub data set; + joins several",
         None,
         shapes=(),
         locates=(ADAPTER,),
