@@ -44,7 +44,7 @@ def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase
     They begin with the beginning-of-sequence token if the tokenizer adds one. A prompt that is too long is truncated at its
     start, because its end holds the question and the instruction.
     """
-    start, ids = _start_ids(tokenizer), _ids(tokenizer, task.prompt(row))
+    start, ids = _start_ids(tokenizer), _ids(tokenizer, task.prompt(row, tokenizer))
     available = max(0, config.max_source_length - len(start))
     return start + ids[max(0, len(ids) - available) :]
 

@@ -133,7 +133,7 @@ class Riddles(PromptTask):
     config: RiddlesConfig
     columns = ("question", "answer")
 
-    def prompt(self, row):
+    def prompt(self, row, tokenizer):
         return row["question"] + " Hint." * self.config.hints
 
     def target(self, row):
