@@ -28,6 +28,7 @@ LENGTHS = {
     "glue": {"max_source_length"},
     "gsm8k": {"max_source_length", "max_target_length"},
     "instruct": {"max_length", "max_target_length", "packing", "eval_share", "data_seed", "score", "reference"},
+    "metamath": {"max_source_length", "max_target_length"},
     "squad": {"max_source_length", "doc_stride", "n_best_size", "max_answer_length"},
     "summarization": {"max_source_length", "max_target_length", "source_prefix", "num_beams", "length_penalty",
                       "no_repeat_ngram_size"},
