@@ -38,6 +38,7 @@ from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_lib
 from loftq_exp.config import RunConfig, TaskConfig
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
+from loftq_exp.tasks.outside import import_named
 
 if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult
@@ -45,13 +46,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROUPS = ("model", "quant", "task", "train", "experiment")
-NAMES = (*dotted_names(RunConfig), *GROUPS)
-"""Every name that an override may set."""
 AUTO = "model=auto"
 KNOWN_ELSEWHERE = {
     "train.lr": "did you mean 'train.learning_rate'?",
     "train.fp16": "choose train.bf16=true, or false for float32",
-    "train.packing": "each row is a sample of its own; train.per_device_train_batch_size sets how many are padded together",
+    "train.packing": "task=instruct has task.packing; other tasks have one row a sample",
     "train.report_to": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
     "logger": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
 }
@@ -80,8 +79,32 @@ OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*gr
 # First in the defaults list of conf/config.yaml. It puts every setting into the composed tree, including those that no file
 # of conf/ names, so that overrides need no +. The task's settings depend on the chosen task.
 ConfigStore.instance().store("schema", defaults(RunConfig))
-for _kind, _settings in TaskConfig.variants().items():
-    ConfigStore.instance().store(_kind, defaults(_settings), group="schema_of_task", package="task")
+
+
+def _names() -> tuple[str, ...]:
+    """Return every name that an override may set."""
+    return (*dotted_names(RunConfig), *GROUPS)
+
+
+def _store_tasks(*folders: Path) -> None:
+    """Put the settings of all known tasks into Hydra's store. A task without a file in `folders` needs none."""
+    store = ConfigStore.instance()
+    for kind, settings in TaskConfig.variants().items():
+        store.store(kind, defaults(settings), group="schema_of_task", package="task")
+        if not any((folder / "task" / f"{kind}.yaml").is_file() for folder in folders):
+            store.store(kind, {"kind": kind}, group="task")
+
+
+_store_tasks(conf_dir())
+
+
+def _import_tasks(folder: Path) -> None:
+    """Import the modules that the task files in --config-dir name. Raises UserError if one cannot be imported."""
+    for file in sorted((folder / "task").glob("*.yaml")):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("module"), str):
+            import_named(values["module"], folder)
+    _store_tasks(conf_dir(), folder)
 
 
 def main(argv: Sequence[str] | None = None, resumed: Path | None = None, retries: bool = False) -> int:
@@ -127,6 +150,8 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     parser, options = _parsed(arguments)
     hydra_version.setbase("1.3")
     try:
+        if options.config_dir:
+            _import_tasks(Path(options.config_dir))
         # As `hydra.main`, which however can only read arguments from sys.argv.
         with launched(chosen(options.overrides)):
             _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
@@ -172,7 +197,7 @@ def _plain(override: str) -> str:
     Hydra cannot add what is in the composed tree, nor set what is not in it, such as a setting of another task.
     """
     known = re.match(r"(?:\+\+?)?([^+=~]+)=", override)
-    if not known or known[1] not in NAMES:
+    if not known or known[1] not in _names():
         return override
     name = override.lstrip("+")
     return f"++{name}" if name.startswith("task.") else name
@@ -296,7 +321,7 @@ def _explain(error: Exception, arguments: list[str]) -> str:
         if argument.startswith("-") or "=" not in argument:
             continue
         key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
-        if not key.startswith("hydra") and key not in NAMES:
+        if not key.startswith("hydra") and key not in _names():
             return f"{argument}: there is no such setting; {KNOWN_ELSEWHERE.get(key) or _nearest_setting(key)}"
         choices = _choices(key)
         if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # not text, such as model=null
@@ -306,6 +331,6 @@ def _explain(error: Exception, arguments: list[str]) -> str:
 
 def _nearest_setting(key: str) -> str:
     """As `nearest`, and also accepts the last part of a dotted name (`rank` for `quant.rank`)."""
-    last_parts = {name.rpartition(".")[2]: name for name in NAMES}
-    found = difflib.get_close_matches(key, [*NAMES, *last_parts], n=1)
+    last_parts = {name.rpartition(".")[2]: name for name in _names()}
+    found = difflib.get_close_matches(key, [*_names(), *last_parts], n=1)
     return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"
