@@ -12,7 +12,7 @@ from loftq_exp.errors import UserError
     ("model=Qwen/Qwen2.5-0.5B", "for a hub id or folder give model.path=Qwen/Qwen2.5-0.5B"),
     ("train.lr=1e-4", "did you mean 'train.learning_rate'?"),
     ("train.fp16=true", "choose train.bf16=true, or false for float32"),
-    ("train.packing=true", "train.per_device_train_batch_size sets how many are padded together"),
+    ("train.packing=true", "task=instruct has task.packing"),
     ("train.report_to=wandb", "every run logs to TensorBoard in its folder, and metrics.json has all numbers"),
     ("logger=wandb", "every run logs to TensorBoard in its folder, and metrics.json has all numbers"),
 ])  # fmt: skip
