@@ -9,7 +9,7 @@ SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 LIMITED = $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(LIMIT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-results test test-all lint format bench docs tables experiments \
+.PHONY: help setup demo demo-results test test-all gpu lint format bench docs tables experiments \
 	reproduce-gsm8k reproduce-glue reproduce-summarization reproduce-wikitext clean
 
 help: ## this list
@@ -33,7 +33,13 @@ test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) ## all tests, also the slow ones that fetch real weights; draws new examples
-	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m ''
+	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m 'not gpu'
+
+gpu: ## prove and measure the CUDA path with the machine's own packages (make gpu PYTHON=python3); writes docs/gpu.md
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here; run it on a machine with one")'
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -q --numprocesses 8 -m gpu tests/gpu
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) scripts/result_tables.py
 
 lint: $(STAMP) ## ruff, mypy, and which room may import which
 	$(BIN)/ruff check .

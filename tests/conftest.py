@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import checkpoint, pair_tokenizer  # noqa: F401  # fixtures
 from hub import fake_hub  # noqa: F401  # a fixture
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
