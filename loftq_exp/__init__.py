@@ -1,6 +1,6 @@
 """Experiments with LoftQ: LoRA-fine-tuning-aware quantization.
 
-`loftq_init` initialises one weight, for which `collect_statistics` may observe its inputs. `run(compose(overrides))` does the
+`loftq_init` initialises one weight, for which `collect_statistics` may observe its inputs. `apply` initialises a model in memory. `run(compose(overrides))` does the
 same as the command with these overrides.
 """
 
@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     from loftq_exp.commands.run import compose
     from loftq_exp.config import RunConfig
     from loftq_exp.errors import UserError
+    from loftq_exp.initialise.apply import apply
     from loftq_exp.loftq import loftq_init
     from loftq_exp.pipeline import RunResult, run
 
 __version__ = version("loftq_exp")
-__all__ = ["RunConfig", "RunResult", "UserError", "__version__", "collect_statistics", "compose", "loftq_init", "run"]
+__all__ = [
+    "RunConfig",
+    "RunResult",
+    "UserError",
+    "__version__",
+    "apply",
+    "collect_statistics",
+    "compose",
+    "loftq_init",
+    "run",
+]
 
 register()
 
@@ -28,6 +39,7 @@ _PLACES = {
     "RunConfig": "loftq_exp.config.run_config",
     "RunResult": "loftq_exp.pipeline",
     "UserError": "loftq_exp.errors",
+    "apply": "loftq_exp.initialise.apply",
     "collect_statistics": "loftq_exp.calibration",
     "compose": "loftq_exp.commands.run",
     "loftq_init": "loftq_exp.loftq",

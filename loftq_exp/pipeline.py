@@ -24,6 +24,7 @@ from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.kept import find_kept
 from loftq_exp.initialise.off_the_shelf import take
+from loftq_exp.initialise.on_ray import share_on_ray
 from loftq_exp.initialise.published import check_published, source_of
 from loftq_exp.initialise.share import share
 from loftq_exp.initialise.stage import initialise
@@ -33,6 +34,7 @@ from loftq_exp.report.console import print_table
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import LEAST, cells, columns
 from loftq_exp.report.tensorboard import Recorder
+from loftq_exp.source.kind import with_kind
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
@@ -94,6 +96,8 @@ def _run(config: RunConfig) -> RunResult:
     _check_machine(config)
     check_push(config)
     check_published(config)
+    asked = config
+    config = ranks.from_main(lambda: settled(asked))
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
     place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
@@ -102,7 +106,10 @@ def _run(config: RunConfig) -> RunResult:
     adapter = _adapter_to_score(config, records)
     prepared = _prepare(place, config, data, records, adapter)
     if config.initialise.shards > 1 and isinstance(place, Source):
-        ranks.from_main(lambda: share(place, config))  # before the run's lock, behind which the other shards would wait
+        spread = share_on_ray if config.initialise.engine == "ray" else share
+        ranks.from_main(
+            lambda: spread(place, config)
+        )  # before the run's lock, behind which the other shards would wait
     ranks.from_main(lambda: _make_folder(config, folder))
     with _alone(folder):
         ranks.from_main(lambda: write_config(folder, config, identity))
@@ -126,6 +133,11 @@ def _run(config: RunConfig) -> RunResult:
         print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
         log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
     return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The settings with the model's kind instead of `model.kind=auto`. Raises UserError if the model is not found."""
+    return with_kind(config, load_task(config.task).model_kind)
 
 
 def _make_folder(config: RunConfig, folder: Path) -> None:

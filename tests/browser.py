@@ -1,4 +1,4 @@
-"""A headless Chromium that opens a file, through the pipe of its DevTools protocol."""
+"""A headless Chromium that opens a page, through the pipe of its DevTools protocol."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Tab:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, page: Path, *, scripts: bool = True, width: int = 1200, dark: bool = False) -> None:
-        """Open a file and wait until it is loaded."""
+    def open(self, page: Path | str, *, scripts: bool = True, width: int = 1200, dark: bool = False) -> None:
+        """Open a file or a URL and wait until it is loaded."""
         self.requests, self.complaints = [], []
         self._call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self._call(
@@ -42,7 +42,7 @@ class Tab:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=page.as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self._event()["method"] != "Page.loadEventFired":
             pass
 

@@ -161,10 +161,10 @@ def test_a_model_without_tokenizer(cli: Any, model: Path) -> None:
 # The settings that only the checkpoint can refuse ---------------------------------------------------------------------
 
 
-def test_a_rank_over_the_smallest_dimension(cli: Any, tiny_llama_dir: Path) -> None:
+def test_a_rank_over_every_dimension(cli: Any, tiny_llama_dir: Path) -> None:
     message = refused_model(cli, tiny_llama_dir, "quant.rank=100000")
-    assert message.startswith("quant.rank=100000: model.layers.0.self_attn.")
-    assert message.endswith("choose a rank of at most 32")
+    assert message.startswith("quant.rank=100000: no weight has such a rank, model.layers.0.self_attn.")
+    assert message.endswith("choose a rank of at most 64")
     assert cli(*cli.tiny, QUANTIZE, "quant.rank=32").code == 0
 
 

@@ -409,6 +409,7 @@ SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
 CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
+SHARED = {"stages": ["quantize"], "initialise.shards": 2}
 SHELF = {"quant.method": "off-the-shelf", "quant.iter": 0}
 BASES: dict[str, dict[str, Any]] = {
     "seed": {"quant.method": "qlora", "quant.iter": 0},
@@ -427,6 +428,7 @@ BASES: dict[str, dict[str, Any]] = {
     ),
     "quant.polish_learning_rate": {"quant.polish_steps": 2},
     **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
+    **dict.fromkeys(("initialise.shards", "initialise.shard", "initialise.engine"), SHARED),
 }
 """What a setting needs to be of use, where that is not the plain run."""
 OTHERS: dict[str, dict[str, Any]] = {
@@ -481,6 +483,7 @@ def configured(settings: dict[str, Any]) -> RunConfig:
         "hub": {},
         "calibration": {},
         "report": {},
+        "initialise": {},
     }
     base = {
         "model.path": "me/tiny",

@@ -35,6 +35,9 @@ from loftq_exp.source.loading import load_report
 from loftq_exp.storage.format import StorageFormat, storage_format
 from loftq_exp.storage.specs import TensorSpec
 
+PAIR, BASE = "adapter", "base"
+"""The form of OUT that keeps Q and the adapter apart, and its folders."""
+
 
 def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dense", dtype: str | None = None) -> str:
     """Write the checkpoint in `folder` with `adapter` (None: its initial factors) to `out`. Return a one-line summary.
@@ -43,17 +46,21 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
         folder: an initialised checkpoint.
         out: a folder that is absent or empty. It is complete or absent, even if the export fails.
         adapter: a folder with a PEFT LoRA adapter of that checkpoint.
-        to: the storage format, `dense`, `bnb4` or `packed`.
+        to: the storage format, `dense`, `bnb4` or `packed`; or `adapter`: OUT/base is Q, dense, and OUT/adapter the adapter.
         dtype: the torch name of the type of dense tensors; None for the checkpoint's save_dtype.
 
     Raises:
         UserError: if checkpoint, adapter, format or `out` do not fit.
     """
-    form = storage_format(to)
+    form = storage_format("dense" if to == PAIR else to)
     if dtype and not form.takes_values:
         raise UserError(f"--dtype={dtype}: --to {to} keeps every type unchanged; leave --dtype out")
     with open_backbone(folder) as backbone, open_adapter(adapter or default_adapter(folder), backbone) as opened:
         _check_form(backbone, form)
+        if to == PAIR and opened.head:
+            raise UserError(
+                f"--to={to}: the adapter also holds {min(opened.head)}, which vLLM does not take; use --to dense"
+            )
         kept: str = dtype or backbone.init.report["quant"]["save_dtype"]
         sources, untied = _sources(backbone, opened)
         config = _config(backbone, opened, form, getattr(torch, kept), untied)
@@ -62,12 +69,18 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(f"OUT={out}: already exists and is not empty; give a new folder")
             with written_whole(out, "OUT") as partial:
-                _write_weights(partial, backbone, opened, sources, form, getattr(torch, kept))
-                config.save_pretrained(partial)
-                carry_files(folder, partial)
+                base = partial / BASE if to == PAIR else partial
+                base.mkdir(exist_ok=True)
+                _write_weights(base, backbone, opened, sources, form, getattr(torch, kept), merge=to != PAIR)
+                config.save_pretrained(base)
+                carry_files(folder, base)
+                if to == PAIR:
+                    _write_adapter(partial / PAIR, opened, out / BASE)
                 if not form.takes_values:
                     _keep_adapter(partial, out, backbone, opened)
     weights, name = len(backbone.weights), AUTO_CLASSES[backbone.init.report["model"]["kind"]].__name__
+    if to == PAIR:
+        return f"{out}: {weights} weights of Q in {kept} in {BASE}, the adapter in {PAIR}; PEFT and vLLM load both"
     if not form.takes_values:
         return f"{out}: {weights} {to} weights unchanged, the adapter in {ADAPTER}"
     types = f"{form.export_note}, all else in {kept}" if form.export_note else f"in {kept}"
@@ -125,8 +138,9 @@ def _write_weights(
     sources: Mapping[str, str],
     form: StorageFormat,
     dtype: torch.dtype,
+    merge: bool,
 ) -> None:
-    """Write the weights one at a time: merged targets, the trained head, and the others, listed in `sources`."""
+    """Write the weights one at a time: targets (Q + s B A, or Q without `merge`), the trained head, and the others, listed in `sources`."""
     tensors = backbone.tensors
     specs = {
         name: TensorSpec(_written_type(tensors.dtype(stored), form, dtype), tensors.shape(stored))
@@ -142,7 +156,9 @@ def _write_weights(
         for name in adapter.head:
             out.write(name, _converted(name, adapter.head_values(name), dtype))
         for done, (module, name) in enumerate(targets.items(), 1):
-            for part, tensor in _target_tensors(backbone, adapter, module, name, form, dtype).items():
+            for part, tensor in _target_tensors(
+                backbone, adapter if merge else None, module, name, form, dtype
+            ).items():
                 out.write(part, tensor)
             advance(done, len(targets))
 
@@ -160,13 +176,14 @@ def _target_specs(
 
 
 def _target_tensors(
-    backbone: Backbone, adapter: Adapter, module: str, name: str, form: StorageFormat, dtype: torch.dtype
+    backbone: Backbone, adapter: Adapter | None, module: str, name: str, form: StorageFormat, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one target in OUT: the stored ones, or Q + s B A in the new format."""
+    """The tensors of one target in OUT: the stored ones, or Q + s B A (Q without an adapter) in the new format."""
     if not form.takes_values:
         backbone.values(module)  # raises UserError for damaged tensors
         return {_full_name(part, backbone): backbone.tensors.read(part) for part in backbone.weights[module].parts}
-    return form.encode_values(name, _converted(name, adapter.merged(module, backbone.values(module)), dtype))
+    values = backbone.values(module)
+    return form.encode_values(name, _converted(name, adapter.merged(module, values) if adapter else values, dtype))
 
 
 def _written_type(stored: torch.dtype, form: StorageFormat, dtype: torch.dtype) -> torch.dtype:
@@ -219,12 +236,19 @@ def _config(
 
 def _keep_adapter(folder: Path, out: Path, backbone: Backbone, adapter: Adapter) -> None:
     """Write the adapter and the report beside the packed backbone, so that OUT can itself be exported."""
-    (folder / ADAPTER).mkdir()
-    shutil.copyfile(adapter.folder / WEIGHTS, folder / ADAPTER / WEIGHTS)
-    settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
-    settings |= {"base_model_name_or_path": str(out.resolve()), "inference_mode": True}
-    (folder / ADAPTER / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    _write_adapter(folder / ADAPTER, adapter, out)
     # Omit the key: the quantize stage must not mistake a fine-tuned adapter for the initial factors of that key.
     report = {name: value for name, value in backbone.init.report.items() if name != "key"}
     report["exported_from"] = str(backbone.init.folder.resolve())
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _write_adapter(folder: Path, adapter: Adapter, base: Path) -> None:
+    """Write the adapter to the new `folder`, with `base` as its backbone and without LoftQ's own settings."""
+    folder.mkdir()
+    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+    settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if name != "loftq_config"}
+    # A trained adapter's values are in its file: PEFT must not initialise anything again.
+    settings |= {"base_model_name_or_path": str(base.resolve()), "inference_mode": True, "init_lora_weights": True}
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from peft import LoraConfig, TaskType
 
-from loftq_exp.config import RunConfig
+from loftq_exp.config import QuantConfig, RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.source.files import carry_files
@@ -119,25 +119,31 @@ def write_surroundings(
         model_config.quantization_config = quantization
     model_config.save_pretrained(folder)
     carry_files(source.folder, folder, config.model.trust_remote_code)
-    quant = config.quant
-    others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
-    adapter = LoraConfig(
-        task_type=TaskType(TASK_TYPES[config.model.kind]),
-        base_model_name_or_path=str(final.resolve()),
-        r=quant.rank,
-        lora_alpha=_number(quant.lora_alpha),
-        rank_pattern=others,
-        alpha_pattern={module: _number(quant.scaling * rank) for module, rank in others.items()},  # one s for all
-        lora_dropout=quant.dropout,
-        target_modules=list(layout.target_modules),
-        modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
-        init_lora_weights=True,  # the factors are stored; PEFT must not compute new ones
-        inference_mode=True,
-    )
+    adapter = adapter_config(layout, plan, config.quant, config.model.kind, str(final.resolve()))
     # PEFT's own writer would save the target modules in set order, which differs between processes.
     text = json.dumps(adapter.to_dict(), indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER).mkdir()
     (folder / ADAPTER / "adapter_config.json").write_text(text + "\n")
+
+
+def adapter_config(
+    layout: Layout, plan: Mapping[str, Precision], quant: QuantConfig, kind: str, base: str | None
+) -> LoraConfig:
+    """The adapter's config for PEFT, with one s for all ranks. `base` is the backbone's folder; None: it is in memory."""
+    others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
+    return LoraConfig(
+        task_type=TaskType(TASK_TYPES[kind]),
+        base_model_name_or_path=base,
+        r=quant.rank,
+        lora_alpha=_number(quant.lora_alpha),
+        rank_pattern=others,
+        alpha_pattern={module: _number(quant.scaling * rank) for module, rank in others.items()},
+        lora_dropout=quant.dropout,
+        target_modules=list(layout.target_modules),
+        modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
+        init_lora_weights=True,  # the factors are given; PEFT must not compute new ones
+        inference_mode=base is not None,
+    )
 
 
 def _number(alpha: float) -> int:

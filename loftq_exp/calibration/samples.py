@@ -56,6 +56,8 @@ def calibration_task(config: RunConfig) -> Task:
     if kind == RUNNING_TEXT:
         of_length: dict[str, Any] = {"block_size": chosen.length, "max_train_samples": None}
         return load_task(dataclasses.replace(settings, **of_length))
+    if getattr(settings, "packing", False):  # a sample is one row
+        settings = dataclasses.replace(settings, packing=False)  # type: ignore[call-arg]
     task = load_task(settings)
     if task.model_kind != config.model.kind:
         given = f"calibration.task={kind}" if chosen.task else f"task={kind}"

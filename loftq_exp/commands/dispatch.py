@@ -15,7 +15,7 @@ COMMANDS = {
     "cache": ("manage_cache", "list, size, verify and prune the cache"),
     "export": ("export_model", "merge an adapter into its backbone"),
     "report": ("write_report", "show a table of runs and sweeps, on the terminal or as JSON, CSV, Markdown or LaTeX"),
-    "sweep": ("resume_sweep", "go on with a multirun that was cut short"),
+    "sweep": ("manage_sweeps", "go on with a multirun that was cut short; the best of one with more seeds"),
     "rerun": ("run_again", "repeat a finished run from its record and report what differs"),
 }
 """Each command with its module, imported on demand, and its description."""

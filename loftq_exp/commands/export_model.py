@@ -1,4 +1,4 @@
-"""Exporting a fine-tuned model: `python -m loftq_exp.export DIR OUT [--adapter FOLDER] [--to dense|bnb4|packed]`."""
+"""Exporting a fine-tuned model: `python -m loftq_exp.export DIR OUT [--adapter FOLDER] [--to dense|bnb4|packed|adapter]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loftq_exp.commands.terminal import OneLineParser, exit_code, quiet_librarie
 from loftq_exp.config import local_path
 from loftq_exp.schemes import FORMATS
 
-FORMS = tuple(FORMATS)
+FORMS = (*FORMATS, "adapter")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=FORMS, default="dense",
                         help="dense: a plain transformers checkpoint (default). bnb4: bitsandbytes NF4; Q + s B A is quantized "
                         "again, which changes its values. packed: the unchanged packed backbone with a separate adapter; only "
-                        "for a checkpoint of save_format=packed")  # fmt: skip
+                        "for a checkpoint of save_format=packed. adapter: nothing is merged: OUT/base is Q, dense, and OUT/adapter the adapter, "
+                        "as vLLM and PEFT load them")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of dense tensors (default: the checkpoint's save_dtype)")
     return parser

@@ -27,18 +27,19 @@ from hydra import version as hydra_version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from loftq_exp import ranks
-from loftq_exp.commands.launchers import check_launcher
+from loftq_exp.commands.launchers import check_launcher, chosen, launched
+from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
+from loftq_exp.tasks.outside import import_named
 
 if TYPE_CHECKING:
     from loftq_exp.pipeline import RunResult
@@ -46,10 +47,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROUPS = ("model", "quant", "task", "train", "experiment")
-NAMES = (*dotted_names(RunConfig), *GROUPS)
-"""Every name that an override may set."""
-_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
-"""What Hydra raises for settings that it cannot compose. ValueError is for a choice that is not text, such as model=null."""
+AUTO = "model=auto"
+KNOWN_ELSEWHERE = {
+    "train.lr": "did you mean 'train.learning_rate'?",
+    "train.fp16": "choose train.bf16=true, or false for float32",
+    "train.packing": "task=instruct has task.packing; other tasks have one row a sample",
+    "train.report_to": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+    "logger": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+}
+"""What replaces a setting that other tools have."""
 
 
 def conf_dir() -> Path:
@@ -74,8 +80,32 @@ OmegaConf.register_new_resolver("choices", lambda *group: ", ".join(_choices(*gr
 # First in the defaults list of conf/config.yaml. It puts every setting into the composed tree, including those that no file
 # of conf/ names, so that overrides need no +. The task's settings depend on the chosen task.
 ConfigStore.instance().store("schema", defaults(RunConfig))
-for _kind, _settings in TaskConfig.variants().items():
-    ConfigStore.instance().store(_kind, defaults(_settings), group="schema_of_task", package="task")
+
+
+def _names() -> tuple[str, ...]:
+    """Return every name that an override may set."""
+    return (*dotted_names(RunConfig), *GROUPS)
+
+
+def _store_tasks(*folders: Path) -> None:
+    """Put the settings of all known tasks into Hydra's store. A task without a file in `folders` needs none."""
+    store = ConfigStore.instance()
+    for kind, settings in TaskConfig.variants().items():
+        store.store(kind, defaults(settings), group="schema_of_task", package="task")
+        if not any((folder / "task" / f"{kind}.yaml").is_file() for folder in folders):
+            store.store(kind, {"kind": kind}, group="task")
+
+
+_store_tasks(conf_dir())
+
+
+def _import_tasks(folder: Path) -> None:
+    """Import the modules that the task files in --config-dir name. Raises UserError if one cannot be imported."""
+    for file in sorted((folder / "task").glob("*.yaml")):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("module"), str):
+            import_named(values["module"], folder)
+    _store_tasks(conf_dir(), folder)
 
 
 def main(argv: Sequence[str] | None = None, resumed: Path | None = None, retries: bool = False) -> int:
@@ -108,7 +138,7 @@ def _how_to_go_on() -> str:
 
 def _work(arguments: list[str]) -> int:
     for composed in _composed(arguments):
-        _run(composed)
+        _run(run_config(composed))
     if SWEEP_FOLDER in os.environ and not _report_sweep(Path(os.environ[SWEEP_FOLDER])):
         raise UserError("not every job succeeded; the failed jobs and their errors are listed above; to run them again: "
                         f"loftq-exp sweep resume {shlex.quote(os.environ[SWEEP_FOLDER])} --failed")  # fmt: skip
@@ -121,11 +151,17 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     parser, options = _parsed(arguments)
     hydra_version.setbase("1.3")
     try:
+        if options.config_dir:
+            _import_tasks(Path(options.config_dir))
         # As `hydra.main`, which however can only read arguments from sys.argv.
-        _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+        with launched(chosen(options.overrides)):
+            _run_hydra(options, parser, functools.partial(_job, single=single), str(conf_dir()), "config")
+    except UserError:
+        _remove_empty_sweep()
+        raise
     except Refused as refused:
         raise refused.reason from None
-    except _COMPOSE_ERRORS as error:
+    except COMPOSE_ERRORS as error:
         _remove_empty_sweep()
         raise UserError(_explain(error, arguments)) from error
     except OSError as error:
@@ -145,8 +181,15 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
         raise UserError("-m: not supported with several processes, because each would run the whole sweep; "
                         "launch single runs, or run without the launcher")  # fmt: skip
     check_launcher(options.overrides)
-    options.overrides = [_plain(override) for override in options.overrides]
+    options.overrides = _overrides(options.overrides)
     return parser, options
+
+
+def _overrides(given: Sequence[str]) -> list[str]:
+    """Return the overrides as Hydra accepts them. A model.path without a choice of model is of the group `auto`."""
+    names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0] for each in given}
+    chosen = [AUTO] if "model.path" in names and not names & {"model", "experiment"} else []
+    return [*chosen, *map(_plain, given)]
 
 
 def _plain(override: str) -> str:
@@ -155,7 +198,7 @@ def _plain(override: str) -> str:
     Hydra cannot add what is in the composed tree, nor set what is not in it, such as a setting of another task.
     """
     known = re.match(r"(?:\+\+?)?([^+=~]+)=", override)
-    if not known or known[1] not in NAMES:
+    if not known or known[1] not in _names():
         return override
     name = override.lstrip("+")
     return f"++{name}" if name.startswith("task.") else name
@@ -196,7 +239,7 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
         )
     _set_up_output()
     folder = Path(job.sweep.dir)
-    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task])
+    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task if each != AUTO])
     if metrics is None and searches:
         raise UserError(
             f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "
@@ -209,35 +252,27 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
 
 def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[str]) -> dict[str, Any] | None:
     """Return the metrics of a job, which is run if it was not before; None if it failed, as its record says."""
+    from loftq_exp.pipeline import settled  # imported late: it takes seconds
     from loftq_exp.report.sweep import record_job
 
     sweep = Sweep.read(folder)
     assert sweep
-    if known := sweep.decided(number, overrides, lambda: _config(composed)):
+    os.chdir(sweep.place)  # a worker of a cluster may start elsewhere
+    if known := sweep.decided(number, overrides, lambda: settled(run_config(composed))):
         return cast("dict[str, Any] | None", known["metrics"])
-    metrics: dict[str, Any] | None = None
     # A failed job is recorded and reported at the end. The others continue.
-    with record_job(folder, number, overrides) as finished:
-        result = _run(composed)
-        finished(result)
-        metrics = result.metrics
+    with record_job(folder, number, overrides) as outcome:
+        config = run_config(composed)
+        outcome.config = config.to_dict()
+        outcome.metrics = _run(config).metrics
     log.info("sweep: %s", sweep.progress())
-    return metrics
+    return outcome.metrics
 
 
-def _run(composed: DictConfig) -> RunResult:
-    config = _config(composed)
+def _run(config: RunConfig) -> RunResult:
     from loftq_exp.pipeline import run  # imported late: it takes seconds
 
     return run(config)
-
-
-def _config(composed: DictConfig) -> RunConfig:
-    try:
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error)) from error
-    return RunConfig.from_mapping(cast("dict[str, Any]", values))
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -254,8 +289,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _config(hydra.compose("config", overrides=[_plain(override) for override in overrides]))
-    except _COMPOSE_ERRORS as error:
+            return run_config(hydra.compose("config", overrides=_overrides(overrides)))
+    except COMPOSE_ERRORS as error:
         raise UserError(_explain(error, list(overrides))) from error
 
 
@@ -270,6 +305,9 @@ def _explain(error: Exception, arguments: list[str]) -> str:
     """Return one line for an error of Hydra or OmegaConf, with the invalid name and the nearest valid one."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if "/" in group and group.split("/")[0] == "model":  # a hub id, model=OWNER/NAME
+            given = str(error.missing_cfg_file).removeprefix("model/")
+            return f"model={given}: model= chooses a file of conf/model; for a hub id or folder give model.path={given}"
         return f"{group}={choice}: there is no such choice; {nearest(choice, error.options)}"
     if isinstance(error, OverrideParseException):
         return (
@@ -284,8 +322,8 @@ def _explain(error: Exception, arguments: list[str]) -> str:
         if argument.startswith("-") or "=" not in argument:
             continue
         key, value = re.split("[=@]", argument.lstrip("+~"), maxsplit=1)
-        if not key.startswith("hydra") and key not in NAMES:
-            return f"{argument}: there is no such setting; {_nearest_setting(key)}"
+        if not key.startswith("hydra") and key not in _names():
+            return f"{argument}: there is no such setting; {KNOWN_ELSEWHERE.get(key) or _nearest_setting(key)}"
         choices = _choices(key)
         if isinstance(error, ValueError) and key in GROUPS and value not in choices:  # not text, such as model=null
             return f"{argument}: there is no such choice; {nearest(value, choices)}"
@@ -294,6 +332,6 @@ def _explain(error: Exception, arguments: list[str]) -> str:
 
 def _nearest_setting(key: str) -> str:
     """As `nearest`, and also accepts the last part of a dotted name (`rank` for `quant.rank`)."""
-    last_parts = {name.rpartition(".")[2]: name for name in NAMES}
-    found = difflib.get_close_matches(key, [*NAMES, *last_parts], n=1)
+    last_parts = {name.rpartition(".")[2]: name for name in _names()}
+    found = difflib.get_close_matches(key, [*_names(), *last_parts], n=1)
     return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"

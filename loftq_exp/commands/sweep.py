@@ -22,13 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
+from loftq_exp.commands.planned import check_baseline, planned
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.schema import RESULTS, shaping
 from loftq_exp.errors import UserError
@@ -55,6 +52,7 @@ class Sweep:
         jobs: the overrides of each job, in order; None if the sweeper chooses them as it goes.
         began: when it was started or last resumed, in seconds since the epoch.
         retries: whether jobs that failed before `began` are run again.
+        direction: of a search, whether it should `minimize` or `maximize` the objective; None if the jobs are given.
     """
 
     folder: Path
@@ -63,6 +61,7 @@ class Sweep:
     jobs: tuple[tuple[str, ...], ...] | None
     began: float
     retries: bool = False
+    direction: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
@@ -70,7 +69,8 @@ class Sweep:
         found = read_object(folder / PLAN)
         try:
             jobs = None if found["jobs"] is None else tuple(tuple(job) for job in found["jobs"])
-            return cls(folder, tuple(found["arguments"]), found["place"], jobs, found["began"], found["retries"])
+            given = tuple(found["arguments"]), found["place"], jobs, found["began"], found["retries"]
+            return cls(folder, *given, found.get("direction"))
         except (KeyError, TypeError):
             return None
 
@@ -183,8 +183,12 @@ class SweepFolder(Callback):
         """Choose the folder, see `start`, and make it that of every job, in whatever process or machine."""
         asked = request.get()
         sweeps = local_path(config.output_dir).resolve() / "sweeps"
-        plan = Sweep(sweeps, asked.arguments, str(Path.cwd()), planned(config), time.time(), asked.retries)
+        given = planned(config)
+        jobs = None if given is None else tuple(tuple(override.lstrip("+") for override in job) for job in given)
+        direction = None if jobs is not None else str(config.hydra.sweeper.get("direction") or "minimize")
+        plan = Sweep(sweeps, asked.arguments, str(Path.cwd()), jobs, time.time(), asked.retries, direction)
         try:
+            check_baseline(config, given or ())
             sweep, self.lock = start(sweeps, plan, asked.folder)
         except UserError as error:
             raise Refused(error) from None
@@ -204,20 +208,6 @@ class SweepFolder(Callback):
         if self.lock:
             self.lock.release()
             Path(self.lock.lock_file).unlink(missing_ok=True)
-
-
-def planned(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
-    """Return the overrides of each job; None if the sweeper chooses them as it goes, or refuses these."""
-    sweeper = config.hydra.sweeper
-    if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-        return None
-    given = [*(f"{name}={value}" for name, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
-    try:
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
-    except HydraException:
-        return None
-    return tuple(tuple(override.lstrip("+") for override in job) for job in jobs)
 
 
 def start(sweeps: Path, asked: Sweep, folder: Path | None) -> tuple[Sweep, FileLock]:

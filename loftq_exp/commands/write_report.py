@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loftq_exp.commands.terminal import OneLineParser, exit_code
+from loftq_exp.commands.terminal import OneLineParser, exit_code, say
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.report.collect import Found, collect
 from loftq_exp.report.console import print_table
 from loftq_exp.report.forms import as_csv, as_json, as_latex, as_markdown
 from loftq_exp.report.grid import grids, runs_grid
+from loftq_exp.report.jobs import Job, failures, jobs_in, searches
 from loftq_exp.report.page import write_page
 from loftq_exp.report.select import Condition, check_rows, full_name, in_order, of_run, row_value, run_value
 from loftq_exp.report.summary import Summary, narrowed, summarise
@@ -35,14 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.output and options.format == "table":
             raise UserError(f"--output={options.output}: --format=table is for the terminal only; "
                             f"add --format {', '.join(FORMATS[1:-1])} or {FORMATS[-1]}")  # fmt: skip
-        runs = collect(place for name in options.places for place in _places(name))
+        places = [place for name in options.places for place in _places(name)]
+        runs, jobs = collect(places), jobs_in(places)
+        for job in failures(jobs):
+            log.warning("%s: %s (%s)", job.path.parent, job.failure, " ".join(job.overrides))
         if not runs:
-            raise UserError(f"{' '.join(options.places)}: there is no run with a metrics.json, and no sweep, in it")
+            reason = (
+                "every job failed, as said above"
+                if jobs
+                else "there is no run with a metrics.json, and no sweep, in it"
+            )
+            raise UserError(f"{' '.join(options.places)}: {reason}")
         group_by = [full_name("group-by", name, runs, numbers=False) for name in options.group_by]
         summary = _chosen(runs, options)
         for name in group_by:
             check_rows("group-by", name, summary.rows)
-        _write(summary, group_by, options)
+        _write(summary, group_by, jobs, options)
         return 0
 
     return exit_code(work, "nothing was written")
@@ -120,7 +129,7 @@ def _summary(runs: Sequence[Found], baseline: str | None) -> Summary:
         raise UserError(str(error).replace("report.baseline=", "--baseline=", 1)) from None
 
 
-def _write(summary: Summary, group_by: Sequence[str], options: argparse.Namespace) -> None:
+def _write(summary: Summary, group_by: Sequence[str], jobs: Sequence[Job], options: argparse.Namespace) -> None:
     tables = grids(summary, group_by)
     if options.format == "table":
         for grid in tables:
@@ -130,9 +139,11 @@ def _write(summary: Summary, group_by: Sequence[str], options: argparse.Namespac
             print_table(
                 grid.title, grid.headings, grid.rows, drop=grid.drop, elsewhere="each run's metrics.json has all"
             )
+        for search in searches(jobs):
+            say(search.summary)
         return
     if options.format == "html":
-        write_page(summary, local_path(options.output or "report.html"))
+        write_page(summary, local_path(options.output or "report.html"), jobs)
         log.info("%s", local_path(options.output or "report.html"))
         return
     if options.format in ("json", "csv"):

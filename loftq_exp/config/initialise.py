@@ -20,7 +20,19 @@ class InitialiseConfig:
         shapes=(),
     )
 
+    engine: str = setting(
+        "local: this process computes its shard; ray: it computes all shards as tasks of the Ray cluster in $RAY_ADDRESS, by default "
+        "one on this machine, with one CPU or GPU each",
+        "local",
+        choices=("local", "ray"),
+        shapes=(),
+    )
+
     def __post_init__(self) -> None:
         if self.shard >= self.shards:
             raise UserError(f"initialise.shard={self.shard}: there are {self.shards} shards, numbered from 0; "
                             f"give at most {self.shards - 1}, or set initialise.shards")  # fmt: skip
+        if self.engine == "ray" and self.shards == 1:
+            raise UserError("initialise.engine=ray: there is one task; set initialise.shards to the number of tasks")
+        if self.engine == "ray" and self.shard:
+            raise UserError(f"initialise.shard={self.shard}: initialise.engine=ray computes every shard; leave it out")

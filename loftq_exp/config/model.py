@@ -19,8 +19,9 @@ class ModelConfig:
     )
     kind: str = setting(
         "model class to load: decoder (causal), encoder-decoder (seq2seq), or encoder with a classification or "
-        "question-answering head",
-        choices=KINDS,
+        "question-answering head; auto: the task's kind where the checkpoint's model type has it, else the model type's own",
+        "auto",
+        choices=(*KINDS, "auto"),
         shapes=(INITIALISATION,),
     )
     revision: str | None = setting("branch, tag or commit of a Hub model; null: the default branch", None, shapes=())

@@ -99,7 +99,8 @@ class RunConfig:
         given = f"initialise.shards={self.initialise.shards}"
         if self.initialise.shards == 1:
             return
-        if self.stages != ("quantize",):
+        alone = self.initialise.engine == "ray"  # this process alone does the rest
+        if self.stages != ("quantize",) and not alone:
             raise UserError(f"{given}: the processes share the quantize stage alone; give stages=[quantize], and run the other "
                             "stages without it afterwards")  # fmt: skip
         if self.quant.type == "none" or self.quant.method == "off-the-shelf":
@@ -107,7 +108,7 @@ class RunConfig:
         if self.quant.calibration != "none" and self.quant.order == "sequential":
             raise UserError(f"{given}: with quant.order=sequential each block waits for the one before it; leave it out, or set "
                             "quant.order=parallel")  # fmt: skip
-        if self.hub.push:
+        if self.hub.push and not alone:
             raise UserError(f"{given}: each process would push; push with the same command without it afterwards")
 
     def _check_formats(self) -> None:

@@ -101,6 +101,8 @@ def _variant(cls: type[T], values: Mapping[str, Any], prefix: str) -> tuple[type
 
     A setting that only other variants declare is dropped with a warning, because a sweep over variants may set it for all.
     """
+    if hasattr(cls, "prepare"):
+        cast("Any", cls).prepare(values)
     variants: Mapping[str, type[T]] = cast("Any", cls).variants()
     if "kind" not in values:
         raise UserError(f"{prefix}kind: no value is set and there is no default; give {prefix}kind=VALUE")

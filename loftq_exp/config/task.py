@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from loftq_exp.config.schema import ADAPTER, SCORES, setting
 from loftq_exp.errors import UserError
@@ -24,6 +24,11 @@ class TaskConfig:
 
     kind: str = setting(
         "task that reads the data and computes the scores, such as gsm8k or glue", shapes=(ADAPTER, SCORES)
+    )
+    module: str | None = setting(
+        "dotted name of a Python module that defines the task; null: a task of this or of an installed package",
+        None,
+        shapes=(),
     )
     name: str | None = setting(
         "data set of a task that has several: glue (such as mnli) or summarization (such as xsum)",
@@ -55,7 +60,7 @@ class TaskConfig:
         locates=(SCORES,),
     )
     train_file: str | None = setting(
-        "local .json, .jsonl or .csv training file (wikitext: also .txt) in place of the Hub data set; + joins several",
+        "local .json, .jsonl, .csv or .parquet training file (wikitext: also .txt) in place of the Hub data set; + joins several",
         None,
         shapes=(),
         locates=(ADAPTER,),
@@ -89,6 +94,12 @@ class TaskConfig:
             raise UserError(
                 f"task.name={shown}: not a data set of task {self.kind}; choose from: {', '.join(self.names)}"
             )
+
+    @classmethod
+    def prepare(cls, values: Mapping[str, Any]) -> None:
+        """Import the module that `values` names, so that its task is among `variants`. Raises UserError if it cannot."""
+        if isinstance(values.get("module"), str):
+            importlib.import_module("loftq_exp.tasks.outside").import_named(values["module"])
 
     @classmethod
     def variants(cls) -> Mapping[str, type[TaskConfig]]:

@@ -36,14 +36,19 @@ def is_measured(quant: QuantConfig) -> bool:
 
 
 def candidates(target: Target, quant: QuantConfig) -> list[Precision]:
-    """The precisions that a budget may assign to a weight: every width with every rank that its shape allows."""
-    return [Precision(bits, rank) for bits in quant.widths for rank in quant.ranks if rank <= min(target.shape)]
+    """The precisions that a budget may assign to a weight: every width with every rank that its shape allows.
+
+    A weight too small for all of them has its largest possible rank alone.
+    """
+    ranks = [rank for rank in quant.ranks if rank <= min(target.shape)] or [min(target.shape)]
+    return [Precision(bits, rank) for bits in quant.widths for rank in ranks]
 
 
 def make_plan(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors] | None = None) -> Plan:
     """The plan of the settings. If `is_measured`, `errors` must give each module's errors at all its `candidates`.
 
-    Raises UserError if a pattern matches no weight, or no pattern matches a weight.
+    A weight too small for `quant.rank` gets its largest possible rank. Raises UserError if a pattern matches no weight, or
+    no pattern matches a weight.
     """
     if quant.bits_per_layer is not None:
         bits = _by_pattern(layout, quant.bits_per_layer)
@@ -55,7 +60,7 @@ def make_plan(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors] |
         return _by_error(layout, quant, errors)
     else:
         bits = {target.module: int(quant.bits) for target in layout.targets}
-    return {module: Precision(width, quant.rank) for module, width in bits.items()}
+    return {t.module: Precision(bits[t.module], min(quant.rank, *t.shape)) for t in layout.targets}
 
 
 def _by_paper(layout: Layout, quant: QuantConfig) -> dict[str, int]:

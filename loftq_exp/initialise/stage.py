@@ -26,7 +26,7 @@ from loftq_exp.artifact.folder import (
     written_whole,
 )
 from loftq_exp.artifact.writer import SafetensorsWriter
-from loftq_exp.config import RunConfig, digest_of
+from loftq_exp.config import QuantConfig, RunConfig, digest_of
 from loftq_exp.costs import StageWatch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.calibrate import Calibration, calibrate
@@ -151,17 +151,22 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
 
 def check_fit(layout: Layout, config: RunConfig) -> None:
     """Raise UserError if rank, block size or storage do not fit a target's shape or class."""
-    quant = config.quant
-    for target in layout.targets:
-        if quant.rank > min(target.shape):
-            raise UserError(f"quant.rank={quant.rank}: {target.module} is {target.shape[0]} x {target.shape[1]}; "
-                            f"choose a rank of at most {min(min(t.shape) for t in layout.targets)}")  # fmt: skip
-        if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
-            raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
-                            f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
+    check_shapes(layout, config.quant)
     if layout.left_dense and storage_format(config.save_format).needs_plain_linears:
         raise UserError(f"save_format={config.save_format}: transformers loads {layout.left_dense[0]} only as a dense layer; "
                         "use save_format=dense")  # fmt: skip
+
+
+def check_shapes(layout: Layout, quant: QuantConfig) -> None:
+    """Raise UserError if rank or block size do not fit a target's shape."""
+    largest = max(layout.targets, key=lambda target: min(target.shape))
+    if quant.rank > min(largest.shape):  # a smaller weight gets its largest possible rank, see `make_plan`
+        raise UserError(f"quant.rank={quant.rank}: no weight has such a rank, {largest.module} is {largest.shape[0]} x "
+                        f"{largest.shape[1]}; choose a rank of at most {min(largest.shape)}")  # fmt: skip
+    for target in layout.targets:
+        if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
+            raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
+                            f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
 
 
 def _write_weights(
@@ -259,7 +264,7 @@ class _Worker:
             digest = weight_digest(weight)
         quant, rank, (rows, columns) = self.config.quant, precision.rank, target.shape
         hit, computed = False, 0
-        lora_A, lora_B = _random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)
+        lora_A, lora_B = random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)
         if quant.type == "none":
             values = weight.to(self.dtype)
             if not is_finite(values):
@@ -305,7 +310,7 @@ def _measured_again(
             for weight, error, output_error in found]  # fmt: skip
 
 
-def _random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
+def random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
     """A as LoRA draws it, from the run's seed and the module's name alone, independent of the order of the weights."""
     stream = hashlib.blake2b(f"{seed} {module}".encode(), digest_size=8).digest()
     return kaiming_uniform_A((rank, columns), int.from_bytes(stream, "little") >> 1)

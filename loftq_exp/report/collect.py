@@ -16,6 +16,7 @@ from loftq_exp.report.table import METHODS
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS = "config.json", "metrics.json"
+JOB = "job-*.json"
 
 _NEEDED = {"label": str, "config": dict, "scores": dict, "table": list, "init": dict, "seconds": dict}
 _PRESENT = ("published", "backbone_bytes", "adapter_bytes")
@@ -25,7 +26,7 @@ _COLUMN = ("title", "scores", "form", "scale")
 
 @dataclass(frozen=True)
 class Found:
-    """A run's metrics and the file that holds them. The state is "done" or "unfinished"."""
+    """A run's metrics and the file that holds them. The state is "done", "unfinished" or "failed"."""
 
     path: Path
     metrics: dict[str, Any]
@@ -36,7 +37,8 @@ def collect(places: Iterable[Path]) -> list[Found]:
     """Return the metrics in `places`, each run once. A run's metrics.json precedes a sweep's record.
 
     A place is a folder, which is searched with its subfolders, or a file. A file without valid metrics is skipped with a
-    warning. A failed job of a sweep is skipped without one. A run that is not finished has its settings and no scores.
+    warning. A failed job of a sweep, see `loftq_exp.report.jobs`, is none. A run that is not finished or that failed has its
+    settings and no scores.
     """
     places = list(places)
     runs: dict[str, Found] = {}
@@ -46,7 +48,7 @@ def collect(places: Iterable[Path]) -> list[Found]:
 
 
 def _runs(places: list[Path]) -> Iterator[Found]:
-    for path in _files(places, METRICS):
+    for path in files_in(places, METRICS):
         if is_metrics(metrics := _read(path)):
             yield Found(path, metrics)
         else:
@@ -54,7 +56,7 @@ def _runs(places: list[Path]) -> Iterator[Found]:
 
 
 def _jobs(places: list[Path]) -> Iterator[Found]:
-    for path in _files(places, "job-*.json"):
+    for path in files_in(places, JOB):
         job = _read(path)
         metrics = job.get("metrics") if isinstance(job, dict) else None
         if is_metrics(metrics):
@@ -65,17 +67,25 @@ def _jobs(places: list[Path]) -> Iterator[Found]:
 
 def _unfinished(places: list[Path]) -> Iterator[Found]:
     """Yield the runs whose folder has settings and no metrics. Any other config.json, such as a model's, is none of ours."""
-    for path in _files(places, CONFIG):
+    failed = [
+        job["config"] for path in files_in(places, JOB) if isinstance(job := _read(path), dict) and job.get("config")
+    ]
+    for path in files_in(places, CONFIG):
         config = _read(path)
         if (path.parent / METRICS).exists() or not (isinstance(config, dict) and "initialisation" in config):
             continue
         settings = {name: value for name, value in config.items() if name not in ("format", "initialisation")}
-        metrics: dict[str, Any] = {"label": path.parent.name, "config": settings, "scored_adapter": _to_be_scored(settings),
-                   "scores": {}, "table": [], "init": {}, "seconds": {}, "losses": [], **dict.fromkeys(_PRESENT)}  # fmt: skip
-        if is_metrics(metrics):
-            yield Found(path, metrics, "unfinished")
+        if found := from_settings(path, settings, "failed" if settings in failed else "unfinished"):
+            yield found
         else:
             log.warning("%s: not the settings of a run; skipped", path)
+
+
+def from_settings(path: Path, settings: dict[str, Any], state: str) -> Found | None:
+    """Return a run that has settings and no results yet; None if they are not the settings of a run."""
+    metrics: dict[str, Any] = {"label": path.parent.name, "config": settings, "scored_adapter": _to_be_scored(settings),
+               "scores": {}, "table": [], "init": {}, "seconds": {}, "losses": [], **dict.fromkeys(_PRESENT)}  # fmt: skip
+    return Found(path, metrics, state) if is_metrics(metrics) else None
 
 
 def _to_be_scored(settings: dict[str, Any]) -> str | None:
@@ -83,7 +93,8 @@ def _to_be_scored(settings: dict[str, Any]) -> str | None:
     return None if "evaluate" not in stages else "fine-tuned" if "finetune" in stages else "initial"
 
 
-def _files(places: list[Path], pattern: str) -> list[Path]:
+def files_in(places: list[Path], pattern: str) -> list[Path]:
+    """Return the files of this name in folders and their subfolders, and those of `places` themselves, sorted."""
     files = (
         place.rglob(pattern) if place.is_dir() else [place] if fnmatch(place.name, pattern) else [] for place in places
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -264,7 +265,9 @@ def _notes(rows: Sequence[Row], summary: Summary) -> tuple[str, ...]:
     if summary.baseline is not None:
         reference = f"the nearest {summary.baseline} row" if summary.baseline in METHODS else summary.baseline
         notes.append(f"Δ: paired difference to {reference} over equal seeds, with its 95 % interval")
-    waiting = sum(run.state != "done" for row in rows for run in row.runs)
-    if waiting:
+    states = Counter(run.state for row in rows for run in row.runs)
+    if waiting := states["unfinished"]:
         notes.append(f"{waiting} of the runs {'is' if waiting == 1 else 'are'} not finished")
+    if states["failed"]:
+        notes.append(f"{states['failed']} of the runs failed")
     return tuple(notes)

@@ -19,6 +19,8 @@ from loftq_exp.report.collect import METRICS, Found
 from loftq_exp.report.command import command_of
 from loftq_exp.report.figures import Section, sections
 from loftq_exp.report.grid import LABELS, Grid, grids, runs_grid, setting_of
+from loftq_exp.report.history import history
+from loftq_exp.report.jobs import Job, Search, failures, searches
 from loftq_exp.report.settings import SEEDS, flatten
 from loftq_exp.report.summary import Row, Summary, narrowed, summarise
 from loftq_exp.report.values import scores_of
@@ -27,16 +29,16 @@ from loftq_exp.whole import whole_file
 _MOST_NAMES = 8
 
 
-def write_page(summary: Summary, path: Path) -> None:
-    """Write the page of a summary. It is one file, which opens without a network, and without scripts shows all of it.
+def write_page(summary: Summary, path: Path, jobs: Sequence[Job] = ()) -> None:
+    """Write the page of a summary, with what the `jobs` of its sweeps searched for and why some failed. It is one file, which opens without a network, and without scripts shows all of it.
 
     Runs are linked relative to the page's folder. Each model and task has its own tables and charts.
     """
     with whole_file(path) as beside:
-        beside.write_text(_page(summary, path.absolute().parent), encoding="utf-8")
+        beside.write_text(_page(summary, path.absolute().parent, jobs), encoding="utf-8")
 
 
-def _page(summary: Summary, folder: Path) -> str:
+def _page(summary: Summary, folder: Path, jobs: Sequence[Job]) -> str:
     style, script = ((files("loftq_exp.report") / name).read_text("utf-8") for name in ("page.css", "page.js"))
     # Only this script runs, whatever the name of a run holds, and nothing is fetched.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -49,6 +51,7 @@ def _page(summary: Summary, folder: Path) -> str:
     for name, rows in _groups(summary):
         body += _group(name, rows, first, summary, folder)
         first += len(rows)
+    body += _searches(searches(jobs), folder) + _failures(failures(jobs), folder)
     return "\n".join([
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
@@ -88,6 +91,27 @@ def _group(name: str, rows: Sequence[Row], first: int, summary: Summary, folder:
         *(_row(row, anchors[row.name], folder) for row in rows),
         "</section>",
     ]
+
+
+def _searches(found: Sequence[Search], folder: Path) -> list[str]:
+    """Return a section with the history of each search, each trial leading to its sweep's folder."""
+    parts = []
+    for search in found:
+        drawn = history(search, lambda job: _link_to(job.path.parent, folder))
+        chart = f"<figure><figcaption>{escape(drawn.caption)}</figcaption>\n{drawn.svg}\n</figure>"
+        parts.append(f'<section>\n<h2>{escape(drawn.title)}</h2>\n<div class="charts">\n{chart}\n</div>\n</section>')
+    return parts
+
+
+def _failures(jobs: Sequence[Job], folder: Path) -> list[str]:
+    """Return a section that names the jobs that failed, with their overrides and reason."""
+    lines = [
+        f'<li><a href="{escape(_link_to(job.path.parent, folder))}">{escape(job.path.absolute().parent.name)}</a> '
+        f"{escape(job.failure)}\n<pre>{escape(' '.join(job.overrides))}</pre></li>"
+        for job in jobs
+    ]
+    listed = "\n".join(lines)
+    return [f'<section>\n<h2>Failed jobs</h2>\n<ul class="runs">\n{listed}\n</ul>\n</section>'] if lines else []
 
 
 def _table(grid: Grid, links: Sequence[tuple[str, str]], name: str) -> str:
@@ -156,9 +180,12 @@ def _place(run: Found) -> str:
 
 
 def _href(run: Found, folder: Path) -> str:
-    """Return the run's folder relative to the page's, so that both may be moved together."""
-    place = run.path.absolute().parent
+    return _link_to(run.path.parent, folder)
+
+
+def _link_to(place: Path, folder: Path) -> str:
+    """Return a folder relative to the page's, so that both may be moved together."""
     try:
-        return quote(Path(os.path.relpath(place, folder)).as_posix()) + "/"
+        return quote(Path(os.path.relpath(place.absolute(), folder)).as_posix()) + "/"
     except ValueError:  # another drive of Windows
-        return place.as_uri() + "/"
+        return place.absolute().as_uri() + "/"

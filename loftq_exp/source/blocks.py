@@ -15,6 +15,15 @@ from loftq_exp.errors import UserError
 MOST_LEFT_OUT = 0.1
 """The largest share of linear weight values that may stay unquantized. Beyond it a run's figures do not describe the model."""
 
+SMALLEST_SIDE = 8
+"""A linear layer with fewer inputs or outputs is a gate and stays dense. Factors of rank 1 alone would have more than an
+eighth of its values, and quantizing it saves nothing."""
+
+
+def is_gate(shape: Iterable[int]) -> bool:
+    """Whether a linear layer with a weight of that shape stays dense, see `SMALLEST_SIDE`."""
+    return min(shape) < SMALLEST_SIDE
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -63,7 +72,7 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
         for part, parameter in module.named_parameters(recurse=False):
             if sum(size > 1 for size in parameter.shape) < 2 or _is_table(module):
                 continue
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not is_gate(parameter.shape):
                 linear += parameter.numel()
             else:
                 name = f"{owner}.{part}"

@@ -66,6 +66,17 @@ def fetch_checkpoint(
     return folder
 
 
+def fetch_config(path: str, revision: str | None) -> Path:
+    """A folder of the hub's local cache with the config.json of the model `path`; its weights may be absent.
+
+    Raises UserError, which names the settings model.path and model.revision.
+    """
+    try:
+        return Path(snapshot_download(path, revision=revision, token=token(), allow_patterns=["config.json"]))
+    except (OSError, HFValidationError, HTTPError) as error:
+        raise _error("model", path, revision, error) from error
+
+
 def is_absent(error: UserError) -> bool:
     """Whether `fetch_checkpoint` failed because the hub, or the local cache when offline, has no such repository."""
     cause = error.__cause__

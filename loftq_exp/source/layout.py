@@ -20,7 +20,7 @@ from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loftq_exp.errors import UserError
-from loftq_exp.source.blocks import LeftOut, block_lists, block_of, left_out
+from loftq_exp.source.blocks import LeftOut, block_lists, block_of, is_gate, left_out
 from loftq_exp.source.loading import LoadReport, load_report, name_in_files
 from loftq_exp.source.tensors import some
 
@@ -65,7 +65,7 @@ class Layout:
     target_modules: tuple[str, ...]
     """The shortest module name endings that match the targets and nothing else."""
     other_linears: tuple[str, ...]
-    """Linear layers outside the blocks, which stay dense."""
+    """Linear layers outside the blocks, and gates inside them, which stay dense."""
     left_dense: tuple[str, ...]
     """Targets that transformers keeps dense when it loads 4-bit layers: subclasses of `nn.Linear` (falcon), and layers
     that the model class keeps in float32 (t5's `wo`)."""
@@ -113,14 +113,15 @@ def find_layout(
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     stacks = block_lists(model)
     left_out(model, stacks, {}, folder)  # refuse unsupported models before looking for their tensors
-    inside = {name: block for name in linears if (block := block_of(name, stacks))}
+    inside = {name: block for name in linears
+              if (block := block_of(name, stacks)) and not is_gate(linears[name].weight.shape)}  # fmt: skip
     if not inside:
         raise UserError(
             f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
         )
     prefix = model.base_model_prefix
     outside = tuple(name for name in linears if name not in inside)
-    head = _head(model, outside, shapes) if kind in HEAD_KINDS else ()
+    head = head_modules(model, outside, shapes) if kind in HEAD_KINDS else ()
     targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
     report = load_report(model, shapes)
     check_complete(model, head, report, folder)
@@ -130,7 +131,7 @@ def find_layout(
         _check_own_head(model, report, folder)
     return Layout(
         targets=targets,
-        target_modules=_shortest_endings(inside, modules),
+        target_modules=shortest_endings(inside, modules),
         other_linears=outside,
         left_dense=left_dense(model, inside),
         foreign=_foreign(model, stacks, kind, shapes, report, folder),
@@ -204,7 +205,10 @@ def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:
     return next((n for n in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if n in tensors), None)
 
 
-def _head(model: transformers.PreTrainedModel, outside: Iterable[str], tensors: Container[str]) -> tuple[str, ...]:
+def head_modules(
+    model: transformers.PreTrainedModel, outside: Iterable[str], tensors: Container[str]
+) -> tuple[str, ...]:
+    """The modules to train and save with the adapter, see `Layout.head`. `outside` names the linear layers outside the blocks."""
     prefix = model.base_model_prefix
     head: dict[str, None] = {}
     for name in outside:
@@ -294,7 +298,7 @@ def _is_body(model: transformers.PreTrainedModel, stacks: Iterable[str], kind: s
     return kind not in HEAD_KINDS and name.rpartition(".")[0] in own - {""}
 
 
-def _shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
+def shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
     """The shortest dotted suffixes that match every name in `inside` and no other module under PEFT's rules."""
     inside = set(inside)
     others = [name for name in modules if name not in inside]

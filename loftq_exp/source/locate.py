@@ -15,7 +15,7 @@ from pathlib import Path
 from loftq_exp.config import ModelConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.source.files import named_in_code
-from loftq_exp.source.hub import fetch_checkpoint, is_absent
+from loftq_exp.source.hub import fetch_checkpoint, fetch_config, is_absent
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
 from loftq_exp.source.wheel import SCHEME, packaged, packaged_folder
 
@@ -59,6 +59,24 @@ def locate(model: ModelConfig, cache_dir: Path, local_only: bool = False) -> Sou
         if commit and model.trust_remote_code and not local_only:  # by commit: the branch may have moved since
             checkpoint_folder("model", model.path, commit, [*code, *sorted(named_in_code(folder))])
     return Source(folder, model.basename, model.path, commit)
+
+
+def config_folder(model: ModelConfig, cache_dir: Path) -> Path:
+    """A folder with the config.json of `model`. Of a hub model nothing else is downloaded.
+
+    Raises UserError if it is unusable, and NotHere if there is none.
+    """
+    if model.path.startswith(SCHEME) or _is_local(model.path):
+        return locate(model, cache_dir).folder
+    try:
+        folder = fetch_config(model.path, model.revision)
+    except UserError as error:
+        raise (NotHere(str(error)) if is_absent(error) else error) from error.__cause__
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.path={model.path}: the repository has no config.json; give one in the format of transformers"
+        )
+    return folder
 
 
 def checkpoint_folder(

@@ -1,6 +1,6 @@
 """The tasks: what a model is fine-tuned on and how its answers are scored. One module per task.
 
-Every module here is imported, and each class with a `kind` is the task of that `task.kind`. No module imports torch at
+Every module here is imported, then those of installed packages. Each class with a `kind` is the task of that `task.kind`. No module imports torch at
 import time, because the settings of a run are checked without it.
 """
 
@@ -13,11 +13,13 @@ from typing import Any
 from loftq_exp.config import KINDS, TaskConfig
 from loftq_exp.config.schema import build
 from loftq_exp.tasks.base import TASKS, Task
+from loftq_exp.tasks.outside import import_installed
 
 __all__ = ["TASKS", "Task", "load_task", "pairs_that_fit", "task_settings"]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
+import_installed()
 
 
 def task_settings(kind: str, **settings: Any) -> TaskConfig:

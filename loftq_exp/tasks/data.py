@@ -1,4 +1,4 @@
-"""Reading rows from a local .json, .jsonl, .csv or plain text file, or from a data set on the Hub.
+"""Reading rows from a local .json, .jsonl, .csv, .parquet or plain text file, or from a data set on the Hub.
 
 Local files are parsed here, so that an error can name the line.
 """
@@ -79,7 +79,7 @@ class DataSource:
     @property
     def formats(self) -> str:
         """The supported file formats, for error messages."""
-        return ".json, .jsonl, .csv or .txt" if self.text_column else ".json, .jsonl or .csv"
+        return ".json, .jsonl, .csv, .parquet or .txt" if self.text_column else ".json, .jsonl, .csv or .parquet"
 
     @property
     def file_setting(self) -> str:
@@ -149,6 +149,8 @@ def with_line_feeds(text: str) -> str:
 
 def _file_rows(source: DataSource) -> Iterator[LocatedRow]:
     extension = Path(source.file or "").suffix.lower()
+    if extension == ".parquet":
+        return _parquet_rows(source)
     if extension not in (".json", ".jsonl", ".csv") and not (extension == ".txt" and source.text_column):
         raise UserError(f"{source.label}: the extension '{extension}' is not known; give a {source.formats} file")
     text = _file_text(source)
@@ -259,6 +261,17 @@ def _csv_rows(source: DataSource, text: str) -> Iterator[LocatedRow]:
         raise UserError(
             f"{source.label}: line {line} is malformed ({error}); give one row a line under a header line"
         ) from None
+
+
+def _parquet_rows(source: DataSource) -> Iterator[LocatedRow]:
+    from pyarrow import ArrowException, BufferReader, parquet  # imported here: it takes a second
+
+    try:
+        table = parquet.read_table(BufferReader(_file_bytes(source)))
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source.label}: not a Parquet file ({reason:.100}); give a {source.formats} file") from None
+    return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
 
 
 def _next_cells(reader: Iterator[list[str]], longest: int) -> list[str] | None:

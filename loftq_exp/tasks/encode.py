@@ -44,20 +44,29 @@ def encode_prompt(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase
     They begin with the beginning-of-sequence token if the tokenizer adds one. A prompt that is too long is truncated at its
     start, because its end holds the question and the instruction.
     """
-    start = _start_ids(tokenizer)
-    ids = _ids(tokenizer, task.prompt(row))
+    start, ids = _start_ids(tokenizer), _ids(tokenizer, task.prompt(row, tokenizer))
     available = max(0, config.max_source_length - len(start))
     return start + ids[max(0, len(ids) - available) :]
 
 
 def encode_target(task: PromptTask, row: Row, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[int]:
     """Return the target's ids and the end-of-sequence token, truncated to `max_target_length` ids in all."""
+    return target_ids(tokenizer, task.target(row))[: config.max_target_length]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a whole prompt, after the beginning-of-sequence token if the tokenizer adds one."""
+    return _start_ids(tokenizer) + _ids(tokenizer, text)
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a whole target and the end-of-sequence token. Raises UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path={tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, without which a model cannot "
             "learn to stop; use a model whose tokenizer_config.json names an eos_token"
         )
-    return [*_ids(tokenizer, task.target(row)), tokenizer.eos_token_id][: config.max_target_length]
+    return [*_ids(tokenizer, text), tokenizer.eos_token_id]
 
 
 def padding_candidates(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -26,8 +26,8 @@ class PromptConfig(TargetLength, SourceLength, TaskConfig):
 class Judgement:
     """A model's answer and the gold answer. `predicted` is None if the generated text holds no answer."""
 
-    predicted: float | None
-    gold: float | None
+    predicted: float | str | None
+    gold: float | str | None
     correct: bool
 
 
@@ -42,8 +42,8 @@ class PromptTask(Task):
     config: PromptConfig
 
     @abstractmethod
-    def prompt(self, row: Row) -> str:
-        """Return the text that the model is given."""
+    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the text that the model is given. It may use the tokenizer's chat template."""
 
     @abstractmethod
     def target(self, row: Row) -> str:
@@ -65,18 +65,19 @@ class PromptTask(Task):
 
     def requests(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Request]:
         """Request the likelihood of the gold targets, and greedy continuations of the prompts."""
+        texts = [self.prompt(row, tokenizer) for row in rows]
         prompts = [{"input_ids": encode_prompt(self, row, tokenizer, self.config)} for row in rows]
         return [
             Likelihood("likelihood of the gold solutions", self.encode(rows, tokenizer)),
-            Generation("greedy generation", prompts, max_new_tokens=self.config.max_target_length),
+            Generation("greedy generation", prompts, texts, max_new_tokens=self.config.max_target_length),
         ]
 
     def score(self, rows: Sequence[Row], requests: Sequence[Request], answers: Sequence[list[Any]]) -> Scored:
         """Return `nll` and `accuracy`. A sample is prompt, target, generated, predicted, gold, correct and its own nll."""
         likelihoods, texts = answers
         samples = []
-        for row, nll, generated in zip(rows, likelihoods, texts, strict=True):
-            sample = {"prompt": self.prompt(row), "target": self.target(row), "generated": generated.text}
+        for row, prompt, nll, generated in zip(rows, requests[1].notes, likelihoods, texts, strict=True):
+            sample = {"prompt": prompt, "target": self.target(row), "generated": generated.text}
             judgement = asdict(self.judge(row, generated.text))
             samples.append({**sample, **judgement, "nll": nll.mean})
         accuracy = sum(sample["correct"] for sample in samples) / len(samples)

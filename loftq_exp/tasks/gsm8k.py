@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loftq_exp.tasks.data import Row, shown
 from loftq_exp.tasks.generation import Judgement, PromptTask
 from loftq_exp.tasks.numbers import numbers, only_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 INSTRUCTION = "Think about this step by step, and give the final number at the end."
 ANSWER_MARK = "The final answer is: "
@@ -39,7 +44,7 @@ class GSM8K(PromptTask):
             return f"holds '{ANSWER_MARK}' before the last '{GOLD_MARK}' in column 'answer', and with it another number"
         return None
 
-    def prompt(self, row: Row) -> str:
+    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the question and, on its own line, the instruction to work step by step towards a number."""
         return f"{row['question']}\n{INSTRUCTION}\n"
 

@@ -24,6 +24,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.divergence import FiniteTrainer
+from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
@@ -64,13 +65,15 @@ def finetune(
     if config.train.gradient_checkpointing:
         model.enable_input_require_grads()  # without it no gradient reaches a checkpointed block
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    collator = task.collator(prepared.tokenizer)
+    check_isolation(model, prepared.train, collator)
     checkpoints = folder / "checkpoints"
     with progress("finetune") as advance:
         trainer = FiniteTrainer(
             model=model,
             args=training_arguments(config, checkpoints, device, dtype),
             train_dataset=prepared.train,
-            data_collator=task.collator(prepared.tokenizer),
+            data_collator=collator,
             callbacks=[_Report(advance, scalars)],
         )
         if task.model_kind != "causal":

@@ -625,3 +625,21 @@ def test_as_a_module(models: Models, tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1] == (
         f"{tmp_path}/out: 14 weights merged, in bfloat16; AutoModelForCausalLM.from_pretrained('{tmp_path}/out') loads it"
     )
+
+
+@pytest.mark.parametrize("save_format", FORMATS)
+def test_base_and_adapter_for_plain_peft(models: Models, tmp_path: Path, save_format: str) -> None:
+    init = models.made("llama", save_format)
+    line = work.export(init.folder, tmp_path / "out", to="adapter")
+    assert "weights of Q in float32 in base" in line
+    settings = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert not any("loftq" in name for name in settings)
+    assert settings["base_model_name_or_path"] == str((tmp_path / "out/base").resolve())
+    base = plainly(tmp_path / "out/base", init)
+    merged = work.export(init.folder, tmp_path / "merged", to="dense")
+    assert "merged" in merged
+    found = PeftModel.from_pretrained(base, tmp_path / "out/adapter").eval()
+    torch.testing.assert_close(outputs(found), outputs(plainly(tmp_path / "merged", init)), rtol=1e-4, atol=1e-4)
+    quantized = json.loads((init.folder / "init_report.json").read_text())["weights"][0]["name"]
+    with work.open_backbone(init.folder) as opened:
+        assert torch.equal(opened.values(quantized), base.get_submodule(quantized).base_layer.weight)

@@ -143,7 +143,7 @@ def test_a_file_of_choices_sets_only_what_exists() -> None:
 @pytest.mark.parametrize("model", choices("model"))
 def test_every_setting_can_be_set_without_a_plus(model: str) -> None:
     """Also one that no file of conf/ names: `model.revision=` was refused for every model, though --help shows it."""
-    run = compose([f"model={model}"])
+    run = compose([f"model={model}", *(["model.path=me/mine"] if model == "auto" else [])])
     here = {
         "model.revision": "v2", "model.trust_remote_code": True, "model.sha256": "ab", "model.member": "weights",
         "model.name": "mine", "hub.revision": "dev", "hub.private": True, "quant.solver": "exact", "train.bf16": True,
@@ -207,9 +207,9 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["+train.extra={a:1}"], "train.extra: there is no such setting"),
     (["~quant.bit"], "Could not delete"),
     (["quant=lofq"], "quant=lofq: there is no such choice; did you mean 'loftq'?"),
-    (["model=gpt-7"], "model=gpt-7: there is no such choice; choose from: bart, bart-large, "),
-    (["model="], "model=: there is no such choice; choose from: bart, bart-large, "),
-    (["model=null"], "model=null: there is no such choice; choose from: bart, bart-large, "),
+    (["model=gpt-7"], "model=gpt-7: there is no such choice; choose from: auto, bart, "),
+    (["model="], "model=: there is no such choice; choose from: auto, bart, "),
+    (["model=null"], "model=null: there is no such choice; choose from: auto, bart, "),
     (["task=7"], "task=7: there is no such choice; choose from: anli, arithmetic, glue, gsm8k, squad, summarization, wikitext"),
     (["experiment=demo-loft"], "experiment=demo-loft: there is no such choice; did you mean 'demo-loftq'?"),
     (["~model"], "model.path: no value is set and there is no default; give model.path=VALUE"),

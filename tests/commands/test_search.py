@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loftq_exp.commands import dispatch
+
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra optuna is not installed")
 
+ROOT = Path(__file__).parents[2]
 STUDY = (
     "-m", "hydra/sweeper=optuna", "hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=rank",
     "hydra.sweeper.n_jobs=1", "stages=[quantize,evaluate]",
@@ -62,3 +70,31 @@ def test_a_search_without_an_objective_is_refused(cli: Any) -> None:
         "error: objective=null: hydra/sweeper searches for the best score; add objective=NAME, such as objective=nll"
     )
     assert not Path("outputs/runs").exists()
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_and_the_report_shows_its_whole_history(cli: Any) -> None:
+    """Killed by the system in the course of its second trial or later."""
+    search = (*tiny(cli), *STUDY, "objective=nll", "quant.rank=choice(2,4,8)", "hydra.sweeper.n_trials=6")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "loftq_exp", *search]
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 200
+    while len(list(Path("outputs/sweeps").glob("*/job-*.json"))) < 1:
+        assert killed.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    before = len(list(Path("outputs/sweeps").glob("*/job-*.json")))
+    assert cli(*search[:-1], "hydra.sweeper.n_trials=2").code == 0
+    assert [state for state, _ in trials()].count("COMPLETE") in (
+        before + 2,
+        before + 1,
+    )  # it may die between record and study
+    outcome = cli.call(lambda: dispatch.main(["report", "outputs/sweeps"]))
+    found = [
+        json.loads(path.read_text())["metrics"]["scores"]["nll"]
+        for path in sorted(Path("outputs/sweeps").glob("*/job-*.json"))
+    ]
+    assert f"best of {before + 2} trials: nll {min(found):.6g} with " in outcome.out

@@ -229,3 +229,26 @@ def test_what_cannot_be_resumed(cli: Any) -> None:
         assert outcome.code == 1
         assert said in outcome.err
         assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("baseline", "said"), [
+    ("lora", "report.baseline=lora: no row matches; choose from: loftq, qlora, LoftQ NF4 iter 5 r2, "),
+    ("LoftQ r2", "report.baseline=LoftQ r2: no row matches; choose from: "),
+    ("lora,qlora", "report.baseline=lora,qlora: a sweep has one baseline; give one of them"),
+])  # fmt: skip
+def test_a_baseline_that_no_job_will_have_is_refused_before_the_first(cli: Any, baseline: str, said: str) -> None:
+    command = (*cli.tiny[:-1], "-m", "quant=loftq,qlora", "quant.rank=2,4,100000", f"report.baseline={baseline}")
+    assert cli.refused(*command).startswith(said)
+    assert not Path("outputs").exists()
+
+
+def test_a_baseline_that_a_job_will_have(cli: Any) -> None:
+    outcome = cli(
+        *cli.tiny,
+        "-m",
+        "stages=[quantize]",
+        "quant=loftq,qlora",
+        "quant.rank=2",
+        "report.baseline='LoftQ NF4 iter 5 r2'",
+    )
+    assert outcome.code == 0, outcome

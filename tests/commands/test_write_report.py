@@ -27,7 +27,8 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, (found, error) in enumerate(
         [(metrics({"accuracy": 0.25}, rank=8), None), (metrics({"accuracy": 0.75}, rank=32), None), (None, "no memory")]
     ):
-        write(folder / "sweeps" / "s" / f"job-000{number}.json", {"number": number, "error": error, "metrics": found})
+        job = {"number": number, "overrides": [f"seed={number}"], "error": error, "metrics": found}
+        write(folder / "sweeps" / "s" / f"job-000{number}.json", job)
     return folder
 
 
@@ -269,6 +270,62 @@ def test_a_run_that_is_not_finished_is_shown(outputs: Path, capsys: pytest.Captu
     assert len(re.findall(r"│ unfinished +│", out)) == 1
 
 
+@pytest.mark.parametrize("form", ["table", "json", "csv", "markdown", "latex", "html"])
+def test_a_failed_job_is_named_with_its_reason(
+    outputs: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    assert command.main(["outputs", "--format", form, *["--output=page.html"] * (form == "html")]) == 0
+    assert caplog.messages[0] == "outputs/sweeps/s: job 2 failed: no memory (seed=2)"
+    if form == "json":
+        json.loads(capsys.readouterr().out)
+    if form == "html":
+        assert "job 2 failed: no memory\n<pre>seed=2</pre>" in Path("page.html").read_text()
+
+
+def test_a_run_that_failed_is_told_from_one_that_runs(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (3, 4):
+        config = metrics(rank=8, seed=seed)["config"] | {"stages": ["quantize"]}
+        write(outputs / "runs" / str(seed) / "config.json", {"format": 2, **config, "initialisation": {"key": "0"}})
+    job = {"number": 3, "overrides": ["seed=4"], "error": "no memory", "metrics": None, "config": config}
+    write(outputs / "sweeps" / "s" / "job-0003.json", job)
+    states = [run["state"] for row in rows(capsys, "outputs") for run in row["runs"]]
+    assert sorted(states) == ["done", "done", "done", "failed", "unfinished"]
+    assert "1 of the runs is not finished" in (said := shown(capsys, "outputs"))
+    assert "1 of the runs failed" in said
+
+
+def test_a_sweep_of_which_every_job_failed(outputs: Path, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
+    assert command.main(["outputs/sweeps/s/job-0002.json"]) == 1
+    assert caplog.messages == ["outputs/sweeps/s: job 2 failed: no memory (seed=2)"]
+    assert capsys.readouterr().err.endswith("error: outputs/sweeps/s/job-0002.json: every job failed, as said above\n")
+
+
+def test_the_history_of_a_search_goes_on_over_its_sweeps(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sweeps, as after a kill. The second has a failed job."""
+    for folder, values in (("1", [0.5, 0.7]), ("2", [None, 0.6, 0.9])):
+        write(outputs / "search" / folder / "sweep.json", {"jobs": None, "direction": "maximize"})
+        for number, value in enumerate(values):
+            rank = 8 * (number + 1) + len(folder) * int(folder)
+            found = metrics({"accuracy": value}, rank=rank) if value else None
+            if found:
+                found["config"]["objective"] = "accuracy"
+            job = {
+                "number": number,
+                "overrides": [f"quant.rank={rank}"],
+                "error": None if found else "no memory",
+                "metrics": found,
+            }
+            write(outputs / "search" / folder / f"job-000{number}.json", job)
+    best = "best of 4 trials: accuracy 0.9 with quant.rank=26"
+    assert best in shown(capsys, "outputs/search")
+    assert command.main(["outputs/search", "--format", "html"]) == 0
+    page = Path("report.html").read_text()
+    assert best.capitalize() in page
+    titles = re.findall(r"best up to trial \d: [\d.]+", page)
+    assert list(dict.fromkeys(titles)) == [f"best up to trial {at}" for at in ("0: 0.5", "1: 0.7", "3: 0.7", "4: 0.9")]
+    assert shown(capsys, "outputs/sweeps").find("best of") == -1
+
+
 def test_what_is_no_record_is_left_out_with_a_warning(
     outputs: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,7 +335,7 @@ def test_what_is_no_record_is_left_out_with_a_warning(
     for number, content in enumerate(broken):
         write(outputs / "runs" / f"b{number or ''}" / "metrics.json", content)
     assert names(capsys, "outputs") == ["QLoRA NF4 r8", "QLoRA NF4 r32"]
-    assert caplog.messages == [
+    assert caplog.messages[:-1] == [
         f"outputs/runs/{name}/metrics.json: not the metrics of a run; skipped" for name in ("a", "b", "b1", "b2", "b3")
     ]
 

@@ -91,7 +91,7 @@ def test_results_do_not_depend_on_the_batch_size(
 ) -> None:
     first, second = scored(model, tiny_tokenizer, 2), scored(model, tiny_tokenizer, batch_size)
     assert first.scores == pytest.approx(second.scores, rel=1e-6)
-    assert [sample["prompt"] for sample in second.samples] == [TASK.prompt(row) for row in ROWS]
+    assert [sample["prompt"] for sample in second.samples] == [TASK.prompt(row, tiny_tokenizer) for row in ROWS]
     assert texts(first) == texts(second)
     assert first.tokens_generated == second.tokens_generated > 0
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray_cluster import ROOT, two_nodes
 
 import loftq_exp
 from loftq_exp.errors import UserError
@@ -148,6 +151,27 @@ def test_shards_share_measured_bits_and_calibration(place: Place, settings: list
     assert json.loads((folder / "init_report.json").read_text())["key"] == report["key"]
 
 
+def test_ray_that_is_not_installed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"^initialise.engine=ray: not installed; run: pip install 'loftq_exp\[ray\]'$"):
+        loftq_exp.run(loftq_exp.compose([*place.settings, "initialise.engine=ray", "initialise.shards=2"]))
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_ray_cluster_make_the_same_checkpoint(place: Place, whole: list[str], tmp_path: Path) -> None:
+    """Also from a node that was started in another folder, with relative paths."""
+    with two_nodes() as address:
+        command = [sys.executable, "-m", "loftq_exp", *place.settings, "output_dir=out", "initialise.engine=ray",
+                   "initialise.shards=2"]  # fmt: skip
+        paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": paths}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tasks on Ray: 2/2" in done.stdout
+    assert "0 computed, 14 from the cache" in done.stdout
+    assert place.digest == whole
+
+
 @given(st.integers(0, 20), st.integers(1, 8), st.data())
 def test_every_shard_takes_its_share_first_and_then_all_others(count: int, shards: int, data: st.DataObject) -> None:
     items: Any = list(range(count))
@@ -160,6 +184,8 @@ def test_every_shard_takes_its_share_first_and_then_all_others(count: int, shard
 
 @pytest.mark.parametrize(("overrides", "message"), [
     (["initialise.shard=1"], "initialise.shard=1: there are 1 shards, numbered from 0; give at most 0"),
+    (["initialise.engine=ray"], "initialise.engine=ray: there is one task; set initialise.shards to the number of tasks"),
+    (["initialise.engine=ray", "initialise.shards=2", "initialise.shard=1"], "initialise.shard=1: initialise.engine=ray computes every"),
     (["initialise.shards=0"], "initialise.shards=0: out of range"),
     (["initialise.shards=2", "stages=[quantize,evaluate]"], "initialise.shards=2: the processes share the quantize stage alone"),
     (["initialise.shards=2", "quant=lora", "quant.iter=0"], "initialise.shards=2: lora decomposes no weight"),

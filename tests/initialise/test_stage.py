@@ -654,8 +654,8 @@ def test_a_backbone_for_classification_carries_no_stray_keys(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"quant.rank": 33}, r"quant\.rank=33: model\.layers\.0\.self_attn\.k_proj is 32 x 64; choose a rank of at most 32"),
-        ({"quant.rank": 100000}, r"quant\.rank=100000: .* choose a rank of at most 32"),
+        ({"quant.rank": 65}, r"quant\.rank=65: no weight has such a rank, .* is \d+ x \d+; choose a rank of at most 64"),
+        ({"quant.rank": 100000}, r"quant\.rank=100000: .* choose a rank of at most 64"),
         ({"quant.block_size": 4096}, r"quant\.block_size=4096: does not divide the 2048 values of model\.layers\.0\.self_attn\.k_proj"),
     ],
 )  # fmt: skip

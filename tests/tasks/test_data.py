@@ -81,8 +81,8 @@ def test_limits_apply_to_their_split(tmp_path: Path) -> None:
         ("rows.jsonl", " \n\n", ["empty"]),
         ("rows.json", "[]", ["no rows"]),
         ("rows.csv", "question,answer\n", ["no rows"]),
-        ("rows.txt", "x", ["'.txt'", ".json, .jsonl or .csv"]),
-        ("rows", "x", ["extension ''", ".json, .jsonl or .csv"]),
+        ("rows.txt", "x", ["'.txt'", ".json, .jsonl, .csv or .parquet"]),
+        ("rows", "x", ["extension ''", ".json, .jsonl, .csv or .parquet"]),
         (
             "rows.jsonl",
             f'{json.dumps(GOOD)}\n\n{{"question": "x", }}\n',

@@ -39,7 +39,7 @@ def with_ids(tokenizer: PreTrainedTokenizerFast, row: Row, **settings: int) -> t
 def test_prompt_and_target_read_back(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     prompt, target = with_ids(tiny_tokenizer, ROW)
     assert prompt[0] == tiny_tokenizer.bos_token_id
-    assert tiny_tokenizer.decode(prompt[1:]) == TASK.prompt(ROW)
+    assert tiny_tokenizer.decode(prompt[1:]) == TASK.prompt(ROW, tiny_tokenizer)
     assert tiny_tokenizer.decode(target[:-1]) == TASK.target(ROW)
 
 

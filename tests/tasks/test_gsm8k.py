@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from loftq_exp.tasks import task_settings
 from loftq_exp.tasks.gsm8k import ANSWER_MARK, GSM8K, final_number
@@ -13,8 +14,8 @@ TASK = GSM8K(task_settings(kind="gsm8k"))
 ROW = {"question": "How many eggs?", "answer": "16 - 3 = <<16-3=13>>13 eggs.\n13 * 2 = 26\n#### 1,026"}
 
 
-def test_prompt_is_the_question_and_a_line_of_instruction() -> None:
-    question, instruction, end = TASK.prompt(ROW).split("\n")
+def test_prompt_is_the_question_and_a_line_of_instruction(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    question, instruction, end = TASK.prompt(ROW, tiny_tokenizer).split("\n")
     assert question == "How many eggs?"
     assert "step by step" in instruction
     assert "final number" in instruction

@@ -27,6 +27,8 @@ LENGTHS = {
     "arithmetic": {"max_source_length", "max_target_length", "data_seed", "problems"},
     "glue": {"max_source_length"},
     "gsm8k": {"max_source_length", "max_target_length"},
+    "instruct": {"max_length", "max_target_length", "packing", "eval_share", "data_seed", "score", "reference"},
+    "metamath": {"max_source_length", "max_target_length"},
     "squad": {"max_source_length", "doc_stride", "n_best_size", "max_answer_length"},
     "summarization": {"max_source_length", "max_target_length", "source_prefix", "num_beams", "length_penalty",
                       "no_repeat_ngram_size"},
@@ -132,7 +134,7 @@ class Riddles(PromptTask):
     config: RiddlesConfig
     columns = ("question", "answer")
 
-    def prompt(self, row):
+    def prompt(self, row, tokenizer):
         return row["question"] + " Hint." * self.config.hints
 
     def target(self, row):

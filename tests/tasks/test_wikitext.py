@@ -89,7 +89,9 @@ def test_nothing_to_predict(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerF
     empty.write_text(" \n")
     with pytest.raises(UserError, match="the file is empty"):
         task(train_file=str(empty)).rows("train")
-    with pytest.raises(UserError, match=r"the extension '.md' is not known; give a .json, .jsonl, .csv or .txt file"):
+    with pytest.raises(
+        UserError, match=r"the extension '.md' is not known; give a .json, .jsonl, .csv, .parquet or .txt file"
+    ):
         task(train_file="text.md").rows("train")
     wrong = tmp_path / "rows.jsonl"
     wrong.write_text('{"line": "x"}')

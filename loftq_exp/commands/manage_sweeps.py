@@ -1,4 +1,4 @@
-"""Going on with a multirun that was cut short: `loftq-exp sweep resume DIR [--failed]`."""
+"""Multiruns that were cut short, and the best of one again with more seeds: `loftq-exp sweep resume|best`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from loftq_exp.commands.best import run_best
 from loftq_exp.commands.run import main as run
 from loftq_exp.commands.sweep import PLAN, Sweep
 from loftq_exp.commands.terminal import OneLineParser, exit_code
@@ -15,10 +16,12 @@ from loftq_exp.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 if every job of the multirun is done then."""
+    """Run the command and return its exit code: 0 if every job is done then."""
 
     def work() -> int:
         options = _parser().parse_args(argv)
+        if options.action == "best":
+            return run_best(options.overrides, options.over, options.seeds)
         sweep = _resumable(local_path(options.folder).resolve())
         _enter(sweep)
         return run(sweep.arguments, sweep.folder, options.failed)
@@ -27,14 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="loftq-exp sweep",
-        description="Runs the jobs of a multirun that are missing, as its command did, and shows the tables of all jobs. The exit "
-        "code is 0 if every job is done.",
+    parser = OneLineParser(prog="loftq-exp sweep", description="Runs the jobs of multiruns.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    about = "run the jobs that are missing, as the sweep's command did, and show the tables of all jobs"
+    resume = actions.add_parser("resume", help="go on where a multirun was cut short", description=about)
+    resume.add_argument("folder", metavar="DIR", help=f"a folder of OUTPUT_DIR/sweeps, with its {PLAN}")
+    resume.add_argument("--failed", action="store_true", help="also run the failed jobs again")
+    about = (
+        "run a multirun, choose the best of --over for each of its other settings, and run that with each of --seeds"
     )
-    parser.add_argument("action", choices=("resume",), help="go on where it was cut short")
-    parser.add_argument("folder", metavar="DIR", help=f"a folder of OUTPUT_DIR/sweeps, with its {PLAN}")
-    parser.add_argument("--failed", action="store_true", help="also run the failed jobs again")
+    best = actions.add_parser("best", help="the best learning rate of each method, with seeds", description=about)
+    best.add_argument("overrides", metavar="OVERRIDE", nargs="+", help="as after loftq-exp run -m, with objective=NAME")
+    best.add_argument("--over", metavar="NAME", action="append", required=True,
+                      help="a setting that is chosen, such as train.learning_rate; repeatable")  # fmt: skip
+    best.add_argument(
+        "--seeds", metavar="A,B,...", required=True, help="the seeds of the second multirun, such as 0,1,2"
+    )
     return parser
 
 

@@ -1,0 +1,65 @@
+"""The jobs of a multirun before any of them runs: their overrides, their settings, and whether its baseline is among them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from loftq_exp.config import RunConfig
+from loftq_exp.errors import UserError
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
+"""What Hydra raises for settings that it cannot compose. ValueError is for a choice that is not text, such as model=null."""
+
+
+def planned(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
+    """Return the overrides of each job as Hydra composes them; None if the sweeper chooses them as it goes, or refuses these."""
+    sweeper = config.hydra.sweeper
+    if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+        return None
+    given = [*(f"{name}={value}" for name, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
+    try:
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
+        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException:
+        return None
+    return tuple(map(tuple, jobs))
+
+
+def check_baseline(config: DictConfig, jobs: Sequence[tuple[str, ...]]) -> None:
+    """Raise UserError if no job of a multirun matches report.baseline. A job whose settings are refused matches nothing."""
+    if config.report.baseline is None and not any("report.baseline=" in each for job in jobs for each in job):
+        return
+    from loftq_exp.report.collect import from_settings  # imported late: they take seconds
+    from loftq_exp.report.sweep import with_baseline
+
+    loader, found = GlobalHydra.instance().config_loader(), []
+    for job in jobs:
+        with contextlib.suppress(UserError, *COMPOSE_ERRORS):  # raised again when the job is run
+            composed = loader.load_sweep_config(config, list(job))
+            own = OmegaConf.masked_copy(composed, [str(name) for name in composed if name != "hydra"])
+            found.append(from_settings(Path("config.json"), run_config(own).to_dict(), "unfinished"))
+    if found:
+        with_baseline([run for run in found if run])
+
+
+def run_config(composed: DictConfig) -> RunConfig:
+    """Return the settings of a run from Hydra's tree. Raises UserError for any error in them."""
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        name = error.full_key
+        raise UserError(f"{name}: no value is set and there is no default; give {name}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from error
+    return RunConfig.from_mapping(cast("dict[str, Any]", values))

@@ -1,0 +1,192 @@
+"""LoftQ in place: backbone values and initialised adapters in a transformers model in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftMixedModel, PeftModel, get_peft_model
+
+from loftq_exp.artifact.folder import adapter_config
+from loftq_exp.calibration import collect_statistics
+from loftq_exp.config import QuantConfig
+from loftq_exp.config.schema import build
+from loftq_exp.errors import UserError
+from loftq_exp.initialise.decomposition_cache import Kept, Recipe
+from loftq_exp.initialise.plan import Errors, candidates, is_measured, make_plan
+from loftq_exp.initialise.stage import check_shapes, random_A
+from loftq_exp.initialise.workers import side_by_side
+from loftq_exp.loftq import Metric, Workspace, decompose, make_quantizer, metric_of
+from loftq_exp.loftq.allocation import Precision
+from loftq_exp.progress import progress
+from loftq_exp.source.in_memory import kind_of, layout_in_memory
+from loftq_exp.source.layout import Target
+from loftq_exp.storage.dense import FORMAT as DENSE
+from loftq_exp.storage.format import Codes
+
+Batches = Iterable[Mapping[str, torch.Tensor]]
+
+
+def apply(
+    model: transformers.PreTrainedModel,
+    config: QuantConfig | Mapping[str, Any] | None = None,
+    calibration: Batches | None = None,
+    *,
+    seed: int = 11,
+    **settings: Any,
+) -> PeftModel:
+    """Quantize the linear layers of `model` in place and return it with initialised adapters, as a PeftModel.
+
+    Each weight W becomes the dense values of Q, in its own dtype and on its own device. Its adapter (float32) starts at A and
+    B with Q + s B A close to W. The values are those of `stages=[quantize]` with a save_dtype of the model's dtype.
+
+    Args:
+        model: a transformers model with a head, in float32, bfloat16 or float16, on a CPU or GPU. It is changed.
+        config: the settings `quant`, as a `QuantConfig` or a mapping. `method` is loftq if a mapping does not name it.
+        calibration: with `calibration=full` or `diagonal` in the settings, batches for `collect_statistics`.
+        seed: of the adapters that are drawn: those of qlora and lora.
+        **settings: settings `quant` by name, such as `bits=4, rank=16`, except `calibration`. They replace those of
+            `config`.
+
+    Returns:
+        The PeftModel, ready to be trained. Its adapter belongs to Q, not to the pre-trained weights: save the
+        backbone too. `base_model_name_or_path` of its config is therefore empty.
+
+    Raises:
+        UserError: if settings, model and calibration do not fit. The model is then unchanged, unless a decomposition
+            failed.
+    """
+    if isinstance(calibration, str):
+        raise UserError(
+            f"calibration={calibration}: not batches; give the setting in config, {{'calibration': '{calibration}'}}"
+        )
+    quant = _settings(config, settings)
+    _check_settings(quant, calibration)
+    if isinstance(model, PeftModel | PeftMixedModel):
+        raise UserError(f"model: {type(model).__name__} has adapters already; give the model below them")
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise UserError(
+            f"model: a {type(model).__name__} is no transformers model; load one with AutoModel...from_pretrained"
+        )
+    kind = kind_of(model)
+    layout = layout_in_memory(model, kind)
+    check_shapes(layout, quant)
+    hessians: dict[str, torch.Tensor] = {}
+    if calibration is not None:
+        statistics = collect_statistics(
+            model, calibration, quant.calibration, [target.module for target in layout.targets]
+        )
+        hessians = {module: found.hessian for module, found in statistics.items()}
+    work = _InMemory(model, quant, hessians, seed)
+    plan = make_plan(layout, quant, {target.module: work.errors(target) for target in layout.targets} if is_measured(quant) else None)  # fmt: skip
+    lora = adapter_config(layout, plan, quant, kind, None)
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def one(target: Target) -> None:
+        factors[target.module] = work.initialise(target, plan[target.module])
+
+    with progress("apply") as advance:
+        for done, _ in enumerate(side_by_side(one, layout.targets, model.device), 1):
+            advance(done, len(layout.targets))
+    return _adapted(model, lora, factors)
+
+
+def _settings(config: QuantConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> QuantConfig:
+    given: Mapping[str, Any] = vars(config) if isinstance(config, QuantConfig) else config or {}
+    return build(QuantConfig, {"method": "loftq"} | dict(given) | dict(settings), "quant.")
+
+
+def _check_settings(quant: QuantConfig, calibration: Batches | None) -> None:
+    if quant.method == "off-the-shelf":
+        raise UserError(
+            "quant.method=off-the-shelf: a published checkpoint is loaded, not applied; use PeftModel.from_pretrained"
+        )
+    if quant.polish_steps:
+        raise UserError(
+            f"quant.polish_steps={quant.polish_steps}: apply does not polish; leave it at 0, or use stages=[quantize]"
+        )
+    if quant.order != "parallel":
+        raise UserError(f"quant.order={quant.order}: apply calibrates all layers at once; leave it at parallel, or use stages=[quantize]")  # fmt: skip
+    if quant.calibration != "none" and calibration is None:
+        raise UserError(f"quant.calibration={quant.calibration}: there is no text; give batches as `calibration`")
+    if quant.calibration == "none" and calibration is not None:
+        raise UserError("quant.calibration=none: the batches of `calibration` would be ignored; set calibration full or diagonal "
+                        "in the settings")  # fmt: skip
+
+
+class _InMemory:
+    """Converts the weights of one model."""
+
+    def __init__(
+        self, model: transformers.PreTrainedModel, quant: QuantConfig, hessians: dict[str, torch.Tensor], seed: int
+    ) -> None:
+        self.model, self.quant, self.hessians, self.seed = model, quant, hessians, seed
+        self._workspace = Workspace()
+
+    def initialise(self, target: Target, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write Q to the target's layer. Return A (r x in) and B (out x r), float32, on the CPU."""
+        quant, (rows, columns) = self.quant, target.shape
+        drawn = random_A(precision.rank, columns, self.seed, target.module), torch.zeros(rows, precision.rank)
+        if quant.type == "none":
+            return drawn
+        kept, recipe = self._decomposed(target, precision)
+        codes = Codes(kept.packed, kept.scales, kept.shape, recipe.quantizer)
+        weight = self._weight(target)
+        weight.copy_(DENSE.encode(target.tensor, codes, weight.dtype)[target.tensor])
+        share = math.sqrt(quant.scaling)  # absorb s equally, as the quantize stage does
+        return (kept.lora_A / share, kept.lora_B / share) if quant.iter else drawn
+
+    def errors(self, target: Target) -> Errors:
+        """The relative error of the target at each candidate precision."""
+        return {precision: self._decomposed(target, precision)[0].error for precision in candidates(target, self.quant)}
+
+    def _weight(self, target: Target) -> torch.Tensor:
+        return self.model.get_parameter(target.tensor).detach()
+
+    def _decomposed(self, target: Target, precision: Precision) -> tuple[Kept, Recipe]:
+        """The decomposition and its recipe. It is solved as the stage solves it for its cache, so that values are equal."""
+        quant, weight = self.quant, self._weight(target)
+        quantizer = make_quantizer(
+            quant.type,
+            precision.bits,
+            quant.block_size,
+            weight.dtype,
+            quant.double,
+            levels=quant.levels,
+            scale=quant.scale,
+        )
+        hessian = self.hessians.get(target.module)
+        metric: Metric | None = None if hessian is None else metric_of(hessian.to(weight.device))
+        recipe = Recipe(quantizer, precision.rank, quant.iter, quant.solver, None if hessian is None else target.module,
+                        quant.rounding, quant.method == "pissa")  # fmt: skip
+        solved = recipe.after(recipe.steps, target.shape)
+        try:
+            result = decompose(weight, quantizer, solved.rank, solved.steps, solved.solver, workspace=self._workspace.of_thread(),
+                               metric=metric, rounding=quant.rounding, principal=recipe.principal)  # fmt: skip
+        except UserError as error:
+            raise UserError(f"model: weight {target.tensor}: {error}") from None
+        kept = Kept.of(result, precision.bits)
+        return (kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept), recipe
+
+
+def _adapted(
+    model: transformers.PreTrainedModel, lora: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> PeftModel:
+    """The model with adapters that hold exactly these factors."""
+    with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are replaced
+        adapted = get_peft_model(model, lora)
+    assert isinstance(adapted, PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = ""  # not the pre-trained weights, which are not Q
+    parameters = dict(adapted.named_parameters())
+    names = {name for name in parameters if ".lora_" in name}
+    for module, (lora_A, lora_B) in factors.items():
+        for factor, values in (("A", lora_A), ("B", lora_B)):
+            name = f"base_model.model.{module}.lora_{factor}.default.weight"
+            parameters[name].data.copy_(values)
+            names.remove(name)
+    if names:
+        raise RuntimeError(f"PEFT adapted {min(names)}, which was not initialised")
+    return adapted
