@@ -6,7 +6,8 @@ whole sums, and their order depends on the shapes alone, so that the result is t
 
 One row: 32-bit multiply-adds. More rows of 16 bits: tensor cores, where each warp of a program sums a part of the columns.
 The configurations are for an H100 (132 multiprocessors, 3.3 TB/s), by reasoning: about 8 warps or more on each of them, each
-thread with several independent loads, so that about 16 KiB are in flight per multiprocessor.
+thread with several independent loads, so that about 16 KiB are in flight per multiprocessor. The words of the next tile are
+loaded before those of the last are decoded. Triton's pipelining is off: it would copy every level looked up to shared memory.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ MAX_ROWS = 16
 ROW_ALIGNMENT = 32
 """Values that are whole words and whole units for every number of bits."""
 
-ROW_OUTS, ROW_VALUES, ROW_WARPS = 8, 1024, 4
-"""One row: outputs and values of each per tile of a program. With 4096 outputs there are 512 programs, 2048 warps."""
+ROW_VALUES, ROW_WARPS = 1024, 4
+"""One row: values of each output per tile of a program, and warps."""
 
 TILE_OUTS, TILE_VALUES, TILE_WARPS = 16, 64, 8
 """More rows: outputs of a program, values that a warp multiplies at a time, and warps, each with its part of the columns.
@@ -52,10 +53,14 @@ def _one_row(
     code = tl.arange(0, UNIT)
     words += first.to(tl.int64) * LENGTH * (BITS * UNIT) // 32
     sums = tl.zeros([OUTS, UNITS], tl.float32)
+    at = out[:, None] * LENGTH + unit[None, :]
+    present = (first + out < outs)[:, None]
+    following = load_units(words, at, present & (unit < LENGTH)[None, :], BITS, UNIT)
     for start in range(0, LENGTH, UNITS):
-        units = start + unit
-        valid = (first + out < outs)[:, None] & (units < LENGTH)[None, :]
-        found = load_units(words, out[:, None] * LENGTH + units[None, :], valid, BITS, UNIT)
+        found, units = following, start + unit
+        valid = present & (units < LENGTH)[None, :]
+        more = present & (units + UNITS < LENGTH)[None, :]
+        following = load_units(words, at + start + UNITS, more, BITS, UNIT)
         codes = ((found[:, :, None] >> (code * BITS).to(tl.uint32)[None, None, :]) & (2**BITS - 1)).to(tl.int32)
         if GROUP == 0:
             groups = out[:, None] * 0 + units[None, :] * 0
@@ -64,8 +69,8 @@ def _one_row(
         values = decode(
             codes, scales, steps, table, groups[:, :, None], valid[:, :, None], KIND, DOUBLE, SIGNED, STORED
         )
-        at = row * COLUMNS + units[:, None] * UNIT + code[None, :]
-        factors = tl.load(rows + at, mask=(units < LENGTH)[:, None], other=0).to(tl.float32)
+        columns = row * COLUMNS + units[:, None] * UNIT + code[None, :]
+        factors = tl.load(rows + columns, mask=(units < LENGTH)[:, None], other=0).to(tl.float32)
         sums += tl.sum(values.to(ROW).to(tl.float32) * factors[None, :, :], axis=2)
     product = tl.sum(sums, axis=1)
     tl.store(products + row * outs + first + out, product.to(ROW), mask=first + out < outs)
@@ -88,10 +93,14 @@ def _few_rows(
     values_of_part = tl.arange(0, PARTS)[:, None] * (UNITS * UNIT) + tl.arange(0, UNITS * UNIT)[None, :]
     words += first.to(tl.int64) * LENGTH * (BITS * UNIT) // 32
     sums = tl.zeros([PARTS, OUTS, ROWS], tl.float32)
+    at = out[None, :, None] * LENGTH + of_part[:, None, :]
+    present = (first + out < outs)[None, :, None]
+    following = load_units(words, at, present & (of_part < LENGTH)[:, None, :], BITS, UNIT)
     for start in range(0, LENGTH, PARTS * UNITS):
-        units = (start + of_part)[:, None, :]
-        valid = (first + out < outs)[None, :, None] & (units < LENGTH)
-        found = load_units(words, out[None, :, None] * LENGTH + units, valid, BITS, UNIT)
+        found, units = following, (start + of_part)[:, None, :]
+        valid = present & (units < LENGTH)
+        more = present & (units + PARTS * UNITS < LENGTH)
+        following = load_units(words, at + start + PARTS * UNITS, more, BITS, UNIT)
         codes = ((found[:, :, :, None] >> (code * BITS).to(tl.uint32)[None, None, None, :]) & (2**BITS - 1)).to(
             tl.int32
         )
@@ -102,13 +111,18 @@ def _few_rows(
         values = decode(
             codes, scales, steps, table, groups[:, :, :, None], valid[:, :, :, None], KIND, DOUBLE, SIGNED, STORED
         )
-        at = (start * UNIT + values_of_part)[:, :, None]
-        inside = (at < COLUMNS) & (row < count)[None, None, :]
-        factors = tl.load(rows + row[None, None, :] * COLUMNS + at, mask=inside, other=0)
+        columns = (start * UNIT + values_of_part)[:, :, None]
+        inside = (columns < COLUMNS) & (row < count)[None, None, :]
+        factors = tl.load(rows + row[None, None, :] * COLUMNS + columns, mask=inside, other=0)
         sums = tl.dot(tl.reshape(values.to(ROW), [PARTS, OUTS, UNITS * UNIT]), factors, sums)
     product = tl.sum(sums, axis=0)
     written = (first + out < outs)[:, None] & (row < count)[None, :]
     tl.store(products + row[None, :] * outs + (first + out)[:, None], product.to(ROW), mask=written)
+
+
+def _row_outs(outs: int) -> int:
+    """Return the outputs of a program for one row: 8, or 4 where there are few, so that there are 256 programs or more."""
+    return 8 if outs >= 2048 else 4
 
 
 def multiplies(quantizer: Quantizer, shape: tuple[int, int], count: int, dtype: torch.dtype) -> bool:
@@ -140,9 +154,10 @@ def multiply(
     given = (*tensors(parts, quantizer), rows, products, shape[0])
     with current(rows.device):
         if count == 1 or rows.dtype == torch.float32:
-            grid: tuple[Any, ...] = (triton.cdiv(shape[0], ROW_OUTS), count)
-            _one_row[grid](*given, **fixed, OUTS=ROW_OUTS, UNITS=ROW_VALUES // unit, num_warps=ROW_WARPS)
+            each = _row_outs(shape[0])
+            grid: tuple[Any, ...] = (triton.cdiv(shape[0], each), count)
+            _one_row[grid](*given, **fixed, OUTS=each, UNITS=ROW_VALUES // unit, num_warps=ROW_WARPS)
         else:
             grid = (triton.cdiv(shape[0], TILE_OUTS),)
             _few_rows[grid](*given, count, **fixed, OUTS=TILE_OUTS, UNITS=TILE_VALUES // unit, PARTS=TILE_WARPS,
-                            ROWS=MAX_ROWS, num_warps=TILE_WARPS)  # fmt: skip
+                            ROWS=MAX_ROWS, num_warps=TILE_WARPS, num_stages=1)  # fmt: skip

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from loftq_exp.integrations.linear import PackedLinear
 from loftq_exp.kernels.gpu import gpu_kernels
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
 from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES
+from loftq_exp.storage import packed as storage
 from loftq_exp.storage.packed import pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -170,6 +172,29 @@ def test_products_of_few_rows(kernels: Any, kind: str, bits: int, double: bool, 
 )
 def test_products_of_several_tiles(kernels: Any, kind: str, bits: int, block: int, count: int) -> None:
     multiplied(kernels, make_quantizer(kind, bits, block, torch.bfloat16), (17, 1088), count, torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("count", [1, 4, 17])
+def test_a_layer_uses_them(kernels: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, of rows that are not contiguous: few from codes, many unpacked."""
+    called: list[str] = []
+
+    def counted(name: str) -> Any:
+        return lambda *given: called.append(name) or getattr(kernels, name)(*given)
+
+    spied = kernels._replace(unpack=counted("unpack"), multiply=counted("multiply"))
+    monkeypatch.setattr(storage, "gpu_kernels", lambda _: spied)
+    quantizer = make_quantizer("nf", 3, 32, torch.bfloat16)
+    quantized = quantizer.encode(weight((9, 96)))
+    layer = PackedLinear.from_quantized(quantized, quantizer, torch.ones(9), torch.float32)
+    given = torch.randn(96, count, 1, generator=torch.Generator().manual_seed(0)).permute(1, 2, 0).requires_grad_()
+    out = layer(given)
+    (gradient,) = torch.autograd.grad(out.sum(), given)
+    values = quantizer.decode_stored(quantized)
+    torch.testing.assert_close(out, given @ values.T + 1)
+    torch.testing.assert_close(gradient, values.sum(dim=0).expand(count, 1, 96))
+    assert called == ["unpack" if count > 16 else "multiply", "unpack"]
 
 
 @interpreted
