@@ -169,12 +169,32 @@ def stage(layers: int) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
 
 
 def packed() -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
-    """Packed layers beside bitsandbytes', by benchmarks/gpu_packed.py."""
+    """Packed layers beside bitsandbytes' NF4 layer, by benchmarks/gpu_packed.py: microseconds, and ratios to bitsandbytes'."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from gpu_packed import measure
+    from gpu_packed import BITS, measure
 
-    found = measure()
-    return found["columns"], found["rows"]
+    found, rows = measure(), []
+    for part, how in (("training", None), ("generation", "eager"), ("generation", "graph")):
+        for case, taken in found[part].items():
+            each = taken if how is None or "error" in taken else taken.get(how, {"error": "not measured"})
+            row = {"what": f"{part}{f', {how}' if how else ''}", "case": case, "reason": each.get("error")}
+            for name in ("dense", "bitsandbytes NF4", *(f"packed NF{bits}" for bits in BITS)):
+                if name in each:
+                    row[name] = 1e3 * each[name]
+                if (ratio := each.get(f"{name} / bitsandbytes")) is not None:
+                    row[f"{name} / bitsandbytes"] = ratio
+            rows.append(row)
+    for case, taken in found["unpacking"].items():
+        row = {"what": "unpacking alone", "case": case, "reason": taken.get("error")}
+        rows.append(row | {name: each["us"] for name, each in taken.items() if name != "error"})
+    columns = [{"key": "what", "name": "what"}, {"key": "case", "name": "out x in, rows"}]
+    columns += [{"key": name, "name": f"{name}, us", "format": "{:.0f}"}
+                for name in ("dense", "bitsandbytes NF4", *(f"packed NF{bits}" for bits in BITS))]  # fmt: skip
+    columns += [
+        {"key": f"packed NF{bits} / bitsandbytes", "name": f"NF{bits} / bitsandbytes", "format": "{:.2f}"}
+        for bits in BITS
+    ]
+    return [*columns, {"key": "reason", "name": "not measured because"}], rows
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from loftq_exp.errors import UserError
+from loftq_exp.kernels.gpu import GPU_TYPES, gpu_kernels
 from loftq_exp.kernels.unpack import multiplying, unpacking
 from loftq_exp.loftq.quantizer import Quantized, Quantizer
 from loftq_exp.loftq.scales import SCALES_PER_STEP, QuantizedScales, dequantize_scales, quantize_scales
@@ -144,8 +145,13 @@ def dequantize(
 
     Besides the result only a chunk of values is in memory.
     """
-    qweight, scales = parts["qweight"], float_scales(parts, quantizer)
+    qweight = parts["qweight"]
     values = torch.empty(shape, dtype=dtype, device=qweight.device)
+    gpu = gpu_kernels(qweight.device)
+    if gpu and dtype in GPU_TYPES:
+        gpu.unpack(parts, quantizer, shape, values)
+        return values
+    scales = float_scales(parts, quantizer)
     kernel = unpacking(quantizer, dtype) if qweight.device.type == "cpu" else None
     if kernel:
         kernel(qweight, scales, values.view(-1))
@@ -166,7 +172,7 @@ def dequantize(
 
 
 FEW_ROWS = 8
-"""Maximum number of rows multiplied by packed codes directly. For more rows, unpacking once is faster."""
+"""Maximum number of rows that a CPU multiplies by packed codes directly. For more rows, unpacking once is faster."""
 
 
 def product(
@@ -174,9 +180,16 @@ def product(
 ) -> torch.Tensor | None:
     """Return rows (..., in) times the transpose of a packed weight (out, in), in the rows' dtype, with float32 sums.
 
-    Return None for more than `FEW_ROWS` rows, on other devices than the CPU, and without a kernel. Then use `dequantize`.
+    Return None for many rows (on a CPU more than `FEW_ROWS`), and without a kernel. Then use `dequantize`.
     """
     count = rows.numel() // shape[1]
+    gpu = gpu_kernels(rows.device)
+    if gpu:
+        if not gpu.multiplies(quantizer, shape, count, rows.dtype):
+            return None
+        found = torch.empty(*rows.shape[:-1], shape[0], dtype=rows.dtype, device=rows.device)
+        gpu.multiply(parts, quantizer, shape, rows.detach().reshape(count, -1).contiguous(), found.view(count, -1))
+        return found
     if rows.device.type != "cpu" or not 0 < count <= FEW_ROWS or shape[1] % quantizer.block_size:
         return None
     kernel = multiplying(quantizer)
