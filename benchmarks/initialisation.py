@@ -280,7 +280,7 @@ def write(kept: dict[str, dict[str, Any]]) -> None:
         "![Seconds against parameters, ours and PEFT's](scaling.png)\n\n"
         "![Error against seconds for exact, torch.svd_lowrank and ours](error-time.png)\n\n"
         f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))}: {made}.\n"
-        f"These figures are for a CPU only; the CUDA path was not run.\n{about_dirty(kept)}\n{mark}{rest}"
+        f"These figures are for a CPU only; [on a GPU](gpu.md) has those of a card.\n{about_dirty(kept)}\n{mark}{rest}"
     )
 
 
