@@ -407,6 +407,7 @@ def fields_of_one(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Fie
 SETTINGS = dict(fields_of(RunConfig))
 SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "xsum"}
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
+INSTRUCT = {"task.kind": "instruct", "task.train_file": "chat.jsonl"}
 CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
 SHARED = {"stages": ["quantize"], "initialise.shards": 2}
@@ -420,6 +421,8 @@ BASES: dict[str, dict[str, Any]] = {
     ),
     **dict.fromkeys(("task.doc_stride", "task.n_best_size", "task.max_answer_length"), SQUAD),
     "task.block_size": {"task.kind": "wikitext"},
+    **dict.fromkeys(("task.max_length", "task.packing", "task.eval_share", "task.score"), INSTRUCT),
+    "task.reference": INSTRUCT | {"task.score": "exact"},
     "quant.rank_choices": {"quant.allocation": "error+rank"},
     "hub.push": {"hub.repo_id": "me/model"},
     **dict.fromkeys(
@@ -443,6 +446,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "model.kind": {"model.kind": "classification"},
     "task.kind": {"task.kind": "gsm8k"},
     "task.name": {"task.name": "cnn_dailymail"},
+    "task.module": {"task.module": "json"},
+    "task.eval_share": {"task.eval_share": 0.5},
     "stages": {"stages": ["quantize"]},
     "published": {"published": {"accuracy": 1.0}},
     "train.bf16": {"train.bf16": False},

@@ -51,7 +51,7 @@ AUTO = "model=auto"
 KNOWN_ELSEWHERE = {
     "train.lr": "did you mean 'train.learning_rate'?",
     "train.fp16": "choose train.bf16=true, or false for float32",
-    "train.packing": "task=instruct has task.packing; other tasks have one row a sample",
+    "train.packing": "task=instruct has task.packing",
     "train.report_to": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
     "logger": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
 }
