@@ -102,7 +102,7 @@ def test_glue(cli: Any, encoder: Path, name: str, scores: set[str], heading: str
     )
     assert set(metrics["scores"]) == scores
     assert heading in out
-    assert metrics["label"].endswith(f"-glue-{name}")
+    assert metrics["label"].endswith(f"-glue-{name}-bs4-n8")
     assert [[sample[column] for column in COLUMNS[name]] for sample in samples] == [
         [row[column] for column in COLUMNS[name]] for row in glue_rows(name)
     ]

@@ -333,5 +333,6 @@ def _explain(error: Exception, arguments: list[str]) -> str:
 def _nearest_setting(key: str) -> str:
     """As `nearest`, and also accepts the last part of a dotted name (`rank` for `quant.rank`)."""
     last_parts = {name.rpartition(".")[2]: name for name in _names()}
-    found = difflib.get_close_matches(key, [*_names(), *last_parts], n=1)
+    found = difflib.get_close_matches(key, GROUPS, n=1, cutoff=0.8)  # modle is no task.module
+    found = found or difflib.get_close_matches(key, [*_names(), *last_parts], n=1)
     return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"

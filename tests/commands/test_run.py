@@ -71,7 +71,7 @@ def test_help_is_a_page_for_a_newcomer(cli: Any) -> None:
     for group in set(command.GROUPS) - {"experiment"}:
         assert f"\n{group}: {', '.join(choices(group))}\n" in outcome.out
     assert "\nexperiment: demo-calibrated, demo-loftq, demo-lora, demo-qlora, and the paper's rows" in outcome.out
-    assert max(len(line) for line in outcome.out.splitlines()) < 400
+    assert max(len(line) for line in outcome.out.splitlines()) < 600  # the models'
     assert "--cfg job" in outcome.out
     assert not list(Path.cwd().iterdir())
     section = outcome.out.partition("Common settings\n")[2].partition("\n\n")[0]
@@ -210,7 +210,7 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["model=gpt-7"], "model=gpt-7: there is no such choice; choose from: auto, bart, "),
     (["model="], "model=: there is no such choice; choose from: auto, bart, "),
     (["model=null"], "model=null: there is no such choice; choose from: auto, bart, "),
-    (["task=7"], "task=7: there is no such choice; choose from: anli, arithmetic, glue, gsm8k, squad, summarization, wikitext"),
+    (["task=7"], "task=7: there is no such choice; choose from: anli, arithmetic, glue, gsm8k, instruct, metamath, squad, "),
     (["experiment=demo-loft"], "experiment=demo-loft: there is no such choice; did you mean 'demo-loftq'?"),
     (["~model"], "model.path: no value is set and there is no default; give model.path=VALUE"),
     (["~task"], "task.kind: no value is set and there is no default; give task=NAME"),
@@ -221,7 +221,7 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["stages=[quantise]"], "stages=quantise: not a choice (did you mean 'quantize'?)"),
     (["seed=4294967296"], "seed=4294967296: out of range; give a value less than 4294967296"),
     (["quant.bits=${nothing}"], "Interpolation key 'nothing' not found"),
-    (["quant.bits=???"], "Missing mandatory value: bits"),
+    (["quant.bits=???"], "quant.bits: no value is set and there is no default; give quant.bits=VALUE"),
     (["quant.rank=8,16"], "quant.rank=8,16: several values; add -m to run each of them"),
     (["quant=lora,qlora"], "quant=lora,qlora: several values; add -m to run each of them"),
     (["-m", "quant=lora,lofq"], "quant=lofq: there is no such choice; did you mean 'loftq'?"),
@@ -354,7 +354,7 @@ def test_a_multirun_over_seeds_ends_with_a_row_a_setting_and_differences_to_a_ba
     assert again.code == 1
     assert again.err.startswith("error: report.baseline=pissa: no row matches; choose from: qlora, loftq, QLoRA NF4 ")
     assert again.err.count("\n") == 1
-    assert "2 rows of 4 runs" in again.out
+    assert again.out == ""  # before any job
     assert {path.name for path in Path("outputs/runs").iterdir()} == set(runs)  # the baseline shapes no result
     several = cli(*sweep, "report.baseline=qlora,loftq")
     assert several.err == "error: report.baseline=loftq,qlora: a sweep has one baseline; give one of them\n"

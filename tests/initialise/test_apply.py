@@ -111,7 +111,7 @@ def test_calibrated_as_loftq_init_on_the_same_statistics(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 65}, "quant.rank=65: model.layers.0"),
+        ({"rank": 65}, "quant.rank=65: no weight has such a rank"),
         ({"bit": 4}, "quant.bit: there is no such setting"),
         ({"calibration": "full"}, "there is no text"),
         ({"polish_steps": 3}, "apply does not polish"),
