@@ -13,7 +13,7 @@ from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.locate import locate
 
 
-def test_qwen2_moe_style_gates_and_narrow_projections(tmp_path: Path) -> None:
+def test_narrow_projections_get_their_largest_rank_and_gates_stay_dense(tmp_path: Path) -> None:
     """Grouped-query keys of 16 rows beside 64 x 64 weights: rank 16 of 24, at the same s, and PEFT reads them."""
     model = tmp_path / "model"
     hf.LlamaForCausalLM(hf.LlamaConfig(
