@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--layers 4] [--part solver stage packed]      (make gpu runs it; some minutes)
 
-Needs no network: weights are drawn. A part that fails is recorded with its reason. Writes docs/results/gpu-PART.json, which
+Needs no network: weights are drawn. A part that fails ends with its reason, after the others. Writes docs/results/gpu-PART.json, which
 scripts/result_tables.py puts into docs/gpu.md.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,14 @@ def quantized(source: Path, root: Path, *overrides: str) -> tuple[float, dict[st
     return record["seconds"]["quantize"], json.loads(report.read_text()) | {"memory": record["peak_memory"]["quantize"]}
 
 
+def phases(weights: list[dict[str, Any]]) -> dict[str, float]:
+    """The seconds of each phase of the quantize stage, summed over the weights of a report."""
+    total: Counter[str] = Counter()
+    for weight in weights:
+        total.update(weight["phases"])
+    return dict(total)
+
+
 def stage(layers: int) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
     """The quantize stage, from safetensors to a bnb4 checkpoint, beside copying the same bytes; 7B's time by its layers."""
     rows = []
@@ -138,30 +147,19 @@ def stage(layers: int) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
         size = (source / "model.safetensors").stat().st_size
         began = time.perf_counter()
         shutil.copyfile(source / "model.safetensors", Path(place) / "copy")
-        with (Path(place) / "copy").open("rb+") as file:
-            file.flush()
         copied = time.perf_counter() - began
-        rows.append(
-            {
-                "what": f"copy of the source's file, {size / 1e9:.2f} GB",
-                "s": copied,
-                "at_7b": copied * LAYERS_7B / layers,
-            }
-        )
-        for what, overrides in (
+        known = {"what": f"copy of the source's file, {size / 1e9:.2f} GB", "s": copied}
+        rows.append({**known, "at_7b": copied * LAYERS_7B / layers})
+        for number, (what, overrides) in enumerate((
             ("NF4, 5 steps, bnb4", ("quant.bits=4", "save_format=bnb4")),
             ("the same again, from the cache", ("quant.bits=4", "save_format=bnb4")),
             ("2 bits, searched, 5 steps, packed", ("quant.bits=2", "quant.scale=search", "quant.levels=optimal", "save_format=packed")),
-        ):  # fmt: skip
-            root = Path(place) / ("again" if "again" in what else what.split(",")[0].replace(" ", ""))
-            taken, report = quantized(source, root, *overrides, f"cache_dir={place}/cache", "quant.iter=5")
+        )):  # fmt: skip
+            taken, report = quantized(
+                source, Path(place) / str(number), *overrides, f"cache_dir={place}/cache", "quant.iter=5"
+            )
             rows.append({"what": what, "s": taken, "at_7b": taken * LAYERS_7B / layers,
-                         "gb": report["memory"]["cuda_bytes"] / 1e9, "values": values})  # fmt: skip
-            phases: dict[str, float] = {}
-            for weight in report["weights"]:
-                for name, spent in weight.get("phases", {}).items():
-                    phases[name] = phases.get(name, 0) + spent
-            rows[-1]["phases"] = phases
+                         "gb": report["memory"]["cuda_bytes"] / 1e9, "values": values, "phases": phases(report["weights"])})  # fmt: skip
     columns = [{"key": "what", "name": f"{layers} of {LAYERS_7B} layers"}, {"key": "s", "name": "s", "format": "{:.1f}"},
                {"key": "at_7b", "name": f"s, times {LAYERS_7B}/{layers} (computed)", "format": "{:.0f}"},
                {"key": "gb", "name": "peak card memory, GB", "format": "{:.2f}"}]  # fmt: skip

@@ -1,6 +1,6 @@
 """Packed layers on a GPU beside bitsandbytes' 4-bit layers: unpacking, a training step of a layer, and generation.
 
-    python benchmarks/gpu_packed.py --out packed.json    (needs CUDA; under a minute on an H100)
+    python benchmarks/gpu.py --part packed    (needs CUDA; under a minute on an H100)
 
 The shapes are those of Llama-2-7B. Times are medians of alternating runs, by CUDA events, after a warm-up. In generation and
 unpacking, a run goes through enough layers that none is still in the cache. A part that fails records its error.
@@ -8,13 +8,9 @@ unpacking, a run goes through enough layers that none is still in the cache. A p
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,53 +189,10 @@ def measure(device: torch.device | None = None, shapes: tuple[tuple[int, int], .
             ("generation", f"{o}x{i}, {rows} rows", lambda s=(o, i), n=rows: generation(s, n, device))
             for o, i in shapes
         ]
-    found: dict[str, Any] = {"generation": {}, "unpacking": {}, "training": {}, "machine": machine(device)}
+    found: dict[str, Any] = {"generation": {}, "unpacking": {}, "training": {}}
     for part, name, run in cases:
         late = time.perf_counter() - began > MOST_SECONDS
         found[part] |= {name: {"error": "no time left"}} if late else attempt(name, run)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found | {"seconds": time.perf_counter() - began}
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """The card and the versions."""
-    names = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
-    for package in ("triton", "bitsandbytes"):
-        names |= attempt(package, lambda package=package: __import__(package).__version__)
-    return names
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return the measurements as text, one line per case and form."""
-    told = [f"{name}: {value}" for name, value in found["machine"].items()]
-    for part in ("unpacking", "training", "generation"):
-        for case, results in found[part].items():
-            told.append(f"{part} {case}")
-            told += [f"    {line}" for line in numbers(results)]
-    return [*told, f"{found['seconds']:.0f} s"]
-
-
-def numbers(results: Any, prefix: str = "") -> list[str]:
-    if not isinstance(results, dict):
-        return [f"{prefix}: {results:.4g}" if isinstance(results, float) else f"{prefix}: {results}"]
-    return [line for name, value in results.items() for line in numbers(value, f"{prefix} {name}".strip())]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu_packed.py: no CUDA device here; run it on a machine with one")
-    found = measure()
-    print("\n".join(lines(found)))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return found

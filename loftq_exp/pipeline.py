@@ -107,9 +107,8 @@ def _run(config: RunConfig) -> RunResult:
     prepared = _prepare(place, config, data, records, adapter)
     if config.initialise.shards > 1 and isinstance(place, Source):
         spread = share_on_ray if config.initialise.engine == "ray" else share
-        ranks.from_main(
-            lambda: spread(place, config)
-        )  # before the run's lock, behind which the other shards would wait
+        # Before the run's lock, behind which the other shards would wait.
+        ranks.from_main(lambda: spread(place, config))
     ranks.from_main(lambda: _make_folder(config, folder))
     with _alone(folder):
         ranks.from_main(lambda: write_config(folder, config, identity))

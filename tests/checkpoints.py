@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,19 +17,25 @@ from loftq_exp.tasks.arithmetic import generate
 SPECIAL = ("<s>", "</s>", "<pad>")
 
 
-@pytest.fixture(scope="session")
-def pair_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that makes <s> A </s> B </s> of a pair and has a pad token, as encoders' tokenizers do."""
+def byte_level_bpe(texts: Sequence[str], size: int, special: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE of `size` tokens trained on `texts`, without special tokens in its output yet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(SPECIAL),
+        vocab_size=size,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([row["question"] for row in islice(generate("train", 0), 100)], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that makes <s> A </s> B </s> of a pair and has a pad token, as encoders' tokenizers do."""
+    tokenizer = byte_level_bpe([row["question"] for row in islice(generate("train", 0), 100)], 400, SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 1)]
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import checkpoint, pair_tokenizer  # noqa: F401  # fixtures
+from checkpoints import byte_level_bpe, checkpoint, pair_tokenizer  # noqa: F401  # fixtures
 from hub import fake_hub  # noqa: F401  # a fixture
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from zoo import llama, with_tokenizer
 
@@ -53,17 +53,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 512 tokens that puts <s> before a text and, like many a decoder's, has no pad token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = [f"{row['question']}\n{row['answer']}" for row in islice(generate("train", 0), 200)]
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, 512, ("<s>", "</s>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Sweep
 from loftq_exp.errors import UserError
+from loftq_exp.report.places import JOB
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def launched(launcher: str | None) -> Iterator[None]:
         for job in _submitted(launcher):
             job.wait()
         reason = f"hydra/launcher={launcher}: {type(error).__name__}: {_reason(error)}"
-        if not list(Path(os.environ[SWEEP_FOLDER]).glob("job-*.json")):
+        if not list(Path(os.environ[SWEEP_FOLDER]).glob(JOB)):
             raise UserError(reason) from error
         log.error("%s", reason)
     finally:
@@ -87,16 +88,15 @@ def _show_progress(ended: threading.Event) -> None:
     """Log how many jobs are done each time that a job has ended."""
     known = 0
     while not ended.wait(_SECONDS):
-        folder = Path(os.environ.get(SWEEP_FOLDER) or "/nonexistent")
-        recorded = len(list(folder.glob("job-*.json")))
-        if recorded != known and (sweep := Sweep.read(folder)):
+        sweep = Sweep.current()
+        if sweep and (recorded := len(list(sweep.folder.glob(JOB)))) != known:
             known = recorded
             log.info("sweep: %s", sweep.progress())
 
 
 def _submitted(launcher: str | None) -> Sequence[Any]:
     """Return the jobs that submitit started for this multirun since it began or was resumed."""
-    sweep = Sweep.read(Path(os.environ.get(SWEEP_FOLDER) or "/nonexistent"))
+    sweep = Sweep.current()
     if sweep is None or launcher is None or not launcher.startswith("submitit"):
         return ()
     folder = sweep.folder / SUBMITTED

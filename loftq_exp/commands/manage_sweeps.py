@@ -9,10 +9,11 @@ from pathlib import Path
 
 from loftq_exp.commands.best import run_best
 from loftq_exp.commands.run import main as run
-from loftq_exp.commands.sweep import PLAN, Sweep
+from loftq_exp.commands.sweep import Sweep
 from loftq_exp.commands.terminal import OneLineParser, exit_code
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
+from loftq_exp.report.places import PLAN
 
 
 def main(argv: Sequence[str] | None = None) -> int:

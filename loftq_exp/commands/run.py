@@ -39,6 +39,7 @@ from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_lib
 from loftq_exp.config import RunConfig, TaskConfig
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
+from loftq_exp.report.places import JOB
 from loftq_exp.tasks.outside import import_named
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _set_up_output() -> None:
 
 
 def _how_to_go_on() -> str:
-    sweep = Sweep.read(Path(os.environ[SWEEP_FOLDER])) if os.environ.get(SWEEP_FOLDER) else None
+    sweep = Sweep.current()
     if sweep is None:
         return "finished work is kept; run the same command again to resume"
     return f"{sweep.progress()}; go on with: loftq-exp sweep resume {shlex.quote(str(sweep.folder))}"
@@ -188,8 +189,8 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
 def _overrides(given: Sequence[str]) -> list[str]:
     """Return the overrides as Hydra accepts them. A model.path without a choice of model is of the group `auto`."""
     names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0] for each in given}
-    chosen = [AUTO] if "model.path" in names and not names & {"model", "experiment"} else []
-    return [*chosen, *map(_plain, given)]
+    added = [AUTO] if "model.path" in names and not names & {"model", "experiment"} else []
+    return [*added, *map(_plain, given)]
 
 
 def _plain(override: str) -> str:
@@ -211,7 +212,7 @@ def _unknown_flag(message: str) -> NoReturn:
 def _remove_empty_sweep() -> None:
     """Remove the folder of a multirun without any job."""
     folder = os.environ.get(SWEEP_FOLDER)
-    if folder and not list(Path(folder).glob("job-*.json")):
+    if folder and not list(Path(folder).glob(JOB)):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -332,7 +333,8 @@ def _explain(error: Exception, arguments: list[str]) -> str:
 
 def _nearest_setting(key: str) -> str:
     """As `nearest`, and also accepts the last part of a dotted name (`rank` for `quant.rank`)."""
-    last_parts = {name.rpartition(".")[2]: name for name in _names()}
+    names = _names()
+    last_parts = {name.rpartition(".")[2]: name for name in names}
     found = difflib.get_close_matches(key, GROUPS, n=1, cutoff=0.8)  # modle is no task.module
-    found = found or difflib.get_close_matches(key, [*_names(), *last_parts], n=1)
+    found = found or difflib.get_close_matches(key, [*names, *last_parts], n=1)
     return f"did you mean '{last_parts.get(found[0], found[0])}'?" if found else "--cfg job shows all of them"

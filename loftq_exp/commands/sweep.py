@@ -29,13 +29,13 @@ from loftq_exp.commands.planned import check_baseline, planned
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.schema import RESULTS, shaping
 from loftq_exp.errors import UserError
+from loftq_exp.report.places import JOB, PLAN, job_file
 from loftq_exp.whole import read_object, write_whole
 
 log = logging.getLogger(__name__)
 
 SWEEP_FOLDER = "LOFTQ_EXP_SWEEP"
 """Environment variable with the folder of this process's multirun."""
-PLAN = "sweep.json"
 _LOCK = ".running.lock"
 _HOW = ("hydra/launcher=", "hydra.launcher.")
 """Overrides that change how the jobs are run, and no job."""
@@ -74,6 +74,12 @@ class Sweep:
         except (KeyError, TypeError):
             return None
 
+    @classmethod
+    def current(cls) -> Sweep | None:
+        """Return the multirun of this process; None if it runs none."""
+        folder = os.environ.get(SWEEP_FOLDER)
+        return cls.read(Path(folder)) if folder else None
+
     def write(self) -> None:
         """Write sweep.json."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,7 @@ class Sweep:
 
     def record(self, number: int) -> Path:
         """Return the path of the file with the outcome of the job of this number."""
-        return self.folder / f"job-{number:04d}.json"
+        return self.folder / job_file(number)
 
     @property
     def outcomes(self) -> Iterator[dict[str, Any]]:
@@ -139,9 +145,9 @@ class Sweep:
     def progress(self) -> str:
         """Return how many jobs are done, and the time left at the pace since `began`."""
         if self.jobs is None:
-            return f"{len(list(self.folder.glob('job-*.json')))} jobs recorded"
+            return f"{len(list(self.folder.glob(JOB)))} jobs recorded"
         states, elapsed = self.states, time.time() - self.began
-        now = sum(path.stat().st_mtime >= self.began for path in self.folder.glob("job-*.json"))
+        now = sum(path.stat().st_mtime >= self.began for path in self.folder.glob(JOB))
         left = states["missing"]
         text = f"{states['done']} of {len(self.jobs)} jobs done"
         text += f", {states['failed']} failed" if states["failed"] else ""

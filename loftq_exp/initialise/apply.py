@@ -15,11 +15,12 @@ from loftq_exp.calibration import collect_statistics
 from loftq_exp.config import QuantConfig
 from loftq_exp.config.schema import build
 from loftq_exp.errors import UserError
+from loftq_exp.initialise.decomposer import quantizers_of, recipe_of, solve
 from loftq_exp.initialise.decomposition_cache import Kept, Recipe
 from loftq_exp.initialise.plan import Errors, candidates, is_measured, make_plan
 from loftq_exp.initialise.stage import check_shapes, random_A
 from loftq_exp.initialise.workers import side_by_side
-from loftq_exp.loftq import Metric, Workspace, decompose, make_quantizer, metric_of
+from loftq_exp.loftq import Metric, Workspace, metric_of
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.in_memory import kind_of, layout_in_memory
@@ -149,23 +150,13 @@ class _InMemory:
     def _decomposed(self, target: Target, precision: Precision) -> tuple[Kept, Recipe]:
         """The decomposition and its recipe. It is solved as the stage solves it for its cache, so that values are equal."""
         quant, weight = self.quant, self._weight(target)
-        quantizer = make_quantizer(
-            quant.type,
-            precision.bits,
-            quant.block_size,
-            weight.dtype,
-            quant.double,
-            levels=quant.levels,
-            scale=quant.scale,
-        )
         hessian = self.hessians.get(target.module)
         metric: Metric | None = None if hessian is None else metric_of(hessian.to(weight.device))
-        recipe = Recipe(quantizer, precision.rank, quant.iter, quant.solver, None if hessian is None else target.module,
-                        quant.rounding, quant.method == "pissa")  # fmt: skip
+        quantizer = quantizers_of(quant, weight.dtype)[precision.bits]
+        recipe = recipe_of(quant, quantizer, precision.rank, None if hessian is None else target.module)
         solved = recipe.after(recipe.steps, target.shape)
         try:
-            result = decompose(weight, quantizer, solved.rank, solved.steps, solved.solver, workspace=self._workspace.of_thread(),
-                               metric=metric, rounding=quant.rounding, principal=recipe.principal)  # fmt: skip
+            result = solve(solved, weight, metric, self._workspace.of_thread())
         except UserError as error:
             raise UserError(f"model: weight {target.tensor}: {error}") from None
         kept = Kept.of(result, precision.bits)

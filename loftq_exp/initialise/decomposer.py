@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from loftq_exp.config import RunConfig
+from loftq_exp.config import QuantConfig, RunConfig
 from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.calibrate import Calibration
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Kept, Recipe, weight_digest
 from loftq_exp.initialise.plan import Errors, candidates
 from loftq_exp.initialise.workers import Phases, side_by_side
-from loftq_exp.loftq import Workspace, decompose, make_quantizer
+from loftq_exp.loftq import Decomposition, Metric, Quantizer, Workspace, decompose, make_quantizer
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.layout import Layout, Target
@@ -29,6 +29,35 @@ class Decomposed:
     steps_computed: int
 
 
+def quantizers_of(quant: QuantConfig, dtype: torch.dtype) -> dict[int, Quantizer]:
+    """The quantizer of each width of the settings, with scales stored in `dtype`. None of a method that quantizes nothing."""
+    if quant.type == "none":
+        return {}
+    return {
+        bits: make_quantizer(
+            quant.type, bits, quant.block_size, dtype, quant.double, levels=quant.levels, scale=quant.scale
+        )
+        for bits in quant.widths
+    }
+
+
+def recipe_of(quant: QuantConfig, quantizer: Quantizer, rank: int, hessian: str | None) -> Recipe:
+    """The recipe of the settings at one precision. `hessian` identifies the norm, see `Recipe`."""
+    return Recipe(quantizer, rank, quant.iter, quant.solver, hessian, quant.rounding, quant.method == "pissa")
+
+
+def solve(
+    recipe: Recipe,
+    weight: torch.Tensor,
+    metric: Metric | None,
+    workspace: Workspace,
+    start: Decomposition | None = None,
+) -> Decomposition:
+    """The decomposition of a weight (out, in), on its device, by a recipe. See `decompose`."""
+    return decompose(weight, recipe.quantizer, recipe.rank, recipe.steps, recipe.solver, start=start, workspace=workspace,
+                     metric=metric, rounding=recipe.rounding, principal=recipe.principal)  # fmt: skip
+
+
 class Decomposer:
     """Decomposes weights through the cache, each at its own precision."""
 
@@ -39,15 +68,7 @@ class Decomposer:
         self.calibration: Calibration | None = None
         """The norms of the outputs; None: weights are decomposed in Frobenius' norm."""
         self._workspace = Workspace()
-        self.quantizers = {}
-        if config.quant.type != "none":
-            quant, dtype = config.quant, getattr(torch, config.save_dtype)
-            self.quantizers = {
-                bits: make_quantizer(
-                    quant.type, bits, quant.block_size, dtype, quant.double, levels=quant.levels, scale=quant.scale
-                )
-                for bits in quant.widths
-            }
+        self.quantizers = quantizers_of(config.quant, getattr(torch, config.save_dtype))
 
     def decomposed(
         self, target: Target, weight: torch.Tensor, digest: str, precision: Precision, phases: Phases
@@ -65,10 +86,8 @@ class Decomposer:
                 metric = self.calibration.metric(target.module, self.device)
         try:
             with phases.timed("decompose"):
-                result = decompose(weight.to(self.device), recipe.quantizer, solved.rank, solved.steps, solved.solver,
-                                   start=found.unpacked() if found else None, workspace=self._workspace.of_thread(),
-                                   metric=metric, rounding=self.quant.rounding,
-                                   principal=recipe.principal)  # fmt: skip
+                start = found.unpacked() if found else None
+                result = solve(solved, weight.to(self.device), metric, self._workspace.of_thread(), start)
         except UserError as error:
             raise UserError(f"model.path: weight {target.tensor}: {error}") from None
         with phases.timed("cache"):
@@ -85,8 +104,7 @@ class Decomposer:
 
     def _recipe(self, target: Target, precision: Precision) -> Recipe:
         hessian = self.calibration.digest(target.module) if self.calibration else None
-        return Recipe(self.quantizers[precision.bits], precision.rank, self.quant.iter, self.quant.solver, hessian,
-                      self.quant.rounding, self.quant.method == "pissa")  # fmt: skip
+        return recipe_of(self.quant, self.quantizers[precision.bits], precision.rank, hessian)
 
     def initialised(self, target: Target, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
         """Q + s B A of the target's weight: float32 (out, in), on the CPU."""

@@ -53,9 +53,8 @@ def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.devic
     workers = min(WORKERS, threads) if device.type == "cpu" else WORKERS
     keep_freed_memory_low()
     if device.type == "cuda":
-        torch.linalg.cholesky_ex(
-            torch.eye(1, device=device)
-        )  # torch loads CUDA's linear algebra once, not thread-safely
+        # torch loads CUDA's linear algebra at its first use, which must not happen in two threads at once.
+        torch.linalg.cholesky_ex(torch.eye(1, device=device))
     pool = ThreadPoolExecutor(workers, "weights", torch.set_num_threads, (max(threads // workers, 1),))
     running: set[Future[U]] = set()
     try:

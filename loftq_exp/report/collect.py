@@ -11,12 +11,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeGuard
 
+from loftq_exp.report.places import JOB
 from loftq_exp.report.table import METHODS
 
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS = "config.json", "metrics.json"
-JOB = "job-*.json"
 
 _NEEDED = {"label": str, "config": dict, "scores": dict, "table": list, "init": dict, "seconds": dict}
 _PRESENT = ("published", "backbone_bytes", "adapter_bytes")

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_exp.report.collect import JOB, files_in, is_metrics
+from loftq_exp.report.collect import files_in, is_metrics
+from loftq_exp.report.places import JOB, PLAN, job_file
 from loftq_exp.whole import read_object
-
-PLAN = "sweep.json"
-"""What a sweep was asked for, in its folder beside the records of its jobs."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class Search:
     @property
     def best(self) -> Job:
         """The first job with the best score."""
-        return next(job for _, job in self.trials if job.objective == self.best_so_far[-1])
+        best = self.best_so_far[-1]
+        return next(job for _, job in self.trials if job.objective == best)
 
     @property
     def summary(self) -> str:
@@ -93,7 +92,7 @@ def all_jobs(folder: Path) -> list[Job]:
     """Return the jobs of the sweep in `folder` in order, also those that its plan has and that have no record."""
     recorded = {(job.number, job.overrides): job for job in jobs_in([folder])}
     planned = [(number, tuple(job)) for number, job in enumerate(read_object(folder / PLAN).get("jobs") or ())]
-    absent = [Job(folder / f"job-{number:04d}.json", number, overrides, None, None)
+    absent = [Job(folder / job_file(number), number, overrides, None, None)
               for number, overrides in planned if (number, overrides) not in recorded]  # fmt: skip
     return sorted([*recorded.values(), *absent], key=lambda job: job.number)
 

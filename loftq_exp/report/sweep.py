@@ -20,6 +20,7 @@ from loftq_exp.report.forms import as_csv, as_markdown
 from loftq_exp.report.grid import grids
 from loftq_exp.report.jobs import Job, all_jobs, failures, searches
 from loftq_exp.report.page import write_page
+from loftq_exp.report.places import job_file
 from loftq_exp.report.plot import plot_losses
 from loftq_exp.report.record import write_json
 from loftq_exp.report.summary import Summary, summarise
@@ -59,7 +60,7 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Outc
     if reason:
         log.error("job %d failed: %s", number, reason)
         record["config"] = outcome.config  # the metrics of a job that is done have it
-    write_json(folder / f"job-{number:04d}.json", record)
+    write_json(folder / job_file(number), record)
 
 
 def report_sweep(folder: Path) -> bool:

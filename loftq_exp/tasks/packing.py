@@ -13,20 +13,21 @@ if TYPE_CHECKING:
 
 
 def pack(features: Sequence[Features], length: int) -> list[Features]:
-    """Return `features` joined to sequences of at most `length` tokens, longest first into the first that has room.
+    """Return `features` joined to sequences of at most `length` tokens, longest first, each into the first sequence with enough free tokens.
 
     Positions start at 0 in each row. A row's first label is ignored, since no token of the row predicts it.
     """
-    bins: list[tuple[int, list[Features]]] = []
+    sequences: list[list[Features]] = []
+    free: list[int] = []
     for feature in sorted(features, key=lambda one: -len(one["input_ids"])):
         size = len(feature["input_ids"])
-        place = next((number for number, (room, _) in enumerate(bins) if room >= size), None)
-        if place is None:
-            bins.append((length - size, [feature]))
-        else:
-            room, members = bins[place]
-            bins[place] = (room - size, [*members, feature])
-    return [_joined(members) for _, members in bins]
+        place = next((number for number, tokens in enumerate(free) if tokens >= size), len(free))
+        if place == len(free):
+            sequences.append([])
+            free.append(length)
+        sequences[place].append(feature)
+        free[place] -= size
+    return [_joined(members) for members in sequences]
 
 
 def _joined(members: Sequence[Features]) -> Features:
@@ -41,7 +42,7 @@ def _joined(members: Sequence[Features]) -> Features:
 class PackedCollator(Collator):
     """Pads packed features and stacks them, without an attention mask.
 
-    transformers tells the rows apart where `position_ids` does not go on by 1, but only without an attention mask. A padding
+    transformers separates the rows where `position_ids` does not go on by 1, but only without an attention mask. A padding
     token has position 0 and is a row of its own.
     """
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,33 +90,37 @@ def test_submitit_local_makes_the_table_of_the_plain_loop_and_shows_its_progress
     assert "sweep: 4 of 4 jobs done\n" in out
 
 
-@pytest.mark.slow
-def test_slurm_makes_the_table_of_the_plain_loop(cli: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def slurm_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a Slurm cluster on this machine."""
     needs("submitit_slurm")
     if reason := slurm.missing():
         pytest.skip(reason)
     with slurm.cluster(tmp_path / "slurm") as found:
-        check_same_table(cli, *SLURM, SLURM_CONF=found["SLURM_CONF"])
+        yield found
 
 
 @pytest.mark.slow
-def test_slurm_refuses_in_one_line_and_ctrl_c_ends_its_jobs(cli: Any, tmp_path: Path) -> None:
-    needs("submitit_slurm")
-    if reason := slurm.missing():
-        pytest.skip(reason)
-    with slurm.cluster(tmp_path / "slurm") as found:
-        sweep = start(cli, "-m", "seed=1,2", *SLURM, "hydra.launcher.partition=other", SLURM_CONF=found["SLURM_CONF"])
-        _, err = sweep.communicate(timeout=200)
-        assert sweep.returncode == 1
-        assert "error: hydra/launcher=submitit_slurm: FailedJobError: sbatch: error: invalid partition" in err
-        assert not list(Path("outputs/sweeps").iterdir())
-        sweep = start(cli, *JOBS, *SLURM, SLURM_CONF=found["SLURM_CONF"])
-        until(lambda: "R" in queue(found))
-        sweep.send_signal(signal.SIGINT)
-        _, err = sweep.communicate(timeout=200)
-        assert sweep.returncode == 130
-        assert "error: interrupted: 0 of 4 jobs done; go on with: loftq-exp sweep resume " in err
-        until(lambda: not queue(found))
+def test_slurm_makes_the_table_of_the_plain_loop(cli: Any, slurm_cluster: dict[str, str]) -> None:
+    check_same_table(cli, *SLURM, SLURM_CONF=slurm_cluster["SLURM_CONF"])
+
+
+@pytest.mark.slow
+def test_slurm_refuses_in_one_line_and_ctrl_c_ends_its_jobs(cli: Any, slurm_cluster: dict[str, str]) -> None:
+    sweep = start(
+        cli, "-m", "seed=1,2", *SLURM, "hydra.launcher.partition=other", SLURM_CONF=slurm_cluster["SLURM_CONF"]
+    )
+    _, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 1
+    assert "error: hydra/launcher=submitit_slurm: FailedJobError: sbatch: error: invalid partition" in err
+    assert not list(Path("outputs/sweeps").iterdir())
+    sweep = start(cli, *JOBS, *SLURM, SLURM_CONF=slurm_cluster["SLURM_CONF"])
+    until(lambda: "R" in queue(slurm_cluster))
+    sweep.send_signal(signal.SIGINT)
+    _, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 130
+    assert "error: interrupted: 0 of 4 jobs done; go on with: loftq-exp sweep resume " in err
+    until(lambda: not queue(slurm_cluster))
 
 
 def queue(found: dict[str, str]) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from weights import DTYPES, KINDS
 
 from loftq_exp.integrations.linear import PackedLinear
 from loftq_exp.kernels.gpu import gpu_kernels
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
-from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES
 from loftq_exp.storage import packed as storage
 from loftq_exp.storage.packed import dequantize, pack, product
 
@@ -19,15 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = [
-    (kind, bits, double, levels)
-    for kind, widths in BITS_OF_TYPE.items()
-    for bits in widths
-    for double in ((False,) if kind in BLOCKLESS_TYPES else (False, True))
-    for levels in (("nf", "optimal") if kind == "nf" else ("nf",))
-    if kind != "none"
-]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (130, 1088)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from weights import weight_like
 
 from loftq_exp.loftq import decompose, loftq_init, make_quantizer
 from loftq_exp.loftq.memory import Workspace
@@ -27,15 +28,6 @@ QUANTIZERS = [
     ("int", 8, {}),
 ]
 SHAPES = [(256, 320), (320, 256), (65, 99), (1, 64)]
-
-
-def weight_like(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """A weight with a few strong directions and outlier columns."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rows, columns, generator=generator)
-    noise[:, ::37] *= 4
-    strong = torch.randn(rows, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
-    return 0.02 * (noise + 0.5 * strong)
 
 
 def correlated(columns: int) -> torch.Tensor:

@@ -11,23 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from weights import DTYPES, KINDS
 
 from loftq_exp.integrations.linear import PackedLinear
 from loftq_exp.loftq.quantizers import Quantizer, make_quantizer
-from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES
+from loftq_exp.schemes import BLOCKLESS_TYPES
 from loftq_exp.storage import packed as storage
 from loftq_exp.storage.packed import pack
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = [
-    (kind, bits, double, levels)
-    for kind, widths in BITS_OF_TYPE.items()
-    for bits in widths
-    for double in ((False,) if kind in BLOCKLESS_TYPES else (False, True))
-    for levels in (("nf", "optimal") if kind == "nf" else ("nf",))
-    if kind != "none"
-]
-
 
 MULTIPLIED = [kind for kind in KINDS if kind[1] in (2, 3, 4, 8)]
 

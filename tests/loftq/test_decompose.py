@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import weight_like
 
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import Decomposition, decompose, loftq_init, make_quantizer
@@ -22,15 +23,6 @@ def bitsandbytes_without_compiler():
     """bitsandbytes recompiles its kernel for each odd shape, which takes seconds."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def weight_like(rows, columns, seed=0):
-    """A weight like a trained one: noise, a few strong directions, and outlier columns."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rows, columns, generator=generator)
-    strong = torch.randn(rows, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
-    noise[:, ::37] *= 4
-    return 0.02 * (noise + 0.5 * strong)
 
 
 def naive_quantize(weight, levels):

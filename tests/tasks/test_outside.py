@@ -10,42 +10,17 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from riddles import RIDDLES
 
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import task_settings
 from loftq_exp.tasks.arithmetic import generate
 
 ROOT = Path(__file__).parents[2]
-MODULE = '''
-from dataclasses import dataclass
-
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
-from loftq_exp.tasks.generation import Judgement, PromptConfig, PromptTask
-
-
-@dataclass(frozen=True)
-class RiddlesConfig(PromptConfig):
-    """The settings of a prompt task and of riddles."""
-
-    hints: int = setting("number of hints given with each riddle", 0, ge=0, shapes=(ADAPTER, SCORES))
-
-
-class Riddles(PromptTask):
-    """Riddles with hints."""
-
-    kind = "riddles"
-    config: RiddlesConfig
-    columns = ("question", "answer")
-
-    def prompt(self, row, tokenizer):
-        return row["question"] + " Hint." * self.config.hints + tokenizer.eos_token
-
-    def target(self, row):
-        return row["answer"]
-
-    def judge(self, row, generated):
-        return Judgement("a text", row["answer"], correct=True)
-'''
+MODULE = RIDDLES.replace("self.config.hints\n", "self.config.hints + tokenizer.eos_token\n").replace(
+    "Judgement(None, None,", 'Judgement("a text", row["answer"],'
+)
+"""The task of tests/riddles.py, with the tokenizer in its prompt and text in its samples."""
 
 
 def command(folder: Path, path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from riddles import RIDDLES
 
 from loftq_exp.commands.run import compose
 from loftq_exp.config import TaskConfig
@@ -113,37 +114,6 @@ def test_two_tasks_of_one_kind_are_a_bug_that_is_named() -> None:
 
 # One module and one YAML ----------------------------------------------------------------------------------------------
 
-MODULE = '''
-from dataclasses import dataclass
-
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
-from loftq_exp.tasks.generation import Judgement, PromptConfig, PromptTask
-
-
-@dataclass(frozen=True)
-class RiddlesConfig(PromptConfig):
-    """The settings of a prompt task and of riddles."""
-
-    hints: int = setting("number of hints given with each riddle", 0, ge=0, shapes=(ADAPTER, SCORES))
-
-
-class Riddles(PromptTask):
-    """Riddles with hints."""
-
-    kind = "riddles"
-    config: RiddlesConfig
-    columns = ("question", "answer")
-
-    def prompt(self, row, tokenizer):
-        return row["question"] + " Hint." * self.config.hints
-
-    def target(self, row):
-        return row["answer"]
-
-    def judge(self, row, generated):
-        return Judgement(None, None, correct=True)
-'''
-
 
 def test_a_new_task_is_one_module_and_one_yaml(tmp_path: Path, tiny_llama_dir: Path) -> None:
     copy = tmp_path / "checkout"
@@ -151,7 +121,7 @@ def test_a_new_task_is_one_module_and_one_yaml(tmp_path: Path, tiny_llama_dir: P
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "experiment"))
     (copy / "conf" / "experiment").mkdir()
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "loftq_exp" / "tasks" / "riddles.py").write_text(MODULE)
+    (copy / "loftq_exp" / "tasks" / "riddles.py").write_text(RIDDLES)
     (copy / "conf" / "task" / "riddles.yaml").write_text("kind: riddles\nmax_source_length: 64\n")
     rows = [json.dumps(row) for row in islice(generate("train", 0), 4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
