@@ -27,7 +27,10 @@ def planned(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
     sweeper = config.hydra.sweeper
     if sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
         return None
-    given = [*(f"{name}={value}" for name, value in (sweeper.params or {}).items()), *config.hydra.overrides.task]
+    # Not resolved: in calibration.seed=${seed} the seed is that of the job.
+    task = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    params = OmegaConf.to_container(sweeper.params or OmegaConf.create(), resolve=False)
+    given = [*(f"{name}={value}" for name, value in cast("dict[str, Any]", params).items()), *cast("list[str]", task)]
     try:
         parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(given)
         jobs = BasicSweeper.split_arguments(parsed, None)[0]

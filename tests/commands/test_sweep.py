@@ -135,6 +135,16 @@ def test_a_finished_sweep_is_asked_of_the_runs_again(cli: Any, calls: Callable[[
     assert not list(Path("outputs/sweeps").glob("*/.*"))
 
 
+def test_a_setting_that_follows_another_has_each_jobs_value(cli: Any, calls: Callable[[], list[str]]) -> None:
+    following = (*cli.tiny, *JOBS, "calibration.seed=${quant.rank}")
+    assert "sweep: 2 of 2 jobs done\n" in cli(*following).out
+    records = [json.loads(record.read_text()) for record in sorted(the_sweep().glob("job-*.json"))]
+    assert [record["metrics"]["config"]["calibration"]["seed"] for record in records] == [2, 4]
+    assert len(calls()) == 6
+    assert "goes on: 2 of 2 jobs done" in resume(cli, str(the_sweep())).out
+    assert calls() == []
+
+
 def test_failed_jobs_are_named_and_run_again_on_request(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from loftq_exp import pipeline
 
