@@ -25,6 +25,7 @@ from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.in_memory import kind_of, layout_in_memory
 from loftq_exp.source.layout import Target
+from loftq_exp.source.selection import Selection
 from loftq_exp.storage.dense import FORMAT as DENSE
 from loftq_exp.storage.format import Codes
 
@@ -73,7 +74,7 @@ def apply(
             f"model: a {type(model).__name__} is no transformers model; load one with AutoModel...from_pretrained"
         )
     kind = kind_of(model)
-    layout = layout_in_memory(model, kind)
+    layout = layout_in_memory(model, kind, Selection.of(quant))
     check_shapes(layout, quant)
     hessians: dict[str, torch.Tensor] = {}
     if calibration is not None:

@@ -25,9 +25,12 @@ def written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
     """
     if layout.foreign:
         log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
-    if layout.not_quantized:
-        log.info("quantize: not quantized, because they are not linear layers: %s (%d values)",
-                 some([weight.name for weight in layout.not_quantized]), sum(w.values for w in layout.not_quantized))  # fmt: skip
+    excluded = [weight for weight in layout.not_quantized if weight.name in layout.excluded]
+    others = [weight for weight in layout.not_quantized if weight not in excluded]
+    for why, weights in (("they are gates, or no linear layers", others), ("the settings leave them out", excluded)):
+        if weights:
+            log.info("quantize: not quantized, because %s: %s (%d values)", why, some([weight.name for weight in weights]),
+                     sum(weight.values for weight in weights))  # fmt: skip
     foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
     tied = tensors.tied() if layout.ties_embeddings else {}
     names: list[str] = []

@@ -22,6 +22,7 @@ from loftq_exp.progress import progress
 from loftq_exp.source.finite import check_finite
 from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
+from loftq_exp.source.selection import Selection
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def share(source: Source, config: RunConfig) -> None:
         return
     with open_tensors(source.folder) as tensors:
         check_types(tensors, source.folder)
-        layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
+        layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code,
+                             Selection.of(config.quant))  # fmt: skip
         check_fit(layout, config)
         items = in_order(_needed(layout, config), config.initialise.shard, config.initialise.shards)
         check_finite(tensors, [target.tensor for target, _ in items[: len(items) // config.initialise.shards]])

@@ -49,6 +49,7 @@ from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.head import PREFIX, head_tensors
 from loftq_exp.source.layout import Layout, Target, find_layout
 from loftq_exp.source.locate import Source
+from loftq_exp.source.selection import Selection
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.format import Codes, storage_format
 from loftq_exp.storage.specs import TensorSpec
@@ -112,7 +113,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             return found
         with open_tensors(source.folder) as tensors:
             check_types(tensors, source.folder)
-            layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
+            layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code,
+                             Selection.of(config.quant))  # fmt: skip
             check_fit(layout, config)
             names = written_names(tensors, layout)
             check_finite(tensors, names)
@@ -370,6 +372,7 @@ def _report(
         "other_linears": list(layout.other_linears),
         "head": list(layout.head),
         "left_out": list(layout.foreign),
+        "excluded": list(layout.excluded),
         "not_quantized": not_quantized,
         "totals": {
             "weights": len(weights),

@@ -22,6 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from loftq_exp.errors import UserError
 from loftq_exp.source.blocks import LeftOut, block_lists, block_of, is_gate, left_out
 from loftq_exp.source.loading import LoadReport, load_report, name_in_files
+from loftq_exp.source.selection import ALL, Selection
 from loftq_exp.source.tensors import some
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -65,19 +66,21 @@ class Layout:
     target_modules: tuple[str, ...]
     """The shortest module name endings that match the targets and nothing else."""
     other_linears: tuple[str, ...]
-    """Linear layers outside the blocks, and gates inside them, which stay dense."""
+    """Linear layers that stay dense: those outside the blocks, gates, and those `excluded`."""
     left_dense: tuple[str, ...]
     """Targets that transformers keeps dense when it loads 4-bit layers: subclasses of `nn.Linear` (falcon), and layers
     that the model class keeps in float32 (t5's `wo`)."""
     foreign: tuple[str, ...]
     """Tensors that the model class ignores, such as the pre-training head."""
     not_quantized: tuple[LeftOut, ...]
-    """Matrices in the blocks that belong to no linear layer and are not quantized."""
+    """Matrices in the blocks that are not quantized: those that belong to no linear layer, gates, and those `excluded`."""
     head: tuple[str, ...]
     """Modules that are fully trained and saved with the adapter: the model's head (for deberta with the pooler), and a
     pooler of its base that the checkpoint lacks. Empty for language models."""
     ties_embeddings: bool
     """Whether the model uses one tensor for its input and output embeddings."""
+    excluded: tuple[str, ...] = ()
+    """Linear layers in the blocks that the settings leave dense, without an adapter."""
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -101,12 +104,17 @@ def load_config(
 
 
 def find_layout(
-    folder: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
+    folder: Path,
+    kind: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    trust_remote_code: bool = False,
+    selection: Selection = ALL,
 ) -> Layout:
     """The layout of the checkpoint in `folder`, loaded as `kind`. `shapes` maps its tensors' names to their shapes.
 
-    Raises UserError if the model class has no blocks of linear layers, or blocks with too many other weights. Also raises
-    it if a plain load would miss a weight, find one with another shape, or ignore one.
+    Raises UserError if the model class has no blocks of linear layers, or blocks with too many other weights, or if a
+    pattern of the `selection` matches none. Also raises it if a plain load would miss a weight, find one with another shape,
+    or ignore one.
     """
     model = skeleton(folder, kind, trust_remote_code)
     modules = dict(model.named_modules())
@@ -123,6 +131,7 @@ def find_layout(
     outside = tuple(name for name in linears if name not in inside)
     head = head_modules(model, outside, shapes) if kind in HEAD_KINDS else ()
     targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
+    chosen, excluded = split_targets(targets, selection)
     report = load_report(model, shapes)
     check_complete(model, head, report, folder)
     if kind in HEAD_KINDS:
@@ -130,15 +139,28 @@ def find_layout(
     else:
         _check_own_head(model, report, folder)
     return Layout(
-        targets=targets,
-        target_modules=shortest_endings(inside, modules),
-        other_linears=outside,
-        left_dense=left_dense(model, inside),
+        targets=chosen,
+        target_modules=shortest_endings((target.module for target in chosen), modules),
+        other_linears=(*outside, *(target.module for target in excluded)),
+        left_dense=left_dense(model, (target.module for target in chosen)),
         foreign=_foreign(model, stacks, kind, shapes, report, folder),
-        not_quantized=left_out(model, stacks, report.tensors, folder),
+        not_quantized=(*left_out(model, stacks, report.tensors, folder), *map(as_left_out, excluded)),
+        excluded=tuple(target.module for target in excluded),
         head=head,
         ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
     )
+
+
+def split_targets(targets: tuple[Target, ...], selection: Selection) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
+    """The targets that the selection chooses, and the others."""
+    chosen = selection.chosen([target.module for target in targets])
+    return (tuple(target for target in targets if target.module in chosen),
+            tuple(target for target in targets if target.module not in chosen))  # fmt: skip
+
+
+def as_left_out(target: Target) -> LeftOut:
+    """A target that is not quantized."""
+    return LeftOut(target.module, target.tensor, target.shape)
 
 
 def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> tuple[str, ...]:
