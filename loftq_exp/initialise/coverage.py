@@ -12,7 +12,8 @@ import torch
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BLOCKLESS_TYPES
 from loftq_exp.loftq.scales import SCALES_PER_STEP
-from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.layout import Layout
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors, some
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
         if weights:
             log.info("quantize: not quantized, because %s: %s (%d values)", why, some([weight.name for weight in weights]),
                      sum(weight.values for weight in weights))  # fmt: skip
-    foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
+    foreign, targets = set(layout.foreign), {name for target in layout.targets for name in target.tensors}
     tied = tensors.tied() if layout.ties_embeddings else {}
     names: list[str] = []
     stored: set[str] = set()

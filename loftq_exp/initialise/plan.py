@@ -16,8 +16,9 @@ from typing import Any
 from loftq_exp.config.quant import PAPER_WIDTHS, QuantConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Option, Precision, allocate
-from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.layout import Layout
 from loftq_exp.source.selection import expression, numbers_in
+from loftq_exp.source.target import Target
 
 log = logging.getLogger(__name__)
 
