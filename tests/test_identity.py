@@ -441,6 +441,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "quant.allocation": {"quant.allocation": "error"},
     "quant.bits_per_layer": {"quant.bits_per_layer": {"*": 2}},
     "quant.rank_choices": {"quant.rank_choices": [4, 8]},
+    "quant.target_modules": {"quant.target_modules": ["q_proj"]},
+    "quant.exclude": {"quant.exclude": ["q_proj"]},
     "quant.block_size": {"quant.block_size": 32},
     "quant.alpha": {"quant.alpha": 8.0},
     "model.kind": {"model.kind": "classification"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,3 +143,71 @@ def quantize_config(folder: Path, root: Path, kind: str, save_format: str, **cha
         group, _, key = name.rpartition("__")
         (values[group] if group else values)[key] = value
     return RunConfig.from_mapping(values)
+
+
+GROUPED: dict[str, Any] = {**DECODER, "num_key_value_heads": 2}
+MIXTURE: dict[str, Any] = {**GROUPED, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+LOCAL: dict[str, Any] = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {
+    **DECODER, "moe_intermediate_size": 32, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
+HYBRID: dict[str, Any] = {
+    **{key: value for key, value in GROUPED.items() if key != "intermediate_size"}, "head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+NEO: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 128,
+                       "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64, "window_size": 16}  # fmt: skip
+
+CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "llama 3.2": lambda: hf.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(**GROUPED, sliding_window=16),
+    "ministral": lambda: hf.MinistralConfig(**GROUPED, head_dim=16),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma 1": lambda: hf.GemmaConfig(**GROUPED, head_dim=16),
+    "gemma 2": lambda: hf.Gemma2Config(**GROUPED, head_dim=16),
+    "gemma 3": lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=16),
+    "phi": lambda: hf.PhiConfig(**DECODER),
+    "phi3": lambda: hf.Phi3Config(**GROUPED, pad_token_id=0),
+    "opt": lambda: hf.OPTConfig(vocab_size=96, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+                                max_position_embeddings=64, word_embed_proj_dim=64),
+    "gptj": lambda: hf.GPTJConfig(vocab_size=96, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),
+    "gpt-neo": lambda: hf.GPTNeoConfig(**NEO),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**DECODER),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+    "bloom": lambda: hf.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
+    "mpt": lambda: hf.MptConfig(vocab_size=96, d_model=64, n_layers=2, n_heads=4),
+    "falcon": lambda: hf.FalconConfig(**FALCON, multi_query=True, parallel_attn=True),
+    "olmo2": lambda: hf.Olmo2Config(**GROUPED),
+    "granite": lambda: hf.GraniteConfig(**GROUPED),
+    "starcoder2": lambda: hf.Starcoder2Config(**GROUPED),
+    "stablelm": lambda: hf.StableLmConfig(**GROUPED),
+    "cohere": lambda: hf.CohereConfig(**GROUPED),
+    "glm4": lambda: hf.Glm4Config(**GROUPED, head_dim=16, pad_token_id=0),
+    "smollm3": lambda: hf.SmolLM3Config(**GROUPED, pad_token_id=0),
+    "exaone4": lambda: hf.Exaone4Config(**GROUPED, sliding_window=16),
+    "mixtral": lambda: hf.MixtralConfig(**LOCAL),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(**MIXTURE, shared_expert_intermediate_size=64),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**MIXTURE, head_dim=16),
+    "qwen3.5": lambda: hf.Qwen3_5TextConfig(**HYBRID, intermediate_size=128),
+    "qwen3.5-moe": lambda: hf.Qwen3_5MoeTextConfig(**HYBRID, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+                                                   num_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: hf.OlmoeConfig(**{key: value for key, value in MIXTURE.items() if "moe" not in key}),
+    "gpt-oss": lambda: hf.GptOssConfig(**LOCAL, head_dim=16),
+    "granite-moe": lambda: hf.GraniteMoeConfig(**LOCAL),
+    "deepseek-v3": lambda: hf.DeepseekV3Config(**LATENT),
+    "mamba": lambda: hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2),
+    "mamba2": lambda: hf.Mamba2Config(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, n_groups=1),
+    "jamba": lambda: hf.JambaConfig(**{**DECODER, "num_hidden_layers": 4}),
+    "rwkv": lambda: hf.RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, intermediate_size=128),
+    "xlnet": lambda: hf.XLNetConfig(vocab_size=96, d_model=64, n_layer=2, n_head=4, d_inner=128),
+}  # fmt: skip
+"""Decoders of today by class, in small; docs/models.md lists them."""
+
+MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    name: functools.partial(lambda config: hf.AutoModelForCausalLM.from_config(config()), config)
+    for name, config in CONFIGS.items()
+}

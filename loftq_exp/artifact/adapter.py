@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
-from loftq_exp.artifact.backbone import Backbone
+from loftq_exp.artifact.backbone import Backbone, BackboneWeight
 from loftq_exp.artifact.folder import ADAPTER, Initialised, read_artifact
 from loftq_exp.errors import UserError
 from loftq_exp.source.head import PREFIX
@@ -31,7 +31,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _UNDERSTOOD = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "peft_version",
-    "alpha_pattern", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
+    "alpha_pattern", "r", "rank_pattern", "revision", "target_modules", "target_parameters", "task_type",
+    "use_rslora",
 }  # fmt: skip
 """Settings that keep a layer at Q x + s B A x, or that PEFT resolves to a plain s, rank or list of modules."""
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -44,18 +45,19 @@ class Adapter:
 
     folder: Path
     scaling: dict[str, float]
-    """s of each module."""
+    """s of each layer of PEFT."""
     head: dict[str, tuple[int, ...]]
     """Shapes of the fully saved parameters, by their names in the model."""
     num_labels: int | None
     """Outputs of the head, if config.json has another number."""
     file: Any
 
-    def merged(self, module: str, values: torch.Tensor) -> torch.Tensor:
-        """Q + s B A of one module in float32. `values` is its Q in float32."""
-        lora_A = self.file.get_tensor(f"{PREFIX}{module}.lora_A.weight").float()
-        lora_B = self.file.get_tensor(f"{PREFIX}{module}.lora_B.weight").float()
-        return torch.addmm(values, lora_B, lora_A, alpha=self.scaling[module])
+    def merged(self, weight: BackboneWeight, values: torch.Tensor) -> torch.Tensor:
+        """Q + s B A of one weight in float32. `values` is its Q in float32."""
+        target = weight.target
+        lora_A, lora_B = (target.factor(factor, self.file.get_tensor(f"{PREFIX}{target.layer}.lora_{factor}.weight")).float()
+                          for factor in "AB")  # fmt: skip
+        return torch.addmm(values, lora_B, lora_A, alpha=self.scaling[target.layer])
 
     def head_values(self, name: str) -> torch.Tensor:
         """A parameter of the head, by its name in the model."""
@@ -146,7 +148,8 @@ def _fitting(folder: Path, settings: dict[str, Any], file: Any, backbone: Backbo
         if len(outputs) == 1:
             num_labels = outputs.pop()
             expected, scaling = _as_peft_has_it(folder, settings, backbone, num_labels)
-    if odd := sorted(set(scaling).symmetric_difference(backbone.weights)):
+    layers = {weight.target.layer for weight in backbone.weights.values()}
+    if odd := sorted(set(scaling).symmetric_difference(layers)):
         what = "adapts it, but it is not part of Q" if odd[0] in scaling else "has no factors for it"
         raise UserError(f"--adapter={folder}: not for DIR={backbone.init.folder}: {odd[0]}: the adapter {what}; give an adapter "
                         "whose targets are those of init_report.json")  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,24 +11,36 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from loftq_exp.artifact.folder import REPORT, Initialised, read_artifact
 from loftq_exp.errors import UserError
-from loftq_exp.source.layout import skeleton, stored_name
+from loftq_exp.source.adapted import as_wrapped
+from loftq_exp.source.blocks import block_lists, block_of, linear_shape
+from loftq_exp.source.experts import expert_targets
+from loftq_exp.source.layout import linear_target, skeleton, stored_name
+from loftq_exp.source.loading import load_report
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.format import DamagedWeight, StorageFormat, format_of
 
 
 @dataclass(frozen=True)
 class BackboneWeight:
-    """One weight of Q: its module in the model, its name if dense, its shape (out, in), its tensors."""
+    """One weight of Q: the target, and the tensors that represent it."""
 
-    module: str
-    tensor: str
-    shape: tuple[int, int]
+    target: Target
     parts: tuple[str, ...]
-    """Names in the file: one if dense, several if packed."""
+    """Names in the file: those of its pieces if dense, several if packed."""
+
+    @property
+    def tensor(self) -> str:
+        """The name of the dense weight, or of the first tensor with rows of it."""
+        return self.target.tensors[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.target.shape
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Backbone:
         Raises UserError if its tensors do not represent a weight of the shape in init_report.json.
         """
         weight = self.weights[module]
+        if self.format.plain and weight.target.pieces:
+            return weight.target.read(self.tensors.read).float()
         read = {name: self.tensors.read(name) for name in weight.parts}
         quantizer = self.format.quantizer_of(module, self.settings)
         try:
@@ -100,22 +114,40 @@ def backbone_of(init: Initialised) -> Iterator[Backbone]:
         odd = sorted(set(named).symmetric_difference(shapes))[0]
         raise UserError(f"DIR={folder}: {REPORT} and config.json do not agree on {odd}; quantize again")
     with open_tensors(folder) as tensors:
-        backbone, modules = Backbone(init, model, tensors, stored, settings), dict(model.named_modules())
-        for module, shape in shapes.items():
-            backbone.weights[module] = _find(backbone, module, modules.get(module), shape)
+        backbone = Backbone(init, model, tensors, stored, settings)
+        for module, target in _targets(backbone, shapes).items():
+            parts = target.tensors if stored.plain else stored.parts(target.tensor, tensors.names)
+            backbone.weights[module] = BackboneWeight(target, parts)
         yield backbone
 
 
-def _find(backbone: Backbone, module: str, linear: nn.Module | None, shape: tuple[int, int]) -> BackboneWeight:
-    """The location of one module's weight in the file. Raises UserError if it is missing or not a linear layer of the model."""
-    model, names = backbone.model, backbone.tensors.names
-    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
-        raise backbone._damaged(
-            f"config.json has no linear layer {module} of {shape[0]} x {shape[1]}, but {REPORT} has"
-        )
+def _targets(backbone: Backbone, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
+    """The weights of these shapes, by name, in the model and the file. Raises UserError if one is missing or has another shape."""
+    model, folder = backbone.model, backbone.init.folder
+    stacks, modules = block_lists(model), dict(model.named_modules())
+    found: dict[str, Target] = {}
+    if any(module not in modules for module in shapes) and backbone.format.plain:
+        stored = load_report(model, backbone.tensors.shapes()).parameters
+        found = {target.module: target for target in as_wrapped(
+            target for target in expert_targets(model, stacks, stored, folder) if target.module in shapes
+        )}  # fmt: skip
+    for module, shape in shapes.items():
+        linear = modules.get(module)
+        target = found.get(module)
+        if target is None and linear is not None and linear_shape(linear):
+            target = linear_target(module, _stored(backbone, module), block_of(module, stacks) or "", linear)
+        if target is None or target.shape != shape:
+            raise backbone._damaged(
+                f"config.json has no linear layer {module} of {shape[0]} x {shape[1]}, but {REPORT} has"
+            )
+        found[module] = target
+    return {module: found[module] for module in shapes}
+
+
+def _stored(backbone: Backbone, module: str) -> str:
+    """The name of a module's dense weight in the file. Raises UserError if the file lacks its first tensor."""
     first = backbone.format.first_part
-    stored = stored_name(f"{module}.{first}", model.base_model_prefix, names)
+    stored = stored_name(f"{module}.{first}", backbone.model.base_model_prefix, backbone.tensors.names)
     if stored is None:
         raise backbone._damaged(f"the weights lack {module}.{first}")
-    tensor = stored.removesuffix(first) + "weight"
-    return BackboneWeight(module, tensor, shape, backbone.format.parts(tensor, names))
+    return stored.removesuffix(first) + "weight"

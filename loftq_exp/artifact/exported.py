@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from loftq_exp.artifact.adapter import CONFIG, WEIGHTS, Adapter, default_adapter, open_adapter
-from loftq_exp.artifact.backbone import Backbone, open_backbone
+from loftq_exp.artifact.backbone import Backbone, BackboneWeight, open_backbone
 from loftq_exp.artifact.folder import (
     ADAPTER,
     REPORT,
@@ -94,8 +94,14 @@ def _check_form(backbone: Backbone, form: StorageFormat) -> None:
         others = " or ".join(name for name in FORMATS if storage_format(name).takes_values)
         raise UserError(f"--to={to}: DIR={backbone.init.folder} is stored as {stored.name}, and only save_format={to} has {to} "
                         f"weights; use --to {others}")  # fmt: skip
-    if form.needs_plain_linears and (dense := left_dense(backbone.model, backbone.weights)):
-        raise UserError(f"--to={to}: transformers loads {dense[0]} only as a dense layer; use --to dense")
+    if form.needs_plain_linears and (dense := _only_dense(backbone)):
+        raise UserError(f"--to={to}: transformers loads {dense} only as a dense layer; use --to dense")
+
+
+def _only_dense(backbone: Backbone) -> str | None:
+    """The first weight that transformers loads only dense: an expert's, or that of a layer in `left_dense`."""
+    expert = next((name for name, weight in backbone.weights.items() if weight.target.expert is not None), None)
+    return expert or next(iter(left_dense(backbone.model, backbone.weights)), None)
 
 
 def _sources(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, str], bool]:
@@ -123,7 +129,8 @@ def _check_whole(
     with torch.device("meta"):
         model = type(backbone.model)(config)
     shapes = {name: backbone.tensors.shape(stored) for name, stored in sources.items()} | adapter.head
-    shapes |= {_full_name(weight.tensor, backbone): weight.shape for weight in backbone.weights.values()}
+    for weight in backbone.weights.values():
+        shapes |= {_full_name(name, backbone): shape for name, shape in _dense_shapes(backbone, weight).items()}
     check_report(
         load_report(model, shapes).as_transformers,
         f"DIR={backbone.init.folder}",
@@ -147,43 +154,61 @@ def _write_weights(
         for name, stored in sources.items()
     }
     specs |= {name: TensorSpec(dtype, shape) for name, shape in adapter.head.items()}
-    targets = {module: _full_name(weight.tensor, backbone) for module, weight in backbone.weights.items()}
-    for module, name in targets.items():
-        specs |= _target_specs(backbone, module, name, form, dtype)
+    for weight in backbone.weights.values():
+        specs |= _target_specs(backbone, weight, form, dtype)
     with SafetensorsWriter(folder, specs) as out, progress("export") as advance:
         for name, stored in sources.items():
             out.write(name, _converted(name, tensors.read(stored), specs[name].dtype))
         for name in adapter.head:
             out.write(name, _converted(name, adapter.head_values(name), dtype))
-        for done, (module, name) in enumerate(targets.items(), 1):
-            for part, tensor in _target_tensors(
-                backbone, adapter if merge else None, module, name, form, dtype
-            ).items():
-                out.write(part, tensor)
-            advance(done, len(targets))
+        for done, weight in enumerate(backbone.weights.values(), 1):
+            for part, tensor, index in _target_tensors(backbone, adapter if merge else None, weight, form, dtype):
+                out.write(part, tensor, index)
+            advance(done, len(backbone.weights))
+
+
+def _dense_shapes(backbone: Backbone, weight: BackboneWeight) -> dict[str, tuple[int, ...]]:
+    """The shapes of the dense tensors with rows of a weight, by their names in the files."""
+    target, tensors = weight.target, backbone.tensors
+    if backbone.format.plain:
+        return {name: tensors.shape(name) for name in target.tensors}
+    return {weight.tensor: target.shape[::-1] if target.pieces else target.shape}  # GPT-2's are (in, out)
 
 
 def _target_specs(
-    backbone: Backbone, module: str, name: str, form: StorageFormat, dtype: torch.dtype
+    backbone: Backbone, weight: BackboneWeight, form: StorageFormat, dtype: torch.dtype
 ) -> dict[str, TensorSpec]:
-    """The types and shapes of the tensors that `_target_tensors` returns."""
-    weight, tensors = backbone.weights[module], backbone.tensors
+    """The types and shapes of the tensors that `_target_tensors` yields."""
+    tensors = backbone.tensors
     if not form.takes_values:
         return {
             _full_name(part, backbone): TensorSpec(tensors.dtype(part), tensors.shape(part)) for part in weight.parts
         }
-    return form.specs(name, weight.shape, None, dtype)
+    if form.plain:
+        shapes = _dense_shapes(backbone, weight)
+        return {_full_name(name, backbone): TensorSpec(dtype, shape) for name, shape in shapes.items()}
+    return form.specs(_full_name(weight.tensor, backbone), weight.shape, None, dtype)
 
 
 def _target_tensors(
-    backbone: Backbone, adapter: Adapter | None, module: str, name: str, form: StorageFormat, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """The tensors of one target in OUT: the stored ones, or Q + s B A (Q without an adapter) in the new format."""
+    backbone: Backbone, adapter: Adapter | None, weight: BackboneWeight, form: StorageFormat, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor, int | None]]:
+    """Yield the tensors of one target in OUT, by name: the stored ones, or Q + s B A (Q without an adapter) in the new format.
+
+    With a number, it is that entry of the tensor.
+    """
+    values = backbone.values(weight.target.module)  # raises UserError for damaged tensors
     if not form.takes_values:
-        backbone.values(module)  # raises UserError for damaged tensors
-        return {_full_name(part, backbone): backbone.tensors.read(part) for part in backbone.weights[module].parts}
-    values = backbone.values(module)
-    return form.encode_values(name, _converted(name, adapter.merged(module, values) if adapter else values, dtype))
+        yield from ((_full_name(part, backbone), backbone.tensors.read(part), None) for part in weight.parts)
+        return
+    name = _full_name(weight.tensor, backbone)
+    values = _converted(name, adapter.merged(weight, values) if adapter else values, dtype)
+    if form.plain:
+        for piece, rows in weight.target.stored(values):
+            yield _full_name(piece.tensor, backbone), rows, piece.index
+        return
+    for part, tensor in form.encode_values(name, values).items():
+        yield part, tensor, None
 
 
 def _written_type(stored: torch.dtype, form: StorageFormat, dtype: torch.dtype) -> torch.dtype:

@@ -130,7 +130,12 @@ def adapter_config(
     layout: Layout, plan: Mapping[str, Precision], quant: QuantConfig, kind: str, base: str | None
 ) -> LoraConfig:
     """The adapter's config for PEFT, with one s for all ranks. `base` is the backbone's folder; None: it is in memory."""
-    others = {module: precision.rank for module, precision in plan.items() if precision.rank != quant.rank}
+    ranks = {
+        target.parameter if layout.as_parameter(target) else target.module: plan[target.module].rank
+        for target in layout.targets
+        if target.module in plan
+    }
+    others = {name: rank for name, rank in ranks.items() if rank != quant.rank}
     return LoraConfig(
         task_type=TaskType(TASK_TYPES[kind]),
         base_model_name_or_path=base,
@@ -140,6 +145,8 @@ def adapter_config(
         alpha_pattern={module: _number(quant.scaling * rank) for module, rank in others.items()},
         lora_dropout=quant.dropout,
         target_modules=list(layout.target_modules),
+        target_parameters=list(layout.target_parameters) or None,
+        fan_in_fan_out=layout.transposed,
         modules_to_save=[name for name in layout.head if name not in _PEFT_HEADS] or None,
         init_lora_weights=True,  # the factors are given; PEFT must not compute new ones
         inference_mode=base is not None,

@@ -43,7 +43,8 @@ class SafetensorsWriter:
         self, folder: Path, specs: Mapping[str, TensorSpec], stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
         self._specs = dict(specs)
-        self._missing = set(specs)
+        self._missing: dict[str, set[int] | None] = dict.fromkeys(specs)
+        """Names not yet written, with the matrices of them that were."""
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
         self._files: list[Path] = []
@@ -92,19 +93,35 @@ class SafetensorsWriter:
         self._files.append(path)
         path.write_text(json.dumps(index, indent=2) + "\n")
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, whose type and shape must match its spec, to its offset. Threads may write concurrently."""
+    def write(self, name: str, tensor: torch.Tensor, index: int | None = None) -> None:
+        """Write a tensor, whose type and shape must match its spec, to its offset. Threads may write concurrently.
+
+        With `index`, write one entry along the first dimension of the spec.
+        """
         spec = self._specs[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {spec.shape}")
+        shape = spec.shape if index is None else spec.shape[1:]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {shape}")
         descriptor, offset = self._places[name]
-        _write_at(descriptor, tensor_bytes(tensor), offset)
-        self._missing.discard(name)
+        size = spec.nbytes if index is None else spec.nbytes // spec.shape[0]
+        _write_at(descriptor, tensor_bytes(tensor), offset + size * (index or 0))
         with self._counting:
-            self._unsynced += spec.nbytes
+            self._count(name, index)
+            self._unsynced += size
             if self._unsynced >= SYNC_BYTES:
                 self._unsynced = 0
                 self._syncs.append(self._syncer.submit(_sync_data, descriptor))
+
+    def _count(self, name: str, index: int | None) -> None:
+        """Note that a tensor, or one entry of it, is written."""
+        if index is None:
+            self._missing.pop(name, None)
+        elif name in self._missing:
+            entries = self._missing[name] or set()
+            entries.add(index)
+            self._missing[name] = entries
+            if len(entries) == self._specs[name].shape[0]:
+                del self._missing[name]
 
     def close(self) -> None:
         """Close the files without checking or removing them."""

@@ -15,7 +15,7 @@ import xxhash
 from torch import nn
 
 from loftq_exp.errors import UserError
-from loftq_exp.source.blocks import block_lists, block_of
+from loftq_exp.source.blocks import block_lists, block_of, linear_shape
 
 KINDS = ("full", "diagonal")
 """All of H, or its diagonal."""
@@ -203,11 +203,11 @@ def _linears(model: nn.Module, modules: Sequence[str] | None) -> dict[str, nn.Mo
     named = dict(model.named_modules())
     if modules is None:
         stacks = block_lists(model)
-        modules = [name for name, module in named.items() if isinstance(module, nn.Linear) and block_of(name, stacks)]
+        modules = [name for name, module in named.items() if linear_shape(module) and block_of(name, stacks)]
         if not modules:
             raise UserError(f"{type(model).__name__}: has no linear layer in a block; name them in `modules`")
     for name in modules:
-        if not isinstance(named.get(name), nn.Linear):
+        if name not in named or linear_shape(named[name]) is None:
             raise UserError(
                 f"modules: {name} is no linear layer of {type(model).__name__}; give names of nn.Linear layers"
             )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loftq_exp.calibration.statistics import Collector, Statistics
 from loftq_exp.errors import UserError
@@ -104,6 +105,7 @@ class BlockRunner:
         """Replace the weights of layers of the loaded block, by module name."""
         for name, weight in weights.items():
             module = self._model.get_submodule(name)
+            weight = weight.T if isinstance(module, Conv1D) else weight
             module._parameters["weight"] = nn.Parameter(weight.to(self._device, torch.float32), requires_grad=False)
 
     def _run(self, block: str, advance: bool, begin: Callable[[], None] = lambda: None) -> None:

@@ -53,6 +53,18 @@ class QuantConfig:
         None,
         shapes=(INITIALISATION,),
     )
+    target_modules: tuple[str, ...] | None = setting(
+        "patterns of the layers to quantize and adapt; null: all linear layers of all blocks. A pattern matches a module's whole "
+        "name or its part after a dot, such as q_proj or self_attn.*. * matches any text, ? any character, and N-M between two "
+        "dots any number from N to M, such as layers.0-15.mlp.*",
+        None,
+        shapes=(INITIALISATION,),
+    )
+    exclude: tuple[str, ...] | None = setting(
+        "patterns, as in quant.target_modules, of layers that stay dense and get no adapter; null: none",
+        None,
+        shapes=(INITIALISATION,),
+    )
     rank: int = setting("rank of the LoRA factors A and B", 64, ge=1, shapes=(INITIALISATION,))
     rank_choices: tuple[int, ...] | None = setting(
         "ranks that quant.allocation=error+rank may choose; null: half, once and twice quant.rank",
@@ -152,6 +164,9 @@ class QuantConfig:
         else:
             self._check_bits()
         self._check_rank_choices()
+        for name, patterns in (("target_modules", self.target_modules), ("exclude", self.exclude)):
+            if patterns is not None and not all(patterns or ("",)):
+                raise UserError(f"quant.{name}=[{','.join(patterns)}]: a pattern is empty or none is given; give quant.{name}=[PATTERN,...], or null")  # fmt: skip
         if (self.method == "lora") != (self.type == "none"):
             raise UserError(
                 f"quant.type={self.type}: method {self.method} does not go with it; "
@@ -266,6 +281,8 @@ class QuantConfig:
             "alpha": None,
             "allocation": None,
             "bits_per_layer": None,
+            "target_modules": None,
+            "exclude": None,
         }
         for name, kept in published.items():
             if (value := getattr(self, name)) != kept:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.config.calibration import CalibrationConfig
+from loftq_exp.config.digest import digest_of
 from loftq_exp.config.initialise import InitialiseConfig
 from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.naming import unusual
@@ -168,5 +169,10 @@ class RunConfig:
 
     @property
     def init_name(self) -> str:
-        """The initialised checkpoint's name: {basename}-{bits}bit-{rank}rank. The store appends its key."""
-        return f"{self.model.basename}-{self.quant.bits_label}bit-{self.quant.rank}rank"
+        """The initialised checkpoint's name: {basename}-{bits}bit-{rank}rank. The store appends its key.
+
+        A digest of `quant.target_modules` and `quant.exclude` follows if they are set.
+        """
+        chosen = [self.quant.target_modules, self.quant.exclude]
+        part = "" if chosen == [None, None] else f"-part-{digest_of(chosen)[:6]}"
+        return f"{self.model.basename}-{self.quant.bits_label}bit-{self.quant.rank}rank{part}"

@@ -24,7 +24,8 @@ from loftq_exp.loftq import Metric, Workspace, metric_of
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.in_memory import kind_of, layout_in_memory
-from loftq_exp.source.layout import Target
+from loftq_exp.source.selection import Selection
+from loftq_exp.source.target import Target
 from loftq_exp.storage.dense import FORMAT as DENSE
 from loftq_exp.storage.format import Codes
 
@@ -73,7 +74,7 @@ def apply(
             f"model: a {type(model).__name__} is no transformers model; load one with AutoModel...from_pretrained"
         )
     kind = kind_of(model)
-    layout = layout_in_memory(model, kind)
+    layout = layout_in_memory(model, kind, Selection.of(quant))
     check_shapes(layout, quant)
     hessians: dict[str, torch.Tensor] = {}
     if calibration is not None:
@@ -92,7 +93,7 @@ def apply(
     with progress("apply") as advance:
         for done, _ in enumerate(side_by_side(one, layout.targets, model.device), 1):
             advance(done, len(layout.targets))
-    return _adapted(model, lora, factors)
+    return _adapted(model, lora, [(target, *factors[target.module]) for target in layout.targets])
 
 
 def _settings(config: QuantConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> QuantConfig:
@@ -135,8 +136,10 @@ class _InMemory:
             return drawn
         kept, recipe = self._decomposed(target, precision)
         codes = Codes(kept.packed, kept.scales, kept.shape, recipe.quantizer)
-        weight = self._weight(target)
-        weight.copy_(DENSE.encode(target.tensor, codes, weight.dtype)[target.tensor])
+        parameter = self._parameter(target)
+        values = DENSE.encode(target.tensor, codes, parameter.dtype)[target.tensor]
+        for piece, rows in target.stored(values):
+            (parameter if piece.index is None else parameter[piece.index]).copy_(rows)
         share = math.sqrt(quant.scaling)  # absorb s equally, as the quantize stage does
         return (kept.lora_A / share, kept.lora_B / share) if quant.iter else drawn
 
@@ -144,12 +147,12 @@ class _InMemory:
         """The relative error of the target at each candidate precision."""
         return {precision: self._decomposed(target, precision)[0].error for precision in candidates(target, self.quant)}
 
-    def _weight(self, target: Target) -> torch.Tensor:
-        return self.model.get_parameter(target.tensor).detach()
+    def _parameter(self, target: Target) -> torch.Tensor:
+        return self.model.get_parameter(target.parameter).detach()
 
     def _decomposed(self, target: Target, precision: Precision) -> tuple[Kept, Recipe]:
         """The decomposition and its recipe. It is solved as the stage solves it for its cache, so that values are equal."""
-        quant, weight = self.quant, self._weight(target)
+        quant, weight = self.quant, target.read(lambda _: self._parameter(target))
         hessian = self.hessians.get(target.module)
         metric: Metric | None = None if hessian is None else metric_of(hessian.to(weight.device))
         quantizer = quantizers_of(quant, weight.dtype)[precision.bits]
@@ -158,13 +161,13 @@ class _InMemory:
         try:
             result = solve(solved, weight, metric, self._workspace.of_thread())
         except UserError as error:
-            raise UserError(f"model: weight {target.tensor}: {error}") from None
+            raise UserError(f"model: weight {target.parameter}: {error}") from None
         kept = Kept.of(result, precision.bits)
         return (kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept), recipe
 
 
 def _adapted(
-    model: transformers.PreTrainedModel, lora: Any, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    model: transformers.PreTrainedModel, lora: Any, factors: Iterable[tuple[Target, torch.Tensor, torch.Tensor]]
 ) -> PeftModel:
     """The model with adapters that hold exactly these factors."""
     with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are replaced
@@ -173,11 +176,11 @@ def _adapted(
     adapted.peft_config["default"].base_model_name_or_path = ""  # not the pre-trained weights, which are not Q
     parameters = dict(adapted.named_parameters())
     names = {name for name in parameters if ".lora_" in name}
-    for module, (lora_A, lora_B) in factors.items():
+    for target, lora_A, lora_B in factors:
         for factor, values in (("A", lora_A), ("B", lora_B)):
-            name = f"base_model.model.{module}.lora_{factor}.default.weight"
-            parameters[name].data.copy_(values)
-            names.remove(name)
+            name = f"base_model.model.{target.layer}.lora_{factor}.default.weight"
+            target.factor(factor, parameters[name].data).copy_(values)
+            names.discard(name)
     if names:
         raise RuntimeError(f"PEFT adapted {min(names)}, which was not initialised")
     return adapted

@@ -12,7 +12,8 @@ import torch
 from loftq_exp.config import RunConfig
 from loftq_exp.config.quant import BLOCKLESS_TYPES
 from loftq_exp.loftq.scales import SCALES_PER_STEP
-from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.layout import Layout
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors, some
 
 log = logging.getLogger(__name__)
@@ -25,10 +26,13 @@ def written_names(tensors: CheckpointTensors, layout: Layout) -> list[str]:
     """
     if layout.foreign:
         log.info("quantize: left out, because the model has no such head: %s", ", ".join(layout.foreign))
-    if layout.not_quantized:
-        log.info("quantize: not quantized, because they are not linear layers: %s (%d values)",
-                 some([weight.name for weight in layout.not_quantized]), sum(w.values for w in layout.not_quantized))  # fmt: skip
-    foreign, targets = set(layout.foreign), {target.tensor for target in layout.targets}
+    excluded = [weight for weight in layout.not_quantized if weight.name in layout.excluded]
+    others = [weight for weight in layout.not_quantized if weight not in excluded]
+    for why, weights in (("they are gates, or no linear layers", others), ("the settings leave them out", excluded)):
+        if weights:
+            log.info("quantize: not quantized, because %s: %s (%d values)", why, some([weight.name for weight in weights]),
+                     sum(weight.values for weight in weights))  # fmt: skip
+    foreign, targets = set(layout.foreign), {name for target in layout.targets for name in target.tensors}
     tied = tensors.tied() if layout.ties_embeddings else {}
     names: list[str] = []
     stored: set[str] = set()

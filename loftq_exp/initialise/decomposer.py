@@ -16,7 +16,8 @@ from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import Decomposition, Metric, Quantizer, Workspace, decompose, make_quantizer
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
-from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.layout import Layout
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors
 
 
@@ -114,13 +115,12 @@ class Decomposer:
 
     def measure(self, tensors: CheckpointTensors, layout: Layout) -> dict[str, Errors]:
         """The error of each target at every candidate precision. The decompositions are stored in the cache."""
-        targets = {target.tensor: target for target in layout.targets}
         total = sum(len(candidates(target, self.quant)) for target in layout.targets)
         errors: dict[str, Errors] = {}
         hits = 0
 
-        def one(name: str) -> tuple[str, Errors, int]:
-            weight, target = tensors.read(name), targets[name]
+        def one(target: Target) -> tuple[str, Errors, int]:
+            weight = target.read(tensors.read)
             digest = weight_digest(weight)
             tried = {precision: self.decomposed(target, weight, digest, precision, Phases())
                      for precision in candidates(target, self.quant)}  # fmt: skip
@@ -128,7 +128,7 @@ class Decomposer:
             return target.module, found, sum(decomposed.cache_hit for decomposed in tried.values())
 
         with progress("measure") as advance:
-            for module, found, known in side_by_side(one, targets, self.device):
+            for module, found, known in side_by_side(one, layout.targets, self.device):
                 errors[module] = found
                 hits += known
                 advance(sum(map(len, errors.values())), total, f"{hits} from the cache")

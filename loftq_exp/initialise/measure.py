@@ -11,7 +11,7 @@ from loftq_exp.artifact.adapter import default_adapter, open_adapter
 from loftq_exp.artifact.backbone import backbone_of
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.initialise.calibrate import Calibration
-from loftq_exp.source.layout import Target
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors
 
 Measure = Callable[[Target], tuple[float, float | None]]
@@ -29,8 +29,8 @@ def measuring(
     with backbone_of(init) as backbone, open_adapter(default_adapter(init.folder), backbone) as adapter:
 
         def errors(target: Target) -> tuple[float, float | None]:
-            module, weight = target.module, tensors.read(target.tensor).to(device, torch.float32)
-            difference = weight - adapter.merged(module, backbone.values(module)).to(device)
+            module, weight = target.module, target.read(tensors.read).to(device, torch.float32)
+            difference = weight - adapter.merged(backbone.weights[module], backbone.values(module)).to(device)
             error = _relative(difference, weight)
             if calibration is None:
                 return error, None

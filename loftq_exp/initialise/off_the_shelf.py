@@ -41,8 +41,9 @@ from loftq_exp.initialise.published import find_adapter
 from loftq_exp.initialise.verify import check_written
 from loftq_exp.provenance import provenance
 from loftq_exp.source.finite import check_finite, is_finite
-from loftq_exp.source.layout import Layout, Target, find_layout
+from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.specs import TensorSpec
 
@@ -115,7 +116,11 @@ def _find_layout(tensors: CheckpointTensors, source: Source, config: RunConfig) 
             f"quant.path={source.requested}: {weight} is packed; off-the-shelf needs a checkpoint that was saved dense"
         )
     check_types(tensors, source.folder)
-    return find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
+    layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
+    if layout.target_parameters:
+        raise UserError(f"quant.path={source.requested}: {layout.target_parameters[0]} is adapted as a parameter, which off-the-shelf "
+                        "does not read; use quant=loftq with the pre-trained model")  # fmt: skip
+    return layout
 
 
 def _read_adapter(source: Source, layout: Layout, config: RunConfig) -> _Adapter:
@@ -195,7 +200,8 @@ def _write(
     ours = json.loads(place.read_text())
     ours |= {"lora_alpha": adapter.settings["lora_alpha"], "target_modules": _target_modules(layout, adapter)}
     place.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
-    check_surroundings(source.folder, folder, (target.module for target in adapter.targets), config.model)
+    check_surroundings(source.folder, folder, {name: tuple(tensor.shape) for name, tensor in adapter.factors.items()},
+                       config.model)  # fmt: skip
 
 
 def _target_modules(layout: Layout, adapter: _Adapter) -> list[str]:
@@ -213,7 +219,7 @@ def _values_in_a_block(tensors: CheckpointTensors, adapter: _Adapter, block_size
     """The largest number of distinct values in one block of a weight: at most 2^bits if it is quantized."""
     most = 0
     for target in adapter.targets:
-        values = tensors.read(target.tensor).reshape(-1)[: block_size * _BLOCKS_LOOKED_AT].float()
+        values = target.read(tensors.read).reshape(-1)[: block_size * _BLOCKS_LOOKED_AT].float()
         blocks, _ = values[: values.numel() // block_size * block_size].reshape(-1, block_size).sort(dim=1)
         if blocks.numel():
             most = max(most, int((blocks.diff(dim=1) != 0).sum(dim=1).max()) + 1)

@@ -9,14 +9,16 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from loftq_exp.config.quant import PAPER_WIDTHS, QuantConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Option, Precision, allocate
-from loftq_exp.source.layout import Layout, Target
+from loftq_exp.source.layout import Layout
+from loftq_exp.source.selection import expression, numbers_in
+from loftq_exp.source.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,8 @@ def _by_paper(layout: Layout, quant: QuantConfig) -> dict[str, int]:
 
 
 def _by_pattern(layout: Layout, patterns: Mapping[str, int]) -> dict[str, int]:
-    numbers = {part for target in layout.targets for part in target.module.split(".") if part.isdigit()}
-    matchers = {pattern: re.compile(_expression(pattern, numbers)) for pattern in patterns}
+    numbers = numbers_in(target.module for target in layout.targets)
+    matchers = {pattern: re.compile(expression(pattern, numbers)) for pattern in patterns}
     bits: dict[str, int] = {}
     used: set[str] = set()
     for target in layout.targets:
@@ -93,18 +95,6 @@ def _by_pattern(layout: Layout, patterns: Mapping[str, int]) -> dict[str, int]:
             why = "that an earlier pattern does not, and the first one counts" if taken else f"({names[0]} is one)"
             raise UserError(f"quant.bits_per_layer.{pattern}: matches no weight {why}; correct or remove it")
     return bits
-
-
-def _expression(pattern: str, numbers: Iterable[str]) -> str:
-    """A pattern as a regular expression: * is any text, ? any character, and a part N-M each of the `numbers` from N to M."""
-    parts = []
-    for part in pattern.split("."):
-        if bounds := re.fullmatch(r"(\d+)-(\d+)", part):
-            inside = [number for number in numbers if int(bounds[1]) <= int(number) <= int(bounds[2])]
-            parts.append(f"(?:{'|'.join(inside)})" if inside else "(?!)")
-        else:
-            parts.append("".join({"*": ".*", "?": "."}.get(character, re.escape(character)) for character in part))
-    return r"\.".join(parts)
 
 
 def _by_error(layout: Layout, quant: QuantConfig, errors: Mapping[str, Errors]) -> Plan:

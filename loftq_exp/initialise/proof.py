@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft import PeftConfig
-from peft.tuners.lora import LoraLayer
+from peft import PeftConfig, get_peft_model_state_dict
 
 from loftq_exp.artifact.folder import ADAPTER
 from loftq_exp.config import ModelConfig
@@ -22,13 +21,14 @@ _SAMPLE = "Natalia sold 48/2 = 24 clips,\n  isn't it?\tÜnïcödé — 你好, �
 _WORDS = "the quick brown fox jumps over the lazy dog"
 
 
-def check_surroundings(source: Path, folder: Path, modules: Iterable[str], model: ModelConfig) -> None:
+def check_surroundings(source: Path, folder: Path, factors: Mapping[str, tuple[int, ...]], model: ModelConfig) -> None:
     """Raise UserError unless `folder` works without `source`, weights aside.
 
-    The tokenizer must give the same ids, config.json must define the model, and PEFT must adapt exactly `modules`.
+    The tokenizer must give the same ids, config.json must define the model, and PEFT must have exactly `factors`: shapes by
+    their names in the adapter's file.
     """
     _check_tokenizer(source, folder, model)
-    _check_adapter(folder, set(modules), model)
+    _check_adapter(folder, factors, model)
 
 
 def _check_tokenizer(source: Path, folder: Path, model: ModelConfig) -> None:
@@ -56,7 +56,7 @@ def _ids(folder: Path, trust_remote_code: bool) -> list[int] | None:
         return None
 
 
-def _check_adapter(folder: Path, modules: set[str], model: ModelConfig) -> None:
+def _check_adapter(folder: Path, factors: Mapping[str, tuple[int, ...]], model: ModelConfig) -> None:
     place = f"model.path={model.path}"
     try:
         bare = skeleton(folder, model.kind, model.trust_remote_code)
@@ -67,12 +67,10 @@ def _check_adapter(folder: Path, modules: set[str], model: ModelConfig) -> None:
     advice = f"a {bare.config.model_type} model cannot be fine-tuned with this version of PEFT"
     settings = PeftConfig.from_pretrained(str(folder / ADAPTER))
     adapted = with_adapter(bare, settings, place, advice, low_cpu_mem_usage=True)
-    found = {
-        name.removeprefix(PREFIX)
-        for name, layer in adapted.named_modules()
-        if isinstance(layer, LoraLayer) and name.startswith(PREFIX)
-    }
-    if odd := sorted(modules.symmetric_difference(found)):
-        what = "loses the factors of" if odd[0] in modules else "also adapts"
-        raise UserError(f"{place}: PEFT {what} {odd[0]} ({len(odd)} of {len(modules)} layers differ): it changes the targets of this "
+    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    found = {name: tuple(value.shape) for name, value in held.items() if ".lora_" in name}
+    if odd := sorted(set(factors.items()).symmetric_difference(found.items())):
+        name = odd[0][0].removeprefix(PREFIX)
+        what = "also has" if odd[0][0] not in factors else "has another shape of" if odd[0][0] in found else "loses"
+        raise UserError(f"{place}: PEFT {what} {name} ({len(odd)} of {len(factors)} factors differ): it changes the targets of this "
                         f"architecture; {advice}")  # fmt: skip

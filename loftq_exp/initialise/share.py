@@ -20,8 +20,10 @@ from loftq_exp.initialise.workers import side_by_side
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
 from loftq_exp.source.finite import check_finite
-from loftq_exp.source.layout import Layout, Target, find_layout
+from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
+from loftq_exp.source.selection import Selection
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,16 @@ def share(source: Source, config: RunConfig) -> None:
         return
     with open_tensors(source.folder) as tensors:
         check_types(tensors, source.folder)
-        layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
+        layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code,
+                             Selection.of(config.quant))  # fmt: skip
         check_fit(layout, config)
         items = in_order(_needed(layout, config), config.initialise.shard, config.initialise.shards)
-        check_finite(tensors, [target.tensor for target, _ in items[: len(items) // config.initialise.shards]])
+        check_finite(
+            tensors,
+            dict.fromkeys(
+                name for target, _ in items[: len(items) // config.initialise.shards] for name in target.tensors
+            ),
+        )
         decomposer = Decomposer(config)
         _calibrate(decomposer, source, wanted, config, tensors, layout)
         _compute(decomposer, tensors, items, config)
@@ -85,10 +93,10 @@ def _compute(decomposer: Decomposer, tensors: CheckpointTensors, items: Sequence
     computed = ready = 0
 
     def unless_taken(item: Item) -> tuple[Item, Decomposed | None]:
-        return item, decomposer.claimed(item[0], tensors.read(item[0].tensor), item[1], wait=False)
+        return item, decomposer.claimed(item[0], item[0].read(tensors.read), item[1], wait=False)
 
     def in_turn(item: Item) -> tuple[Item, Decomposed | None]:
-        return item, decomposer.claimed(item[0], tensors.read(item[0].tensor), item[1], wait=True)
+        return item, decomposer.claimed(item[0], item[0].read(tensors.read), item[1], wait=True)
 
     with progress(f"shard {config.initialise.shard} of {config.initialise.shards}") as advance:
         for attempt, left in ((unless_taken, items), (in_turn, held)):  # `held` is filled by the first

@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import math
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,16 +41,19 @@ from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measure
 from loftq_exp.initialise.polish import polish, polish_samples
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
-from loftq_exp.initialise.verify import check_written
+from loftq_exp.initialise.verify import Forms, check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import kaiming_uniform_A
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
+from loftq_exp.schemes import FORMATS
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.head import PREFIX, head_tensors
-from loftq_exp.source.layout import Layout, Target, find_layout
+from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
+from loftq_exp.source.selection import Selection
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors, open_tensors
 from loftq_exp.storage.format import Codes, storage_format
 from loftq_exp.storage.specs import TensorSpec
@@ -112,7 +117,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             return found
         with open_tensors(source.folder) as tensors:
             check_types(tensors, source.folder)
-            layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code)
+            layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code,
+                             Selection.of(config.quant))  # fmt: skip
             check_fit(layout, config)
             names = written_names(tensors, layout)
             check_finite(tensors, names)
@@ -122,11 +128,11 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
                 write_surroundings(folder, final, source, layout, plan, config)
-                check_surroundings(source.folder, folder, plan, config.model)
                 head = head_tensors(source.folder, tensors, layout, config)
+                factors = {name: spec.shape for name, spec in _adapter_specs(layout, plan, {}).items()}
+                check_surroundings(source.folder, folder, factors, config.model)
                 weights = _write_weights(folder, tensors, names, layout, plan, worker, head)
-                forms = {target.tensor: (target.shape, list(worker.stored_specs(target, plan[target.module].bits)))
-                         for target in layout.targets}  # fmt: skip
+                forms = _forms(tensors, layout, plan, worker)
                 report = _report(wanted, source, config, tensors, layout, plan, weights)
                 if samples:
                     init = Initialised(folder, report)
@@ -150,15 +156,27 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
 
 
 def check_fit(layout: Layout, config: RunConfig) -> None:
-    """Raise UserError if rank, block size or storage do not fit a target's shape or class."""
+    """Raise UserError if rank, block size or storage do not fit a target's shape or class, or a setting its adapter."""
     check_shapes(layout, config.quant)
+    wrapped = next(filter(layout.as_parameter, layout.targets), None)
+    for option, form in (("save_format", config.save_format), ("train.backbone", config.train.backbone)):
+        if wrapped and form in FORMATS and not storage_format(form).plain:
+            raise UserError(f"{option}={form}: {FORMATS[form].layers} replace linear layers alone, and PEFT adapts {wrapped.parameter} "
+                            f"as a parameter; use {option}=dense")  # fmt: skip
     if layout.left_dense and storage_format(config.save_format).needs_plain_linears:
         raise UserError(f"save_format={config.save_format}: transformers loads {layout.left_dense[0]} only as a dense layer; "
                         "use save_format=dense")  # fmt: skip
 
 
 def check_shapes(layout: Layout, quant: QuantConfig) -> None:
-    """Raise UserError if rank or block size do not fit a target's shape."""
+    """Raise UserError if rank or block size do not fit a target's shape, or dropout, ranks or calibration its adapter."""
+    if wrapped := next(filter(layout.as_parameter, layout.targets), None):
+        _check_parameter(wrapped.parameter, quant)
+    if (
+        expert := next((target for target in layout.targets if target.expert is not None), None)
+    ) and quant.calibration != "none":
+        raise UserError(f"quant.calibration={quant.calibration}: the inputs of each expert of {expert.parameter} are not collected; "
+                        "use quant.calibration=none")  # fmt: skip
     largest = max(layout.targets, key=lambda target: min(target.shape))
     if quant.rank > min(largest.shape):  # a smaller weight gets its largest possible rank, see `make_plan`
         raise UserError(f"quant.rank={quant.rank}: no weight has such a rank, {largest.module} is {largest.shape[0]} x "
@@ -167,6 +185,17 @@ def check_shapes(layout: Layout, quant: QuantConfig) -> None:
         if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
             raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
                             f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
+
+
+def _check_parameter(name: str, quant: QuantConfig) -> None:
+    """Raise UserError for settings that PEFT does not have for the adapter of a parameter."""
+    if quant.dropout:
+        raise UserError(f"quant.dropout={quant.dropout:g}: PEFT has no dropout for {name}, which it adapts as a parameter; "
+                        "use quant.dropout=0")  # fmt: skip
+    if quant.rule == "error+rank":
+        raise UserError(
+            f"quant.allocation=error+rank: PEFT has one rank for all matrices of {name}; use quant.allocation=error"
+        )
 
 
 def _write_weights(
@@ -178,8 +207,7 @@ def _write_weights(
     worker: _Worker,
     head: dict[str, torch.Tensor],
 ) -> list[WeightReport]:
-    targets = {target.tensor: target for target in layout.targets}
-    backbone = _backbone_specs(names, tensors, targets, plan, worker)
+    backbone = _backbone_specs(names, tensors, layout, plan, worker)
     reports: list[WeightReport] = []
     with (
         SafetensorsWriter(folder, backbone) as out,
@@ -188,29 +216,77 @@ def _write_weights(
     ):
         for name, value in head.items():
             adapter.write(name, value)
+        factors = _FactorWriter(adapter)
 
-        def one(name: str) -> WeightReport | None:
-            weight = tensors.read(name)
-            if name not in targets:
-                out.write(name, weight)
+        def one(item: str | Target) -> WeightReport | None:
+            if isinstance(item, str):
+                out.write(item, tensors.read(item))
                 return None
             phases = Phases()
-            stored, lora_A, lora_B, report = worker.initialise(
-                targets[name], plan[targets[name].module], weight, phases
-            )
+            weight = item.read(tensors.read)
+            stored, lora_A, lora_B, report = worker.initialise(item, plan[item.module], weight, phases)
             with phases.timed("write"):
-                for part, tensor in stored.items():
-                    out.write(part, tensor)
-                adapter.write(_adapter_name(targets[name], "A"), lora_A)
-                adapter.write(_adapter_name(targets[name], "B"), lora_B)
+                write_target(out, item, stored)
+                factors.write(item, lora_A, lora_B)
             return dataclasses.replace(report, seconds=phases.total, phases=phases.seconds)
 
-        for report in side_by_side(one, names, worker.device):
+        for report in side_by_side(one, _items(names, layout), worker.device):
             if report is not None:
                 reports.append(report)
-                _show(advance, reports, len(targets))
+                _show(advance, reports, len(layout.targets))
     order = {target.module: position for position, target in enumerate(layout.targets)}
     return sorted(reports, key=lambda report: order[report.name])
+
+
+def _items(names: Iterable[str], layout: Layout) -> list[str | Target]:
+    """The targets, each where its first tensor is in the files, and the names of all other tensors."""
+    owners = _owners(layout)
+    items = dict.fromkeys(item for name in names for item in owners.get(name, [name]))
+    return list(items)
+
+
+def _owners(layout: Layout) -> dict[str, list[str | Target]]:
+    """The targets that each tensor of the files holds rows of."""
+    owners: dict[str, list[str | Target]] = {}
+    for target in layout.targets:
+        for name in target.tensors:
+            owners.setdefault(name, []).append(target)
+    return owners
+
+
+def write_target(out: SafetensorsWriter, target: Target, stored: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors that represent a target: dense values where its pieces lie, others under their own names."""
+    if set(stored) != {target.tensor}:
+        for part, tensor in stored.items():
+            out.write(part, tensor)
+        return
+    for piece, values in target.stored(stored[target.tensor]):
+        out.write(piece.tensor, values, piece.index)
+
+
+class _FactorWriter:
+    """Writes factors to an adapter file. PEFT interleaves B of all experts, so these are held until all are there."""
+
+    def __init__(self, out: SafetensorsWriter) -> None:
+        self._out, self._lock = out, threading.Lock()
+        self._held: dict[tuple[str, str], tuple[torch.Tensor, set[int]]] = {}
+
+    def write(self, target: Target, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
+        """Write A (r, in) and B (out, r) of a target."""
+        for factor, values in (("A", lora_A), ("B", lora_B)):
+            name = _adapter_name(target, factor)
+            if target.expert is None:
+                self._out.write(name, values)
+                continue
+            shape, key = target.factor_shape(factor, len(lora_A)), (name, factor)
+            with self._lock:
+                whole, there = self._held.setdefault(key, (torch.empty(shape), set()))
+            target.factor(factor, whole).copy_(values)
+            with self._lock:
+                there.add(target.expert)
+                done = len(there) == target.experts and self._held.pop(key, None) is not None
+            if done:
+                self._out.write(name, whole)
 
 
 class _Worker:
@@ -247,7 +323,7 @@ class _Worker:
             targets = [target for target in layout.targets if target.block == block]
 
             def one(target: Target) -> tuple[str, torch.Tensor]:
-                weight = tensors.read(target.tensor)
+                weight = target.read(tensors.read)
                 return target.module, self.decomposer.initialised(target, weight, plan[target.module])
 
             return dict(side_by_side(one, targets, self.device))
@@ -295,8 +371,10 @@ class _Worker:
         codes = Codes(kept.packed, kept.scales, kept.shape, self.decomposer.quantizers[bits])
         return self.format.encode(name, codes, self.dtype)
 
-    def stored_specs(self, target: Target, bits: int) -> dict[str, TensorSpec]:
-        """The types and shapes of the backbone tensors that `initialise` returns for a target at these bits."""
+    def stored_specs(self, target: Target, bits: int, tensors: CheckpointTensors) -> dict[str, TensorSpec]:
+        """The types and shapes of the backbone tensors that hold a target at these bits."""
+        if self.format.plain:
+            return {name: TensorSpec(self.dtype, tensors.shape(name)) for name in target.tensors}
         return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
 
 
@@ -317,27 +395,40 @@ def random_A(rank: int, columns: int, seed: int, module: str) -> torch.Tensor:
 
 
 def _backbone_specs(
-    names: list[str], tensors: CheckpointTensors, targets: dict[str, Target], plan: Plan, worker: _Worker
+    names: list[str], tensors: CheckpointTensors, layout: Layout, plan: Plan, worker: _Worker
 ) -> dict[str, TensorSpec]:
+    owners = _owners(layout)
     specs: dict[str, TensorSpec] = {}
     for name in names:
-        if name in targets:
-            specs |= worker.stored_specs(targets[name], plan[targets[name].module].bits)
+        if name in owners:
+            for target in owners[name]:
+                assert isinstance(target, Target)
+                specs |= worker.stored_specs(target, plan[target.module].bits, tensors)
         else:
             specs[name] = TensorSpec(tensors.dtype(name), tensors.shape(name))
     return specs
 
 
+def _forms(tensors: CheckpointTensors, layout: Layout, plan: Plan, worker: _Worker) -> Forms:
+    """The dense shape of each tensor of a target, and the names under which it is written."""
+    forms: dict[str, tuple[tuple[int, ...], list[str]]] = {}
+    for target in layout.targets:
+        parts = list(worker.stored_specs(target, plan[target.module].bits, tensors))
+        for name in target.tensors:
+            forms[name] = tensors.shape(name), [name] if worker.format.plain else parts
+    return forms
+
+
 def _adapter_name(target: Target, factor: str) -> str:
-    return f"{PREFIX}{target.module}.lora_{factor}.weight"
+    return f"{PREFIX}{target.layer}.lora_{factor}.weight"
 
 
 def _adapter_specs(layout: Layout, plan: Plan, head: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
     specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in head.items()}
     for target in layout.targets:
-        rank = plan[target.module].rank
-        specs[_adapter_name(target, "A")] = TensorSpec(torch.float32, (rank, target.shape[1]))
-        specs[_adapter_name(target, "B")] = TensorSpec(torch.float32, (target.shape[0], rank))
+        for factor in "AB":
+            shape = target.factor_shape(factor, plan[target.module].rank)
+            specs[_adapter_name(target, factor)] = TensorSpec(torch.float32, shape)
     return specs
 
 
@@ -367,9 +458,11 @@ def _report(
         "quant": dataclasses.asdict(quant) | {"scaling": quant.scaling, "save_dtype": config.save_dtype,
                                               "save_format": config.save_format},
         "target_modules": list(layout.target_modules),
+        "target_parameters": list(layout.target_parameters),
         "other_linears": list(layout.other_linears),
         "head": list(layout.head),
         "left_out": list(layout.foreign),
+        "excluded": list(layout.excluded),
         "not_quantized": not_quantized,
         "totals": {
             "weights": len(weights),

@@ -13,6 +13,7 @@ import torch
 import wrapt
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -117,10 +118,13 @@ class LoftQHfQuantizer(HfQuantizer):
         _check_files(checkpoint_files or (), model.base_model_prefix, layers)
         return model
 
-    def _packed(self, linear: nn.Linear, bits: int, dtype: torch.dtype | None) -> PackedLinear:
+    def _packed(self, linear: nn.Linear | Conv1D, bits: int, dtype: torch.dtype | None) -> PackedLinear:
         quantizer = self.quantization_config.quantizer(bits)
         has_bias = linear.bias is not None
-        return PackedLinear(linear.in_features, linear.out_features, quantizer, has_bias, dtype, "meta")
+        rows, columns = (
+            (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+        )
+        return PackedLinear(columns, rows, quantizer, has_bias, dtype, "meta")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
@@ -181,6 +185,6 @@ def _check_files(files: Sequence[str], prefix: str, layers: Mapping[str, PackedL
 def _module_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Return the linear module that the checkpoint calls `name`, in a class with or without a head; None if none."""
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if isinstance(modules.get(candidate), nn.Linear):
+        if isinstance(modules.get(candidate), nn.Linear | Conv1D):
             return candidate
     return None

@@ -1,4 +1,4 @@
-"""The blocks of a model and the weights in them that are not `nn.Linear`: they are counted, or the model is refused."""
+"""The blocks of a model and the weights in them that cannot be quantized: they are counted, or the model is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +24,21 @@ eighth of its values, and quantizing it saves nothing."""
 def is_gate(shape: Iterable[int]) -> bool:
     """Whether a linear layer with a weight of that shape stays dense, see `SMALLEST_SIDE`."""
     return min(shape) < SMALLEST_SIDE
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer: `nn.Linear`, or GPT-2's `Conv1D`, whose weight is (in, out). None for another module."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+
+
+def is_expert_weight(module: nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether a parameter of the module holds a matrix per expert that transformers and PEFT orient alike.
+
+    Both read the module's `is_transposed`, which says whether a matrix is (in, out).
+    """
+    return hasattr(module, "is_transposed") and parameter.ndim == 3 and not is_gate(parameter.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -55,10 +71,10 @@ def block_of(module: str, stacks: Iterable[str]) -> str | None:
 
 
 def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str], folder: Path) -> tuple[LeftOut, ...]:
-    """The matrices in blocks that belong to neither a linear layer nor an embedding, such as a router or a convolution.
+    """The matrices in blocks that belong to no linear layer, expert or embedding, such as a router or a convolution.
 
     `tensors` maps each parameter to its name in the checkpoint. Raises UserError if an essential part of the model would
-    not be quantized or trained: experts, Conv1D, state-space and RWKV layers, or any share beyond `MOST_LEFT_OUT`.
+    not be quantized or trained: experts of an unknown form, state-space and RWKV layers, or any share beyond `MOST_LEFT_OUT`.
     """
     stacks = list(stacks)
     found: list[LeftOut] = []
@@ -70,9 +86,12 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
             raise UserError(f"model.path={folder}: {type(model).__name__} has {recurrent} layers ({owner}), whose code reads or "
                             "rescales weights past an adapter; choose a model of attention and linear layers alone")  # fmt: skip
         for part, parameter in module.named_parameters(recurse=False):
-            if sum(size > 1 for size in parameter.shape) < 2 or _is_table(module):
+            linear_map = linear_shape(module) is not None and parameter.ndim == 2
+            vector = sum(size > 1 for size in parameter.shape) < 2 and not linear_map
+            if vector or _is_table(module) or _is_experts_bias(module, part):
                 continue
-            if isinstance(module, nn.Linear) and not is_gate(parameter.shape):
+            plain = linear_map and not is_gate(parameter.shape)
+            if plain or is_expert_weight(module, parameter):
                 linear += parameter.numel()
             else:
                 name = f"{owner}.{part}"
@@ -92,22 +111,28 @@ def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
 
 
+def _is_experts_bias(module: nn.Module, part: str) -> bool:
+    """Whether it is the biases of all experts, (experts, out)."""
+    return hasattr(module, "is_transposed") and part.endswith("bias")
+
+
 def _refuse_parts(model: nn.Module, found: list[LeftOut], linear: int, folder: Path) -> None:
     values = sum(weight.values for weight in found)
     share = values / max(1, values + linear)
     experts = [weight.name for weight in found if _is_expert(model, weight.name)]
-    conv1d = [w.name for w in found if isinstance(model.get_submodule(w.name.rpartition(".")[0]), Conv1D)]
-    if not experts and not conv1d and share <= MOST_LEFT_OUT:
+    if not experts and share <= MOST_LEFT_OUT:
         return
-    name = (experts or conv1d or [max(found, key=lambda weight: weight.values).name])[0]
+    name = (experts or [max(found, key=lambda weight: weight.values).name])[0]
     holder = type(model.get_submodule(name.rpartition(".")[0])).__name__
-    what = "experts" if experts else "linear maps as Conv1D layers" if conv1d else "weights"
+    what = "experts" if experts else "weights"
     raise UserError(f"model.path={folder}: {type(model).__name__} keeps its {what} in {name} ({holder}, no nn.Linear), so that "
-                    f"{share:.1%} of the values of linear weights would be left out; choose a model of nn.Linear layers")  # fmt: skip
+                    f"{share:.1%} of the values of linear weights would be left out; choose another model")  # fmt: skip
 
 
 def _is_expert(model: nn.Module, name: str) -> bool:
     """Whether it is a weight of a mixture's experts rather than of its router."""
     owner = name.rpartition(".")[0]
+    if name.endswith("bias"):
+        return False
     words = f"{owner} {type(model.get_submodule(owner)).__name__}".lower()
     return "expert" in words and not any(word in words for word in ("router", "gating"))

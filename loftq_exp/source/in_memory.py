@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 
 from loftq_exp.errors import UserError
-from loftq_exp.source.blocks import block_lists, block_of, left_out
+from loftq_exp.source.blocks import block_lists, left_out
+from loftq_exp.source.experts import expert_targets
 from loftq_exp.source.finite import is_finite
-from loftq_exp.source.layout import AUTO_CLASSES, HEAD_KINDS, Layout, Target, head_modules, left_dense, shortest_endings
+from loftq_exp.source.layout import AUTO_CLASSES, Layout, head_of, in_order, layout_of, linear_target, linear_targets
+from loftq_exp.source.selection import ALL, Selection
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,34 +26,29 @@ def kind_of(model: transformers.PreTrainedModel) -> str:
                     f"{', '.join(auto.__name__ for auto in AUTO_CLASSES.values())}")  # fmt: skip
 
 
-def layout_in_memory(model: transformers.PreTrainedModel, kind: str) -> Layout:
-    """The layout of `model`. Raises UserError if it has no plain, finite linear layers in blocks, or too much besides."""
-    modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+def layout_in_memory(model: transformers.PreTrainedModel, kind: str, selection: Selection = ALL) -> Layout:
+    """The layout of `model`. Raises UserError if it has no plain, finite linear layers in blocks, or too much besides.
+
+    Also raises it if a pattern of the `selection` matches no layer.
+    """
     stacks, name = block_lists(model), Path(model.name_or_path or type(model).__name__)
     not_quantized = left_out(model, stacks, {}, name)
-    inside = {module: block for module in linears if (block := block_of(module, stacks))}
-    if not inside:
+    targets = linear_targets(
+        model, stacks, lambda module, block, linear: linear_target(module, f"{module}.weight", block, linear)
+    )
+    experts = expert_targets(model, stacks, {}, name)
+    if not targets and not experts:
         raise UserError(f"model: {type(model).__name__} has no linear layer in a block; nothing to quantize")
-    _check_values({module: linears[module].weight for module in inside})
-    outside = tuple(module for module in linears if module not in inside)
-    return Layout(
-        targets=tuple(Target(module, f"{module}.weight", (linears[module].out_features, linears[module].in_features), block)
-                      for module, block in inside.items()),
-        target_modules=shortest_endings(inside, modules),
-        other_linears=outside,
-        left_dense=left_dense(model, inside),
-        foreign=(),
-        not_quantized=not_quantized,
-        head=head_modules(model, outside, set(model.state_dict())) if kind in HEAD_KINDS else (),
-        ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
-    )  # fmt: skip
+    _check_values({target.parameter: model.get_parameter(target.parameter) for target in targets + experts})
+    head = head_of(model, targets, kind, set(model.state_dict()))
+    return layout_of(model, in_order(targets + experts), selection, not_quantized, head)
 
 
 def _check_values(weights: dict[str, torch.Tensor]) -> None:
     """Raise UserError if a weight has no plain values, or shares them with another."""
     seen: dict[int, str] = {}
-    for module, weight in weights.items():
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
         if weight.is_meta or weight.dtype not in _TYPES:
             what = "is on the meta device" if weight.is_meta else f"has values of {weight.dtype}"
             raise UserError(
@@ -61,4 +57,4 @@ def _check_values(weights: dict[str, torch.Tensor]) -> None:
         if (other := seen.setdefault(weight.data_ptr(), module)) != module:
             raise UserError(f"model: {module} shares its weight with {other}; quantizing one would change both")
         if not is_finite(weight.detach()):
-            raise UserError(f"model: {module}.weight has NaN or infinite values; load a checkpoint without them")
+            raise UserError(f"model: {name} has NaN or infinite values; load a checkpoint without them")

@@ -8,7 +8,7 @@ trains (see `loftq_exp.source.head`).
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loftq_exp.errors import UserError
-from loftq_exp.source.blocks import LeftOut, block_lists, block_of, is_gate, left_out
+from loftq_exp.source.adapted import adapted, as_wrapped
+from loftq_exp.source.blocks import LeftOut, block_lists, block_of, is_gate, left_out, linear_shape
+from loftq_exp.source.experts import expert_targets
 from loftq_exp.source.loading import LoadReport, load_report, name_in_files
+from loftq_exp.source.selection import ALL, Selection
+from loftq_exp.source.target import Piece, Target
 from loftq_exp.source.tensors import some
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -42,42 +47,37 @@ HEAD_KINDS = ("classification", "question-answering")
 
 
 @dataclass(frozen=True)
-class Target:
-    """One weight to quantize: its module in the model, its tensor in the checkpoint, its shape (out, in), its block."""
-
-    module: str
-    tensor: str
-    shape: tuple[int, int]
-    block: str
-    """The module of its block, such as `model.layers.3`."""
-
-    @property
-    def kind(self) -> str:
-        """Its name within the block, such as `self_attn.q_proj`."""
-        return self.module.removeprefix(self.block + ".")
-
-
-@dataclass(frozen=True)
 class Layout:
     """The targets of a checkpoint and the names with which PEFT and bitsandbytes find exactly these."""
 
     targets: tuple[Target, ...]
     target_modules: tuple[str, ...]
-    """The shortest module name endings that match the targets and nothing else."""
+    """The shortest module name endings that match the targets adapted as modules and nothing else."""
     other_linears: tuple[str, ...]
-    """Linear layers outside the blocks, and gates inside them, which stay dense."""
+    """Linear layers that stay dense: those outside the blocks, gates, and those `excluded`."""
     left_dense: tuple[str, ...]
     """Targets that transformers keeps dense when it loads 4-bit layers: subclasses of `nn.Linear` (falcon), and layers
     that the model class keeps in float32 (t5's `wo`)."""
     foreign: tuple[str, ...]
     """Tensors that the model class ignores, such as the pre-training head."""
     not_quantized: tuple[LeftOut, ...]
-    """Matrices in the blocks that belong to no linear layer and are not quantized."""
+    """Matrices in the blocks that are not quantized: those that belong to no linear layer, gates, and those `excluded`."""
     head: tuple[str, ...]
     """Modules that are fully trained and saved with the adapter: the model's head (for deberta with the pooler), and a
     pooler of its base that the checkpoint lacks. Empty for language models."""
     ties_embeddings: bool
     """Whether the model uses one tensor for its input and output embeddings."""
+    excluded: tuple[str, ...] = ()
+    """Linear layers and parameters of experts in the blocks that the settings leave dense, without an adapter."""
+    target_parameters: tuple[str, ...] = ()
+    """The shortest parameter name endings that match the targets that PEFT adapts as parameters, and nothing else: experts, and
+    linear layers that PEFT does not find as modules. Only a dense backbone holds them, and PEFT has no dropout for them."""
+    transposed: bool = False
+    """Whether the model's linear layers are `Conv1D`, with weights (in, out)."""
+
+    def as_parameter(self, target: Target) -> bool:
+        """Whether PEFT adapts the target as a parameter rather than as a module."""
+        return any(f".{target.parameter}".endswith(f".{ending}") for ending in self.target_parameters)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -101,44 +101,110 @@ def load_config(
 
 
 def find_layout(
-    folder: Path, kind: str, shapes: Mapping[str, tuple[int, ...]], trust_remote_code: bool = False
+    folder: Path,
+    kind: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    trust_remote_code: bool = False,
+    selection: Selection = ALL,
 ) -> Layout:
     """The layout of the checkpoint in `folder`, loaded as `kind`. `shapes` maps its tensors' names to their shapes.
 
-    Raises UserError if the model class has no blocks of linear layers, or blocks with too many other weights. Also raises
-    it if a plain load would miss a weight, find one with another shape, or ignore one.
+    Raises UserError if the model class has no blocks of linear layers, or blocks with too many other weights, or if a
+    pattern of the `selection` matches none. Also raises it if a plain load would miss a weight, find one with another shape,
+    or ignore one.
     """
     model = skeleton(folder, kind, trust_remote_code)
-    modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     stacks = block_lists(model)
     left_out(model, stacks, {}, folder)  # refuse unsupported models before looking for their tensors
-    inside = {name: block for name in linears
-              if (block := block_of(name, stacks)) and not is_gate(linears[name].weight.shape)}  # fmt: skip
-    if not inside:
+    prefix = model.base_model_prefix
+    targets = linear_targets(
+        model, stacks, lambda name, block, module: _target(name, block, module, shapes, prefix, folder)
+    )
+    report = load_report(model, shapes)
+    experts = expert_targets(model, stacks, report.parameters, folder)
+    if not targets and not experts:
         raise UserError(
             f"model.path={folder}: {type(model).__name__} has no linear layer in a block; nothing to quantize"
         )
-    prefix = model.base_model_prefix
-    outside = tuple(name for name in linears if name not in inside)
-    head = head_modules(model, outside, shapes) if kind in HEAD_KINDS else ()
-    targets = tuple(_target(name, block, linears[name], shapes, prefix, folder) for name, block in inside.items())
-    report = load_report(model, shapes)
+    head = head_of(model, targets, kind, shapes)
     check_complete(model, head, report, folder)
     if kind in HEAD_KINDS:
         _check_new_head(model, head, report, folder)
     else:
         _check_own_head(model, report, folder)
+    foreign = _foreign(model, stacks, kind, shapes, report, folder)
+    return layout_of(
+        model, in_order(targets + experts), selection, left_out(model, stacks, report.tensors, folder), head, foreign
+    )
+
+
+def head_of(
+    model: transformers.PreTrainedModel, targets: Iterable[Target], kind: str, tensors: Container[str]
+) -> tuple[str, ...]:
+    """The modules to train and save with the adapter, see `Layout.head`."""
+    if kind not in HEAD_KINDS:
+        return ()
+    inside = {target.module for target in targets}
+    return head_modules(model, [name for name, module in model.named_modules()
+                                if isinstance(module, nn.Linear) and name not in inside], tensors)  # fmt: skip
+
+
+def in_order(targets: Iterable[Target]) -> tuple[Target, ...]:
+    """The targets block by block."""
+    targets = tuple(targets)
+    blocks = {block: place for place, block in enumerate(dict.fromkeys(target.block for target in targets))}
+    return tuple(sorted(targets, key=lambda target: blocks[target.block]))
+
+
+def linear_targets(
+    model: nn.Module, stacks: Iterable[str], target: Callable[[str, str, nn.Module], Target]
+) -> tuple[Target, ...]:
+    """The linear layers of blocks, without gates. `target` makes one of its name, block and module."""
+    stacks = list(stacks)
+    return tuple(
+        target(name, block, module)
+        for name, module in model.named_modules()
+        if (shape := linear_shape(module)) and not is_gate(shape) and (block := block_of(name, stacks))
+    )
+
+
+def layout_of(
+    model: transformers.PreTrainedModel,
+    targets: tuple[Target, ...],
+    selection: Selection,
+    not_quantized: tuple[LeftOut, ...],
+    head: tuple[str, ...],
+    foreign: tuple[str, ...] = (),
+) -> Layout:
+    """The layout of all `targets` of a model, of which the selection chooses."""
+    names = selection.chosen(list(dict.fromkeys(target.chosen_by for target in targets)))
+    chosen = as_wrapped(target for target in targets if target.chosen_by in names)
+    excluded = [target for target in targets if target.chosen_by not in names]
+    found, modules = adapted(model, chosen), {target.module for target in chosen}
+    linears = [name for name, module in model.named_modules() if linear_shape(module)]
     return Layout(
-        targets=targets,
-        target_modules=shortest_endings(inside, modules),
-        other_linears=outside,
-        left_dense=left_dense(model, inside),
-        foreign=_foreign(model, stacks, kind, shapes, report, folder),
-        not_quantized=left_out(model, stacks, report.tensors, folder),
+        targets=chosen,
+        target_modules=found.modules,
+        other_linears=tuple(name for name in linears if name not in modules),
+        left_dense=left_dense(model, (target.module for target in chosen if target.expert is None)),
+        foreign=foreign,
+        not_quantized=(*not_quantized, *_as_left_out(model, excluded)),
         head=head,
         ties_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
+        excluded=tuple(dict.fromkeys(target.chosen_by for target in excluded)),
+        target_parameters=found.parameters,
+        transposed=any(isinstance(model.get_submodule(t.module), Conv1D) for t in chosen if t.expert is None),
     )
+
+
+def _as_left_out(model: nn.Module, excluded: Iterable[Target]) -> Iterator[LeftOut]:
+    """The targets that are not quantized; experts by their parameter."""
+    parameters: dict[str, Target] = {}
+    for target in excluded:
+        parameters.setdefault(target.chosen_by, target)
+    for name, target in parameters.items():
+        shape = tuple(model.get_parameter(target.parameter).shape) if target.expert is not None else target.shape
+        yield LeftOut(name, target.tensors[0], shape)
 
 
 def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> tuple[str, ...]:
@@ -147,7 +213,7 @@ def left_dense(model: transformers.PreTrainedModel, linears: Iterable[str]) -> t
     return tuple(
         name
         for name in linears
-        if type(model.get_submodule(name)) is not nn.Linear or not should_convert_module(name, in_float32)
+        if type(model.get_submodule(name)) not in (nn.Linear, Conv1D) or not should_convert_module(name, in_float32)
     )
 
 
@@ -180,7 +246,7 @@ def skeleton(
 
 
 def _target(
-    module: str, block: str, linear: nn.Linear, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path
+    module: str, block: str, linear: nn.Module, shapes: Mapping[str, tuple[int, ...]], prefix: str, folder: Path
 ) -> Target:
     name = f"{module}.weight"
     tensor = stored_name(name, prefix, shapes)
@@ -188,13 +254,22 @@ def _target(
         raise UserError(
             f"model.path={folder}: no weight named {name}; the weights have another architecture than config.json"
         )
-    expected = (linear.out_features, linear.in_features)
+    target = linear_target(module, tensor, block, linear)
+    expected = target.shape if not target.pieces else target.shape[::-1]
     if tuple(shapes[tensor]) != expected:
         raise UserError(
             f"model.path={folder}: {tensor} has shape {tuple(shapes[tensor])}, config.json expects {expected}; "
             "the weights have another architecture than config.json"
         )
-    return Target(module, tensor, expected, block)
+    return target
+
+
+def linear_target(module: str, tensor: str, block: str, linear: nn.Module) -> Target:
+    """The target of a linear layer whose weight is stored as `tensor`."""
+    shape = linear_shape(linear)
+    assert shape is not None
+    pieces = (Piece(tensor, shape[0], transposed=True),) if isinstance(linear, Conv1D) else ()
+    return Target(module, tensor, shape, block, pieces)
 
 
 def stored_name(name: str, prefix: str, tensors: Container[str]) -> str | None:
@@ -296,18 +371,3 @@ def _is_body(model: transformers.PreTrainedModel, stacks: Iterable[str], kind: s
         return True
     own = {module for module, _ in model.named_modules()}
     return kind not in HEAD_KINDS and name.rpartition(".")[0] in own - {""}
-
-
-def shortest_endings(inside: Iterable[str], modules: Iterable[str]) -> tuple[str, ...]:
-    """The shortest dotted suffixes that match every name in `inside` and no other module under PEFT's rules."""
-    inside = set(inside)
-    others = [name for name in modules if name not in inside]
-    endings: dict[str, None] = {}
-    for name in sorted(inside):
-        parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            ending = ".".join(parts[-count:])
-            if not any(other == ending or other.endswith("." + ending) for other in others):
-                endings[ending] = None
-                break
-    return tuple(endings)

@@ -183,7 +183,7 @@ def test_whole_bits_are_one_run_however_they_are_written() -> None:
 
 
 def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None:
-    later = {"double", "allocation", "bits_per_layer", "rank_choices", "scale", "levels"}
+    later = {"double", "allocation", "bits_per_layer", "rank_choices", "scale", "levels", "target_modules", "exclude"}
     later |= {"calibration", "rounding", "order", "polish_steps", "polish_learning_rate"}
     assert not later & {name.rpartition(".")[2] for name in shaping(config(), INITIALISATION)}
     changes: list[dict[str, Any]] = [
@@ -191,6 +191,7 @@ def test_settings_that_came_later_shape_a_run_only_where_they_are_used() -> None
         {"allocation": "error+rank", "rank_choices": [8, 64]}, {"bits_per_layer": {"*.q_proj": 4, "*": 2}},
         {"bits_per_layer": {"*": 2, "*.q_proj": 4}}, {"double": True},
         {"scale": "search"}, {"levels": "optimal"}, {"scale": "search", "levels": "optimal"},
+        {"target_modules": ["q_proj"]}, {"exclude": ["q_proj"]}, {"target_modules": ["q_proj", "k_proj"], "exclude": ["q_proj"]},
     ]  # fmt: skip
     folders = {run_dir({f"quant.{name}": value for name, value in change.items()}) for change in changes}
     assert len(folders) == len(changes)

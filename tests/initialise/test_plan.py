@@ -28,8 +28,9 @@ from loftq_exp.initialise.plan import candidates, code_bits, make_plan
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.loftq import decompose, make_quantizer
 from loftq_exp.loftq.allocation import Precision
-from loftq_exp.source.layout import AUTO_CLASSES, Layout, Target
+from loftq_exp.source.layout import AUTO_CLASSES, Layout
 from loftq_exp.source.locate import locate
+from loftq_exp.source.target import Target
 from loftq_exp.storage.bnb4 import bnb4_config
 
 PROJECTIONS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 128)}

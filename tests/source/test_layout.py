@@ -310,12 +310,6 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
         layout_of(dataclasses.replace(FAMILIES["llama"], kind="seq2seq"), tmp_path, {})
 
 
-def test_a_model_without_linear_layers_in_blocks_is_refused(tmp_path: Path) -> None:
-    gpt2 = Family(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), "causal", {})
-    with pytest.raises(UserError, match=r"as Conv1D layers in transformer\.h\.0.+100\.0% of the values .+ left out"):
-        layout_of(gpt2, tmp_path)
-
-
 @pytest.mark.parametrize("content", ["{}", "{", '{"model_type": "no-such-model"}', None])
 def test_a_config_that_transformers_does_not_know_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -1,0 +1,95 @@
+"""The experts of a mixture: parameters of the shape (experts, ., .), with one matrix per expert.
+
+Files may hold such a parameter as it is, or as one tensor for each expert and projection, which transformers merges on
+loading. In both cases an expert's matrix is read and written alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from loftq_exp.errors import UserError
+from loftq_exp.source.blocks import block_of, is_expert_weight
+from loftq_exp.source.target import Piece, Target
+
+
+def expert_parameters(model: nn.Module, stacks: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """The module and block of each parameter in blocks that holds a matrix per expert, by the parameter's name."""
+    stacks = list(stacks)
+    return {
+        f"{owner}.{name}": (module, block)
+        for owner, module in model.named_modules()
+        if (block := block_of(owner, stacks))
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_expert_weight(module, parameter)
+    }
+
+
+def expert_targets(
+    model: transformers.PreTrainedModel, stacks: Iterable[str], stored: Mapping[str, str], folder: Path
+) -> tuple[Target, ...]:
+    """One target for each expert's matrix (out, in). `stored` maps the files' tensors to the model's parameters.
+
+    An empty `stored` stands for the parameters themselves. Raises UserError if the files hold the experts in a form in which
+    one cannot be read alone.
+    """
+    found: list[Target] = []
+    for name, (module, block) in expert_parameters(model, stacks).items():
+        shape = tuple(model.get_parameter(name).shape)
+        transposed = bool(module.is_transposed)
+        size = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        names = [tensor for tensor, parameter in stored.items() if parameter == name] if stored else [name]
+        for expert in range(shape[0]):
+            pieces = _pieces(model, name, names, expert, shape[0], size, transposed)
+            if pieces is None:
+                raise UserError(f"model.path={folder}: {type(model).__name__} keeps its experts in {name}, which the files hold in a "
+                                "form that cannot be read expert by expert; save the model again with save_pretrained")  # fmt: skip
+            found.append(Target(f"{name}.{expert}", name, size, block, pieces, expert, shape[0]))
+    return tuple(found)
+
+
+def _pieces(
+    model: transformers.PreTrainedModel,
+    name: str,
+    tensors: list[str],
+    expert: int,
+    experts: int,
+    size: tuple[int, int],
+    transposed: bool,
+) -> tuple[Piece, ...] | None:
+    """Where the rows of an expert's matrix are stored; None if unknown."""
+    if len(tensors) == 1:
+        return (Piece(tensors[0], size[0], expert, transposed),)
+    sources = _merged_from(model, name)
+    if transposed or not sources or size[0] % len(sources) or len(tensors) != experts * len(sources):
+        return None
+    pieces = []
+    for source in sources:
+        matches = [tensor for tensor in tensors if (found := source.search(tensor)) and int(found[1]) == expert]
+        if len(matches) != 1:
+            return None
+        pieces.append(Piece(matches[0], size[0] // len(sources)))
+    return tuple(pieces)
+
+
+def _merged_from(model: transformers.PreTrainedModel, name: str) -> list[re.Pattern[str]]:
+    """The names of the tensors whose rows transformers stacks to an expert's matrix, each with the expert's number.
+
+    Empty if it does anything else with them.
+    """
+    for converter in get_model_conversion_mapping(model):
+        if not isinstance(converter, WeightConverter) or not name.endswith(converter.target_patterns[0]):
+            continue
+        operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+        patterns = [pattern.split("*") for pattern in converter.source_patterns]
+        stacked = [(MergeModulelist, 0), (Concatenate, 1)][: 1 if len(patterns) == 1 else 2]
+        if len(converter.target_patterns) == 1 and operations == stacked and all(len(parts) == 2 for parts in patterns):
+            return [re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}$") for before, after in patterns]
+    return []
