@@ -71,7 +71,6 @@ def test_each_block_may_start_with_the_start_token(tiny_tokenizer: PreTrainedTok
         task(start_token=True).encode(rows, without)
 
 
-
 def test_perplexity_by_hand() -> None:
     requests = [Likelihood("", [])]
     scored = task().score([], requests, [[Nll(6.0, 3), Nll(2.0, 1)]])
