@@ -130,6 +130,10 @@ def _add_sentencepiece(
     if not known or normalizer not in ("null", replaces, both) or (normalizer == "null" and pre is None):
         raise _refused(folder, "it is neither byte-level nor splits text at blanks as SentencePiece does")
     first = normalizer == both or (pre is not None and pre["type"] == "Metaspace" and pre["prepend_scheme"] != "never")
+    if first and normalizer != both:
+        log.warning(
+            "gguf: llama.cpp puts a blank before every text, and this tokenizer not before one that begins with a blank"
+        )
     ranks = _ranks(described["model"]["merges"], vocabulary, added, folder)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
