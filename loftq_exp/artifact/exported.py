@@ -1,4 +1,4 @@
-"""Export an adapter and its backbone Q as one checkpoint, either merged or packed with the adapter beside it.
+"""Export an adapter and its backbone Q: merged, as a checkpoint or a GGUF, packed with the adapter beside it, or apart.
 
 Q is read only from an initialised checkpoint. The pre-trained weights W are never read, so an adapter cannot be merged
 into them.
@@ -7,6 +7,7 @@ into them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from loftq_exp.artifact.folder import (
     exclusive,
     written_whole,
 )
+from loftq_exp.artifact.gguf_model import check_config, write_gguf
 from loftq_exp.artifact.writer import SafetensorsWriter
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.loads import check_report
@@ -37,6 +39,8 @@ from loftq_exp.storage.specs import TensorSpec
 
 PAIR, BASE = "adapter", "base"
 """The form of OUT that keeps Q and the adapter apart, and its folders."""
+GGUF = "gguf"
+"""The form of OUT that llama.cpp reads."""
 
 
 def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dense", dtype: str | None = None) -> str:
@@ -46,13 +50,18 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
         folder: an initialised checkpoint.
         out: a folder that is absent or empty. It is complete or absent, even if the export fails.
         adapter: a folder with a PEFT LoRA adapter of that checkpoint.
-        to: the storage format, `dense`, `bnb4` or `packed`; or `adapter`: OUT/base is Q, dense, and OUT/adapter the adapter.
-        dtype: the torch name of the type of dense tensors; None for the checkpoint's save_dtype.
+        to: the storage format, `dense`, `bnb4` or `packed`; `adapter`: OUT/base is Q, dense, and OUT/adapter the adapter; or
+            `gguf`: one file for llama.cpp.
+        dtype: the torch name of the type of dense tensors, or `q8_0` for `gguf`; None for the checkpoint's save_dtype.
 
     Raises:
         UserError: if checkpoint, adapter, format or `out` do not fit.
     """
-    form = storage_format("dense" if to == PAIR else to)
+    form = storage_format("dense" if to in (PAIR, GGUF) else to)
+    if dtype == "q8_0" and to != GGUF:
+        raise UserError(
+            f"--dtype={dtype}: only --to {GGUF} has blocks of 8-bit codes; use bfloat16, float16 or float32"
+        )
     if dtype and not form.takes_values:
         raise UserError(f"--dtype={dtype}: --to {to} keeps every type unchanged; leave --dtype out")
     with open_backbone(folder) as backbone, open_adapter(adapter or default_adapter(folder), backbone) as opened:
@@ -63,12 +72,16 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
             )
         kept: str = dtype or backbone.init.report["quant"]["save_dtype"]
         sources, untied = _sources(backbone, opened)
-        config = _config(backbone, opened, form, getattr(torch, kept), untied)
+        config = _config(backbone, opened, form, getattr(torch, kept, torch.float32), untied)
+        if to == GGUF:
+            check_config(config)
         _check_whole(backbone, opened, config, sources)
         with exclusive(out, "OUT"):
             if out.exists() and not (out.is_dir() and not any(out.iterdir())):
                 raise UserError(f"OUT={out}: already exists and is not empty; give a new folder")
             with written_whole(out, "OUT") as partial:
+                if to == GGUF:
+                    return _write_gguf(partial, out, backbone, opened, sources, config, kept)
                 base = partial / BASE if to == PAIR else partial
                 base.mkdir(exist_ok=True)
                 _write_weights(base, backbone, opened, sources, form, getattr(torch, kept), merge=to != PAIR)
@@ -173,6 +186,40 @@ def _dense_shapes(backbone: Backbone, weight: BackboneWeight) -> dict[str, tuple
     if backbone.format.plain:
         return {name: tensors.shape(name) for name in target.tensors}
     return {weight.tensor: target.shape[::-1] if target.pieces else target.shape}  # GPT-2's are (in, out)
+
+
+def _write_gguf(
+    folder: Path,
+    out: Path,
+    backbone: Backbone,
+    adapter: Adapter,
+    sources: Mapping[str, str],
+    config: transformers.PretrainedConfig,
+    kind: str,
+) -> str:
+    """Write the merged model as a GGUF to `folder`, with the model's licence and a README. Return the summary of the export."""
+    tensors, init = backbone.tensors, backbone.init
+    targets = {_full_name(weight.tensor, backbone): module for module, weight in backbone.weights.items()}
+    shapes = {name: tensors.shape(stored) for name, stored in sources.items()}
+    shapes |= {name: backbone.weights[module].shape for name, module in targets.items()}
+
+    def values(name: str) -> torch.Tensor:
+        if name in targets:
+            return adapter.merged(targets[name], backbone.values(targets[name]))
+        return tensors.read(sources[name])
+
+    base = Path(str(init.report["model"]["requested"])).name
+    place = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', base)}-{kind}.gguf"
+    write_gguf(place, config, init.folder, shapes, values, kind, base)
+    for path in [*init.folder.glob("LICENSE*"), *init.folder.glob("NOTICE*")]:
+        shutil.copyfile(path, folder / path.name)
+    (folder / "README.md").write_text(f"""# {place.name}
+
+`Q + s B A` of {len(targets)} weights, merged by `loftq_exp.export` from the initialised checkpoint `{init.folder.resolve()}` and
+the adapter `{adapter.folder.resolve()}`. Matrices are in {kind}. The pre-trained model is {init.report["model"]["requested"]}, and its
+licence applies. For llama.cpp: `llama-cli -m {place.name}`.
+""")
+    return f"{out / place.name}: {len(targets)} weights merged, in {kind}; llama.cpp loads it"
 
 
 def _target_specs(

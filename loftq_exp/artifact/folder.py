@@ -117,6 +117,8 @@ def write_surroundings(
     )
     if quantization is not None:
         model_config.quantization_config = quantization
+    elif hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config  # of a source that was quantized; its values are written
     model_config.save_pretrained(folder)
     carry_files(source.folder, folder, config.model.trust_remote_code)
     adapter = adapter_config(layout, plan, config.quant, config.model.kind, str(final.resolve()))

@@ -1,4 +1,4 @@
-"""Exporting a fine-tuned model: `python -m loftq_exp.export DIR OUT [--adapter FOLDER] [--to dense|bnb4|packed|adapter]`."""
+"""Exporting a fine-tuned model: `python -m loftq_exp.export DIR OUT [--adapter FOLDER] [--to dense|bnb4|packed|adapter|gguf]`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from loftq_exp.commands.terminal import OneLineParser, exit_code, quiet_librarie
 from loftq_exp.config import local_path
 from loftq_exp.schemes import FORMATS
 
-FORMS = (*FORMATS, "adapter")
-DTYPES = ("bfloat16", "float16", "float32")
+FORMS = (*FORMATS, "adapter", "gguf")
+DTYPES = ("bfloat16", "float16", "float32", "q8_0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="dense: a plain transformers checkpoint (default). bnb4: bitsandbytes NF4; Q + s B A is quantized "
                         "again, which changes its values. packed: the unchanged packed backbone with a separate adapter; only "
                         "for a checkpoint of save_format=packed. adapter: nothing is merged: OUT/base is Q, dense, and OUT/adapter the adapter, "
-                        "as vLLM and PEFT load them")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of dense tensors (default: the checkpoint's save_dtype)")
+                        "as vLLM and PEFT load them. gguf: one merged file for llama.cpp")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of dense tensors (default: the checkpoint's save_dtype); q8_0 "
+                        "(blocks of 8-bit codes) with --to gguf")  # fmt: skip
     return parser

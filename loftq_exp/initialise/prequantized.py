@@ -1,4 +1,4 @@
-"""Refuse checkpoints that are already quantized or are adapters, as they hold no pre-trained weights to quantize."""
+"""Refuse checkpoints that are adapters, or quantized in a format that is not read as values (loftq_exp.source.dequantized)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from loftq_exp.artifact.folder import ADAPTER, REPORT, read_artifact
 from loftq_exp.errors import UserError
+from loftq_exp.source.dequantized import READ, method_of
 from loftq_exp.source.tensors import CheckpointTensors
 from loftq_exp.storage.format import storage_format
 from loftq_exp.storage.packing import METHOD
@@ -25,7 +26,9 @@ _PARTS = {
 }  # fmt: skip
 """Name endings of tensors that belong to a quantized weight, with the method that each implies."""
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-_ADVICE = "give the 16-bit checkpoint that it was made from"
+_ADVICE = (
+    f"give the 16-bit checkpoint that it was made from (only {', '.join(READ[:-1])} and {READ[-1]} are read as values)"
+)
 
 
 def check_files(folder: Path) -> None:
@@ -36,6 +39,8 @@ def check_files(folder: Path) -> None:
                             f"model; {_instead(folder)}")  # fmt: skip
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for settings in _settings(config):
+        if settings is config.get("quantization_config") and method_of(folder):
+            continue
         method = settings.get("quant_method") or settings.get("quant_algo") or "a method that it does not name"
         what = "packed by loftq_exp" if method == METHOD else f"already quantized by {method}"
         raise UserError(f"model.path={folder}: {what}, as quantization_config in config.json says; {_ADVICE}")

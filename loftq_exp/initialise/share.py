@@ -19,12 +19,13 @@ from loftq_exp.initialise.stage import check_fit
 from loftq_exp.initialise.workers import side_by_side
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
+from loftq_exp.source.dequantized import open_values
 from loftq_exp.source.finite import check_finite
 from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.selection import Selection
 from loftq_exp.source.target import Target
-from loftq_exp.source.tensors import CheckpointTensors, open_tensors
+from loftq_exp.source.tensors import CheckpointTensors
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def share(source: Source, config: RunConfig) -> None:
     wanted = made_from(source, config)
     if done_before(init_dir(config, digest_of(wanted)), wanted, config):
         return
-    with open_tensors(source.folder) as tensors:
+    with open_values(source.folder) as tensors:
         check_types(tensors, source.folder)
         layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code,
                              Selection.of(config.quant))  # fmt: skip

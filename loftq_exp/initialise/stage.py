@@ -48,13 +48,14 @@ from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
 from loftq_exp.schemes import FORMATS
+from loftq_exp.source.dequantized import open_values
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.head import PREFIX, head_tensors
 from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.selection import Selection
 from loftq_exp.source.target import Target
-from loftq_exp.source.tensors import CheckpointTensors, open_tensors
+from loftq_exp.source.tensors import CheckpointTensors
 from loftq_exp.storage.format import Codes, storage_format
 from loftq_exp.storage.specs import TensorSpec
 
@@ -115,8 +116,10 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
         if found := done_before(final, wanted, config):
             log.info("quantize: done before, %s exists: %d weights, 0 computed", final, len(found.report["weights"]))
             return found
-        with open_tensors(source.folder) as tensors:
+        with open_values(source.folder) as tensors:
             check_types(tensors, source.folder)
+            if tensors.dequantized is not None:
+                log.warning("quantize: model.path=%s: %s", source.requested, tensors.dequantized)
             layout = find_layout(source.folder, config.model.kind, tensors.shapes(), config.model.trust_remote_code,
                              Selection.of(config.quant))  # fmt: skip
             check_fit(layout, config)
@@ -450,11 +453,13 @@ def _report(
     quant = config.quant
     totals, not_quantized = coverage(tensors, layout, bits_per_weight(config, code_bits(layout, plan)), quant.type)
     values = sum(math.prod(weight.shape) for weight in weights)
+    dequantized = {} if tensors.dequantized is None else {"dequantized": tensors.dequantized.record()}
     return {
         "format": REPORT_FORMAT,
         "key": digest_of(wanted),
         "made_from": wanted,
-        "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind},
+        "model": {"requested": source.requested, "commit": source.commit, "kind": config.model.kind,
+                  **dequantized},
         "quant": dataclasses.asdict(quant) | {"scaling": quant.scaling, "save_dtype": config.save_dtype,
                                               "save_format": config.save_format},
         "target_modules": list(layout.target_modules),

@@ -16,8 +16,9 @@ import transformers
 
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.source.dequantized import open_values
 from loftq_exp.source.layout import HEAD_KINDS, Layout, find_layout, skeleton, stored_name
-from loftq_exp.source.tensors import CheckpointTensors, open_tensors
+from loftq_exp.source.tensors import CheckpointTensors
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def draws_head(folder: Path, config: RunConfig) -> bool:
     if kind not in HEAD_KINDS:
         return False
     try:
-        with open_tensors(folder) as tensors:
+        with open_values(folder) as tensors:
             head, model = find_layout(folder, kind, tensors.shapes(), trusted).head, skeleton(folder, kind, trusted)
             names = [f"{name}.{part}" for name in head for part, _ in model.get_submodule(name).named_parameters()]
             return any(stored_name(name, model.base_model_prefix, tensors.names) is None for name in names)

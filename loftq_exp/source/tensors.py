@@ -73,6 +73,9 @@ def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
 class CheckpointTensors:
     """Named tensors of one checkpoint. As a context manager it closes the files; tensors still held stay valid."""
 
+    dequantized: Any = None
+    """For a checkpoint that is quantized already: what was dequantized, see `loftq_exp.source.dequantized`."""
+
     def __init__(self, owners: Mapping[str, _TensorFile], opened: ExitStack) -> None:
         self._owners = owners
         self._opened = opened

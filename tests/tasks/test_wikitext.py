@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def test_blocks(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert request.features == blocks[:1]
     (short,) = task(block_size=1000).encode(rows, tiny_tokenizer)
     assert short["input_ids"] == ids
+
+
+def test_each_block_may_start_with_the_start_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"text": TEXT}]
+    ids = tiny_tokenizer(TEXT)["input_ids"][1:]
+    blocks = task(start_token=True).encode(rows, tiny_tokenizer)
+    assert [block["input_ids"] for block in blocks] == [[0, *ids[n * 7 : n * 7 + 7]] for n in range(len(ids) // 7)]
+    assert all(block["labels"] == [IGNORED, *block["input_ids"][1:]] for block in blocks)
+    without = copy.deepcopy(tiny_tokenizer)
+    without.bos_token = None
+    with pytest.raises(UserError, match=r"task\.start_token=true: the tokenizer has no beginning-of-sequence token"):
+        task(start_token=True).encode(rows, without)
 
 
 def test_perplexity_by_hand() -> None:
