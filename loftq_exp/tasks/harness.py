@@ -32,11 +32,8 @@ if TYPE_CHECKING:
 EXTRA = "pip install 'loftq_exp[lm-eval]'"
 FEWSHOT_SEED = 1234
 """The seed of few-shot examples: the harness's own default."""
-NOT_USED = (
-    "dataset", "dataset_config", "dataset_revision", "train_split", "eval_split", "train_file", "eval_file",
-    "max_train_samples", "pad_to_max_length",
-)  # fmt: skip
-"""Settings of other tasks: a task of the harness names its own data."""
+NOT_USED = ("dataset", "dataset_config", "dataset_revision", "eval_split", "eval_file")
+"""Settings of other tasks that name what is scored: a task of the harness names its own data."""
 SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mcc", "prefix_match")
 """Metrics that are shown in percent."""
 _LABEL = 40
@@ -280,11 +277,11 @@ def score_name(task: str, metric: str) -> str:
 
 def plain(value: Any) -> Any:
     """Return `value` in JSON types. What has none is its text, without addresses in memory."""
-    return json.loads(json.dumps(value, default=lambda other: _ADDRESS.sub("", str(_list(other)))))
+    return json.loads(json.dumps(value, default=_plain_object))
 
 
-def _list(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
+def _plain_object(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else _ADDRESS.sub("", str(value))
 
 
 def _metrics(task: Any) -> list[str]:
