@@ -10,7 +10,7 @@ LIMITED = $(if $(LIMIT),task.max_train_samples=$(LIMIT) task.max_eval_samples=$(
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-results test test-all gpu lint format bench docs tables experiments \
-	reproduce-gsm8k reproduce-glue reproduce-summarization reproduce-wikitext clean
+	reproduce-gsm8k reproduce-glue reproduce-summarization reproduce-wikitext reproduce-metamath clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ reproduce-summarization: $(STAMP) ## as above: XSum and CNN/DailyMail
 
 reproduce-wikitext: $(STAMP) ## as above: WikiText-2 (LIMIT counts blocks)
 	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_wikitext)' $(LIMITED)
+
+reproduce-metamath: $(STAMP) ## the rows of PEFT's MetaMathQA board, with quantized rows beside them
+	$(BIN)/python -m loftq_exp -m 'experiment=glob($(MODEL)_*_metamath)' $(LIMITED)
 
 clean: ## remove runs, sweeps, the cache and build leftovers
 	rm -rf outputs/runs outputs/sweeps outputs/cache dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis

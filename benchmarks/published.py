@@ -1,4 +1,4 @@
-"""The paper's published rows (Li et al., arXiv 2310.08659), and conf/experiment/ written from them.
+"""The paper's published rows (Li et al., arXiv 2310.08659), PEFT's board on MetaMathQA, and conf/experiment/ written from them.
 
     make experiments
 
@@ -130,6 +130,64 @@ ENCODER = {  # epochs, learning rate with uniform quantization, with NF2; assume
 }
 
 
+BOARD_MODEL = "llama-3.2-3b"
+BOARD = {
+    "lora16_r32": ("lora", "rank: 32, alpha: 64", "lora/llama-3.2-3B-rank32: 48.2 %, factors on q_proj and v_proj"),
+    "lora16_r64": ("lora", "rank: 64, alpha: 128", "lora/llama-3.2-3B-rank64: 48.9 %, factors on q_proj and v_proj"),
+    # rsLoRA scales by alpha / sqrt(rank) = 64 / 8; here s = alpha / rank = 8 too.
+    "rslora16_r64": (
+        "lora",
+        "rank: 64, alpha: 512",
+        "lora/llama-3.2-3B-rank64-rslora: 53.0 %, factors on q_proj and v_proj",
+    ),
+    "lora16_r10": ("lora", "rank: 10, alpha: 20", "lora/llama-3.2-3B-rank10-target-mlp: 52.6 %, factors on the MLP"),
+    **{
+        f"{name}{bits}_r32": (
+            method,
+            f"type: nf, bits: {bits}, rank: 32, alpha: 64{extra}",
+            "",
+        )
+        for name, method, extra in (
+            ("qlora-nf", "qlora", ""),
+            ("nf", "loftq", ", iter: 5"),
+            ("calibrated-nf", "calibrated", ", iter: 5"),
+        )
+        for bits in (4, 3, 2)
+    },
+}
+"""Rows of PEFT's board: the choice of conf/quant/, its settings, and the row of the board with its test accuracy.
+
+The settings are those of method_comparison/MetaMathQA in huggingface/peft: `default_training_params.json` and each experiment's
+`adapter_config.json`; accuracies are the `test accuracy` of `results/lora--*.json` (that of rank 32 is of
+2025-06-19). They are in comments and not in `published`, because here all linear layers have factors. Assumed: warmup as in conf/train/default.yaml.
+"""
+
+
+def board_files() -> dict[str, str]:
+    """The text of each file of PEFT's board by its name."""
+    return {f"{BOARD_MODEL}_{row}_metamath.yaml": board_experiment(row) for row in BOARD}
+
+
+def board_experiment(row: str) -> str:
+    """The text of one file of PEFT's board."""
+    method, quant, measured = BOARD[row]
+    lines = [
+        "# @package _global_",
+        f"# python -m loftq_exp experiment={BOARD_MODEL}_{row}_metamath",
+        "# Written from the tables of benchmarks/published.py: change it there.",
+        f"# On PEFT's board: {measured}" if measured else "# PEFT's board has no quantized row.",
+        "defaults:",
+        f"  - override /model: {BOARD_MODEL}",
+        f"  - override /quant: {method}",
+        "  - override /task: metamath",
+        "",
+        f"quant: {{ {quant}, dropout: 0.0 }}",
+        "train: { learning_rate: 1e-4, weight_decay: 0.1, lr_scheduler_type: cosine, max_steps: 5000,",
+        "         per_device_train_batch_size: 4 }",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def cells() -> Iterator[tuple[str, str, str, str]]:
     """Model, row, column and what is published, for each cell that has something."""
     for model, table in RESULTS.items():
@@ -200,9 +258,8 @@ def published(column: str, cell: str) -> str:
 
 def files() -> dict[str, str]:
     """The text of every file by its name."""
-    return {
-        f"{model}_{row}_{column}.yaml": experiment(model, row, column, cell) for model, row, column, cell in cells()
-    }
+    own = {f"{model}_{row}_{column}.yaml": experiment(model, row, column, cell) for model, row, column, cell in cells()}
+    return own | board_files()
 
 
 def main() -> None:

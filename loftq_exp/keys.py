@@ -68,7 +68,7 @@ def _run_dir(config: RunConfig, content: Content) -> Path:
     file change, the folder stays the same and the new adapter replaces the earlier one.
     """
     located = used(config, shaping(config, INITIALISATION, ADAPTER, mark="locates"))
-    rows = {name: _resolved(value) if name.endswith("file") else value for name, value in located.items()}
+    rows = {name: _resolved(value) if name.endswith(("file", "_run")) else value for name, value in located.items()}
     digest = digest_of([content, used(config, shaping(config, INITIALISATION, ADAPTER)), rows])[:_RUN_DIGITS]
     return named_by(config.runs_path, config.label, digest)
 

@@ -19,7 +19,7 @@ from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.push import check_push, push
 from loftq_exp.calibration.samples import calibration_origin
-from loftq_exp.config import RunConfig
+from loftq_exp.config import RunConfig, local_path
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.kept import find_kept
@@ -29,7 +29,7 @@ from loftq_exp.initialise.published import check_published, source_of
 from loftq_exp.initialise.share import share
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
-from loftq_exp.records import Record, Records, is_of_version_0_1, write_config
+from loftq_exp.records import Record, Records, continued, is_of_version_0_1, start_of, write_config
 from loftq_exp.report.console import print_table
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.table import LEAST, cells, columns
@@ -100,9 +100,10 @@ def _run(config: RunConfig) -> RunResult:
     config = ranks.from_main(lambda: settled(asked))
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
-    place = ranks.from_main(lambda: source_of(config) if "quantize" in config.stages else find_kept(config))
+    place = ranks.from_main(lambda: _place(config))
     identity = ranks.from_main(lambda: identify(config, place))
-    folder, records = identity.run_dir, Records(identity.run_dir, identity.init_key)
+    folder = identity.run_dir
+    records = Records(folder, identity.init_key, local_path(config.score_run) if config.score_run else None)
     adapter = _adapter_to_score(config, records)
     prepared = _prepare(place, config, data, records, adapter)
     if config.initialise.shards > 1 and isinstance(place, Source):
@@ -135,8 +136,18 @@ def _run(config: RunConfig) -> RunResult:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """The settings with the model's kind instead of `model.kind=auto`. Raises UserError if the model is not found."""
-    return with_kind(config, load_task(config.task).model_kind)
+    """The settings with the model and initialisation of `score_run`, and the model's kind instead of `model.kind=auto`.
+
+    Raises UserError if the run or the model is not found.
+    """
+    return with_kind(continued(config), load_task(config.task).model_kind)
+
+
+def _place(config: RunConfig) -> Source | Initialised:
+    """The model's files, or the initialised checkpoint that the stages start from."""
+    if found := start_of(config):
+        return found
+    return source_of(config) if "quantize" in config.stages else find_kept(config)
 
 
 def _make_folder(config: RunConfig, folder: Path) -> None:

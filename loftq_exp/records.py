@@ -6,6 +6,7 @@ side by side, by key. That of the last call is also copied to the top of the fol
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp import ranks
-from loftq_exp.config import RunConfig
+from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.config import RunConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.keys import Identity
 from loftq_exp.report.record import FORMAT, write_json
@@ -33,11 +35,13 @@ class Records:
 
     folder: Path
     init_key: str
+    trained_in: Path | None = None
+    """The folder of the run whose adapter is scored; None: this run's own."""
 
     @property
     def adapter(self) -> Path:
         """The folder of the fine-tuned adapter, which may not exist yet."""
-        return self.folder / "adapter"
+        return (self.trained_in or self.folder) / "adapter"
 
     def samples(self, key: str) -> Path:
         """Return the path of the samples behind the scores with this `key`. Creates their folder."""
@@ -96,6 +100,8 @@ class Records:
 
         Raises UserError if the initialisation was fine-tuned and its adapter is missing or was changed.
         """
+        if self.trained_in:
+            return Records(self.trained_in, self.init_key).adapter_to_score()
         if self._read("finetune") and self.finetuned() is None:
             raise UserError(f"stages: the adapter in {self.adapter} was deleted or changed since it was trained; add finetune to "
                             f"stages, or delete {self.folder / 'finetune.json'} and adapter to score the initial factors")  # fmt: skip
@@ -138,6 +144,29 @@ def init_of_run(folder: Path) -> Path | None:
     """Return the initialised checkpoint that the run in `folder` starts from, or None if the folder names none."""
     start = read_object(folder / CONFIG).get("initialisation")
     return Path(str(start.get("folder"))) if isinstance(start, dict) else None
+
+
+def continued(config: RunConfig) -> RunConfig:
+    """Return the settings with the model and the initialisation of `score_run`, if there is one.
+
+    Raises UserError if it is no run of this version.
+    """
+    if config.score_run is None:
+        return config
+    run = read_config(local_path(config.score_run))
+    same = {name: getattr(run, name) for name in ("model", "quant", "calibration", "seed", "save_dtype", "save_format")}
+    return dataclasses.replace(config, stages=("evaluate",), **same)
+
+
+def start_of(config: RunConfig) -> Initialised | None:
+    """Return the initialised checkpoint of `score_run`; None if there is no such run. Raises UserError if it was deleted."""
+    if config.score_run is None:
+        return None
+    place = init_of_run(local_path(config.score_run))
+    found = read_artifact(place) if place else None
+    if found is None:
+        raise UserError(f"score_run={config.score_run}: its initialised checkpoint {place} is gone; run its command again")
+    return found
 
 
 def is_of_version_0_1(folder: Path) -> bool:

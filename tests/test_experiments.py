@@ -25,11 +25,15 @@ from loftq_exp.tasks.arithmetic import generate
 ROOT = Path(__file__).parents[1]
 FILES = sorted((conf_dir() / "experiment").rglob("*.yaml"))
 DEMOS = ("lora", "qlora", "loftq", "calibrated")
-ROWS = [path.stem for path in FILES if not path.stem.startswith("demo-")]
+ALL_ROWS = [path.stem for path in FILES if not path.stem.startswith("demo-")]
+BOARD = [name for name in ALL_ROWS if name.endswith("_metamath")]
+"""The rows of PEFT's MetaMathQA board; the others are the paper's."""
+ROWS = [name for name in ALL_ROWS if name not in BOARD]
 COMMAND = "# python -m loftq_exp "
 MODELS = {"llama-2-7b": "Llama-2-7b-hf", "llama-2-13b": "Llama-2-13b-hf", "llama-3-8b": "Meta-Llama-3-8B",
           "phi-2": "phi-2", "bart-large": "bart-large", "deberta-v3-base": "deberta-v3-base"}  # fmt: skip
-TARGETS = ("reproduce-gsm8k", "reproduce-glue", "reproduce-summarization", "reproduce-wikitext")
+TARGETS = ("reproduce-gsm8k", "reproduce-glue", "reproduce-summarization", "reproduce-wikitext",
+           "reproduce-metamath")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_there_are_experiments_and_they_lie_flat() -> None:
 def test_the_files_are_those_of_the_published_tables() -> None:
     """`make experiments` writes them; a change made in a file alone would be lost."""
     files = runpy.run_path(str(ROOT / "benchmarks" / "published.py"))["files"]()
-    assert sorted(files) == [f"{name}.yaml" for name in ROWS]
+    assert sorted(files) == [f"{name}.yaml" for name in ALL_ROWS]
     assert [name for name, text in files.items() if (conf_dir() / "experiment" / name).read_text() != text] == []
 
 
@@ -142,6 +146,23 @@ def test_settings_of_some_rows(runs: dict[str, RunConfig], name: str, expected: 
     assert (train.warmup_steps, train.gradient_accumulation_steps, train.max_steps, run.seed) == (0, 1, -1, 11)
 
 
+def test_the_rows_of_the_board_have_its_settings(runs: dict[str, RunConfig]) -> None:
+    """Those of default_training_params.json, and of each row its rank and scaling; 3 methods at 3 widths are quantized."""
+    scaling = {"lora16_r32": 2.0, "lora16_r64": 2.0, "rslora16_r64": 64 / 64**0.5, "lora16_r10": 2.0}
+    assert {name.split("_")[1] for name in BOARD} == {
+        "lora16", "rslora16", *(f"{kind}nf{bits}" for kind in ("", "qlora-", "calibrated-") for bits in (2, 3, 4))
+    }  # fmt: skip
+    for name in BOARD:
+        run, row = runs[name], name.split("_", 1)[1].removesuffix("_metamath")
+        train = run.train
+        assert (train.learning_rate, train.weight_decay, train.lr_scheduler_type, train.max_steps,
+                train.per_device_train_batch_size, run.quant.dropout) == (1e-4, 0.1, "cosine", 5000, 4, 0.0)  # fmt: skip
+        assert (run.model.path, run.task.kind, run.published) == ("meta-llama/Llama-3.2-3B", "metamath", None)
+        assert (run.quant.rank, run.quant.scaling) == (int(row.rpartition("_r")[2]), scaling.get(row, 2.0))
+        assert run.quant.bits == (16 if "16" in row else int(row.partition("nf")[2][0]))
+        assert (run.quant.calibration != "none") == row.startswith("calibrated")
+
+
 def test_how_many_rows_there_are() -> None:
     assert Counter(name.split("_")[0] for name in ROWS) == {
         "llama-2-7b": 22, "llama-2-13b": 22, "llama-3-8b": 3, "phi-2": 3, "bart-large": 16,
@@ -182,11 +203,11 @@ def overrides_of(target: str, *variables: str) -> list[str]:
 
 def rows_of(target: str, *variables: str) -> list[str]:
     patterns = re.sub(r"experiment=glob\(\[?(.+?)\]?\)", r"\1", overrides_of(target, *variables)[0]).split(",")
-    return [name for name in ROWS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    return [name for name in ALL_ROWS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def test_the_targets_run_every_row_once() -> None:
-    assert sorted(name for target in TARGETS for name in rows_of(target)) == ROWS
+    assert sorted(name for target in TARGETS for name in rows_of(target)) == ALL_ROWS
 
 
 def test_model_and_limit_narrow_a_target() -> None:

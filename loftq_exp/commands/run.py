@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 GROUPS = ("model", "quant", "task", "train", "experiment")
 AUTO = "model=auto"
+OF_THE_RUN = ("model", "quant", "calibration", "initialise", "seed", "save_dtype", "save_format", "save_dir")
+"""Groups and settings that `score_run` takes from that run."""
 KNOWN_ELSEWHERE = {
     "train.lr": "did you mean 'train.learning_rate'?",
     "train.fp16": "choose train.bf16=true, or false for float32",
@@ -188,8 +190,12 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
 
 def _overrides(given: Sequence[str]) -> list[str]:
     """Return the overrides as Hydra accepts them. A model.path without a choice of model is of the group `auto`."""
-    names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0] for each in given}
-    added = [AUTO] if "model.path" in names and not names & {"model", "experiment"} else []
+    names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0]: each for each in given}
+    if "score_run" in names:
+        for name, each in names.items():
+            if name.split(".")[0] in OF_THE_RUN:
+                raise UserError(f"{each}: with score_run the model and its initialisation are those of that run; leave it out")
+    added = [AUTO] if "model.path" in names and not names.keys() & {"model", "experiment"} else []
     return [*added, *map(_plain, given)]
 
 

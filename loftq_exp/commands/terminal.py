@@ -50,6 +50,7 @@ def quiet_libraries() -> None:
     """Silence the libraries' output on the terminal. Call it before torch and transformers are imported."""
     for name in ("hydra", "hydra_plugins", "httpx", "httpx2", "datasets", "absl"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each missing optional package
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
     warnings.filterwarnings(

@@ -21,7 +21,7 @@ from loftq_exp.config.paths import local_path
 from loftq_exp.config.publishing import HubConfig
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.config.report import ReportConfig
-from loftq_exp.config.schema import ADAPTER, INITIALISATION, build, setting
+from loftq_exp.config.schema import ADAPTER, INITIALISATION, SCORES, build, setting
 from loftq_exp.config.task import TaskConfig
 from loftq_exp.config.train import TrainConfig
 from loftq_exp.errors import UserError
@@ -44,6 +44,12 @@ class RunConfig:
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     stages: tuple[str, ...] = setting(
         "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()
+    )
+    score_run: str | None = setting(
+        "folder of an earlier run whose adapter is scored by this task, with that run's model and initialisation; null: this run's own",
+        None,
+        shapes=(),
+        locates=(ADAPTER, SCORES),
     )
     output_dir: str = setting(
         "folder for runs, sweeps and, by default, initialisations and the cache", "outputs", shapes=()
@@ -89,6 +95,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages or len(set(self.stages)) != len(self.stages):
             raise UserError(f"stages={list(self.stages)}: name each stage once; choose from: {', '.join(STAGES)}")
+        if self.score_run and "finetune" in self.stages:
+            raise UserError(f"score_run={self.score_run}: its adapter is scored, not trained; give stages=[evaluate]")
         if self.objective and "evaluate" not in self.stages:
             raise UserError(f"objective={self.objective}: nothing is scored; add evaluate to stages")
         if self.hub.push and "quantize" not in self.stages:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Generated, Generation, Likelihood, Nll, Outputs, Request, Task
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Collator, Features, pad_token_id
+from loftq_exp.tasks.harness import HarnessResult, HarnessRun
 from loftq_exp.training.padding import settle_padding
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Evaluation:
     """Generated tokens, including end-of-sequence tokens and excluding padding."""
     seconds: float
     """Wall-clock time of the whole evaluation."""
+    scored_with: dict[str, Any] = field(default_factory=dict)
+    """As in `Scored`."""
 
 
 def evaluate(
@@ -68,14 +71,22 @@ def evaluate(
     with _scoring(model):
         answers = [_answers(model, tokenizer, request, batch_size, report) for request in requests]
     scored = task.score(rows, requests, answers)
-    tokens = sum(answer.tokens for given in answers for answer in given if isinstance(answer, Generated))
-    return Evaluation(scored.scores, scored.samples, tokens, time.perf_counter() - started)
+    tokens = sum(answer.tokens for given in answers for answer in given if isinstance(answer, (Generated, HarnessResult)))
+    return Evaluation(scored.scores, scored.samples, tokens, time.perf_counter() - started, scored.scored_with)
 
 
 def _answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, request: Request, batch_size: int, report: Progress
 ) -> list[Any]:
-    """Return the model's answer for each of the request's features, in order, computed by all ranks together."""
+    """Return the model's answer for each of the request's features, in order, computed by all ranks together.
+
+    The harness has one answer, which rank 0 computes.
+    """
+    if isinstance(request, HarnessRun):
+        from loftq_exp.evaluation.harness import run_harness  # imported here, because its library is an extra
+
+        asked = request
+        return ranks.from_main(lambda: [run_harness(model, tokenizer, asked, batch_size, report)])
     batches = list(_batches([len(feature["input_ids"]) for feature in request.features], batch_size))
     share = list(islice(batches, ranks.rank(), None, ranks.count()))
     answers, refusal = {}, None

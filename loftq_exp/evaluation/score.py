@@ -55,6 +55,7 @@ def score(
         "rows": len(rows),
         "samples": ranks.from_main(lambda: _keep(lines, samples)),
         "tokens_generated": result.tokens_generated,
+        **({"scored_with": result.scored_with} if result.scored_with else {}),
         **watch.costs(),
     }
 

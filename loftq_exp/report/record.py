@@ -40,6 +40,7 @@ def assemble(
         "scores": evaluated["scores"] if evaluated else {},
         "table": [dataclasses.asdict(column) for column in table],
         "scored_adapter": evaluated["adapter"] if evaluated else None,
+        **({"scored_with": evaluated["scored_with"]} if evaluated and "scored_with" in evaluated else {}),
         "published": config.published,
         "init": {name: value for name, value in totals.items() if name not in _COSTS},
         "bits_plan": init.report.get("bits_plan"),

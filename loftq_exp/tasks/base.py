@@ -85,6 +85,8 @@ class Scored:
 
     scores: dict[str, float]
     samples: list[dict[str, Any]]
+    scored_with: dict[str, Any] = field(default_factory=dict)
+    """Versions and hashes by which a score can be traced, of a task that another library scores."""
 
 
 @dataclass(frozen=True)
