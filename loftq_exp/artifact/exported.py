@@ -205,7 +205,7 @@ def _write_gguf(
 
     def values(name: str) -> torch.Tensor:
         if name in targets:
-            return adapter.merged(targets[name], backbone.values(targets[name]))
+            return adapter.merged(backbone.weights[targets[name]], backbone.values(targets[name]))
         return tensors.read(sources[name])
 
     base = Path(str(init.report["model"]["requested"])).name
