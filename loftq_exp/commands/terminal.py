@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 from loftq_exp import ranks
 from loftq_exp.errors import UserError
+from loftq_exp.masking import mask_output
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,6 +29,7 @@ def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> 
     A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted`, or what it
     returns, and gives 130. A page such as --help, after which argparse and Hydra exit, gives 0.
     """
+    mask_output()
     try:
         return work()
     except UserError as error:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from loftq_exp.errors import UserError
+from loftq_exp.masking import masked
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     value = _converted(path, value, hint)
     if value is None:
         return None
+    check_secret(path, value)
     choices = metadata.get("choices")
     if choices:
         for item in value if isinstance(value, tuple) else (value,):
@@ -200,6 +202,13 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     if isinstance(value, int) and abs(value) >= 2**64:
         raise UserError(f"{path}={value}: out of range; give a value that fits 64 bits")
     return value
+
+
+def check_secret(name: str, value: Any) -> None:
+    """Raise UserError if the text of a setting's `value` holds a secret: every record of a run repeats its settings."""
+    if (shown := masked(str(value))) != str(value):
+        raise UserError(f"{name}={shown}: holds a token or password, which every record of the run would repeat; "
+                        "set it in the environment (HF_TOKEN), and leave it out here")  # fmt: skip
 
 
 def _converted(path: str, value: Any, hint: Any) -> Any:
