@@ -55,7 +55,12 @@ class _Masked:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(masked(text))
+        text = masked(text)
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:  # the terminal's encoding is that of the locale C, or a text holds half a character
+            encoding = self._stream.encoding or "ascii"
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
