@@ -52,7 +52,7 @@ def read_object(place: Path) -> dict[str, Any]:
     """Return the JSON object in the file `place`; an empty one if the file is absent, unreadable or holds something else."""
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -53,7 +53,7 @@ class Hub:
         self.requests: list[Request] = []
         self.large: dict[str, bytes] = {}
         self.refused: dict[str, int] = {}
-        """Status with which requests are answered whose path matches the pattern."""
+        """Status with which requests are answered whose path matches the pattern. The answer echoes the token."""
         self.breaks_after: int | None = None
         """Bytes after which the next large download breaks off."""
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self.handler()) for _ in range(2)]
@@ -91,7 +91,9 @@ class Answer(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command != "GET" else b""
         for pattern, status in self.hub.refused.items():
             if re.search(pattern, path):
-                return self.answer(status, b'{"error": "you sent hf_donottellanyone"}')
+                sent = f"you sent {self.headers.get('Authorization')}"
+                told = {"X-Error-Message": sent, "Content-Type": "application/json"}
+                return self.answer(status, json.dumps({"error": f"hf_donottellanyone; {sent}"}).encode(), told)
         for method, pattern, name in ROUTES:
             matched = re.fullmatch(pattern, path)
             if matched and self.command in method.split("|"):

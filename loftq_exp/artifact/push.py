@@ -68,7 +68,7 @@ def _operations(init: Initialised, config: RunConfig) -> list[CommitOperationAdd
         REPORT: _json(shown.report),
         adapter_config: _json(settings | {"base_model_name_or_path": config.hub.repo_id}),
     }
-    files = [path for path in sorted(init.folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(init.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     names = {path.relative_to(init.folder).as_posix(): path for path in files}
     kept = [CommitOperationAdd(name, path) for name, path in names.items() if name not in changed]
     return kept + [CommitOperationAdd(name, content) for name, content in changed.items()]

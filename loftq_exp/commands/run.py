@@ -37,8 +37,9 @@ from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
-from loftq_exp.config.schema import defaults, dotted_names, nearest
+from loftq_exp.config.schema import check_secret, defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
+from loftq_exp.masking import mask_output
 from loftq_exp.report.places import JOB
 from loftq_exp.tasks.outside import import_named
 
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None, resumed: Path | None = None, retries
 
 def _set_up_output() -> None:
     """Print logs and silence libraries. A job in a process of a launcher needs this too."""
+    mask_output()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     quiet_libraries()
 
@@ -184,6 +186,8 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
         raise UserError("-m: not supported with several processes, because each would run the whole sweep; "
                         "launch single runs, or run without the launcher")  # fmt: skip
     check_launcher(options.overrides)
+    for name, _, value in (override.partition("=") for override in options.overrides):
+        check_secret(name.lstrip("+"), value)  # a multirun records its overrides before it composes them
     options.overrides = _overrides(options.overrides)
     return parser, options
 
@@ -194,7 +198,9 @@ def _overrides(given: Sequence[str]) -> list[str]:
     if "score_run" in names:
         for name, each in names.items():
             if name.split(".")[0] in OF_THE_RUN:
-                raise UserError(f"{each}: with score_run the model and its initialisation are those of that run; leave it out")
+                raise UserError(
+                    f"{each}: with score_run the model and its initialisation are those of that run; leave it out"
+                )
     added = [AUTO] if "model.path" in names and not names.keys() & {"model", "experiment"} else []
     return [*added, *map(_plain, given)]
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from loftq_exp import ranks
+from loftq_exp.config.schema import check_encoding
 from loftq_exp.errors import UserError
+from loftq_exp.masking import mask_output
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,28 +28,64 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it. It ends the work as Ctrl-C does, so that no partial file is left."""
+
+
 def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
     """Run a command's `work` and return its exit code.
 
     A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted`, or what it
-    returns, and gives 130. A page such as --help, after which argparse and Hydra exit, gives 0.
+    returns, and gives 130, or 143 for SIGTERM. A page such as --help, after which argparse and Hydra exit, gives 0.
     """
+    mask_output()
     try:
-        return work()
+        with _terminable():
+            _check_folder()
+            return work()
     except UserError as error:
         ranks.let_main_fail_first()
         sys.stderr.write(f"error: {error}\n")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if ranks.is_main():
             message = interrupted if isinstance(interrupted, str) else interrupted()
             sys.stderr.write(f"error: interrupted: {message}\n")
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception:
         ranks.let_main_fail_first()
         raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise Terminated in the block on SIGTERM, in this process and its main thread, unless a launcher handles it."""
+    here = os.getpid()
+
+    def terminate(*_: object) -> None:
+        if os.getpid() != here:  # a child that was forked since
+            os._exit(143)
+        raise Terminated
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _check_folder() -> None:
+    """Raise UserError if the current folder is gone, or its name cannot be written in this locale."""
+    try:
+        check_encoding("the current folder", str(Path.cwd()))
+    except FileNotFoundError:
+        raise UserError("the current folder: was deleted or unmounted; change to one that exists") from None
 
 
 def quiet_libraries() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from loftq_exp.config.schema import INITIALISATION, setting
+from loftq_exp.config.schema import INITIALISATION, LONGEST, setting
 from loftq_exp.errors import UserError
 
 RUNNING_TEXT = "wikitext"
@@ -38,9 +38,13 @@ class CalibrationConfig:
         locates=(INITIALISATION,),
     )
     samples: int = setting(
-        "number of rows, or windows of running text, drawn at random", 128, ge=1, shapes=(INITIALISATION,)
+        "number of rows, or windows of running text, drawn at random",
+        128,
+        ge=1,
+        lt=LONGEST + 1,
+        shapes=(INITIALISATION,),
     )
-    length: int = setting("maximum length of a sample in tokens", 512, ge=2, shapes=(INITIALISATION,))
+    length: int = setting("maximum length of a sample in tokens", 512, ge=2, lt=LONGEST + 1, shapes=(INITIALISATION,))
     seed: int = setting("random seed of the draw", 0, ge=0, lt=2**32, shapes=(INITIALISATION,))
 
     def __post_init__(self) -> None:

@@ -12,7 +12,9 @@ from loftq_exp.errors import UserError
 class InitialiseConfig:
     """How many processes compute the weights, on any machines that share cache_dir. No result depends on it."""
 
-    shards: int = setting("number of processes that share out the weights of one initialisation", 1, ge=1, shapes=())
+    shards: int = setting(
+        "number of processes that share out the weights of one initialisation", 1, ge=1, lt=65_537, shapes=()
+    )
     shard: int = setting(
         "number of this process, from 0; it starts with the weights of its share, and goes on with those that are left",
         0,

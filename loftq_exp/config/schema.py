@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from loftq_exp.errors import UserError
+from loftq_exp.masking import masked
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ T = TypeVar("T")
 _MISSING = dataclasses.MISSING
 
 INITIALISATION, ADAPTER, SCORES = "initialisation", "adapter", "scores"
+LONGEST = 1_000_000
+"""The longest sequence that a setting may ask for, in tokens; also the most rows that are drawn or generated. Far above what any
+model reads, it refuses a slip of the keyboard before memory is taken for it."""
 RESULTS = (INITIALISATION, ADAPTER, SCORES)
 """The three results of a run. Each has a key, a digest of exactly what shapes it."""
 
@@ -181,6 +185,9 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     value = _converted(path, value, hint)
     if value is None:
         return None
+    check_secret(path, value)
+    if isinstance(value, str):
+        check_encoding(path, value)
     choices = metadata.get("choices")
     if choices:
         for item in value if isinstance(value, tuple) else (value,):
@@ -197,9 +204,26 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         limit = metadata.get(bound)
         if limit is not None and not holds(limit):
             raise UserError(f"{path}={value}: out of range; give a value {words} {limit}")
-    if isinstance(value, int) and abs(value) >= 2**64:
+    if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{path}={value}: out of range; give a value that fits 64 bits")
     return value
+
+
+def check_encoding(name: str, value: str) -> None:
+    """Raise UserError if a text holds bytes that are no character, as paths beyond ASCII do in the locale C."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        shown = value.encode(errors="backslashreplace").decode()
+        raise UserError(f"{name}: {shown} has characters that are not readable in this locale; set LC_ALL=C.UTF-8 or PYTHONUTF8=1 in "
+                        "the environment, or use a name of ASCII characters") from None  # fmt: skip
+
+
+def check_secret(name: str, value: Any) -> None:
+    """Raise UserError if the text of a setting's `value` holds a secret: every record of a run repeats its settings."""
+    if (shown := masked(str(value))) != str(value):
+        raise UserError(f"{name}={shown}: holds a token or password, which every record of the run would repeat; "
+                        "set it in the environment (HF_TOKEN), and leave it out here")  # fmt: skip
 
 
 def _converted(path: str, value: Any, hint: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.errors import UserError
 
 
@@ -122,6 +122,7 @@ class SourceLength:
         "maximum input length in tokens: of a prompt, a document, the texts to classify, or a SQuAD window",
         128,
         ge=1,
+        lt=LONGEST + 1,
         shapes=(ADAPTER, SCORES),
     )
 
@@ -134,5 +135,6 @@ class TargetLength:
         "maximum target length in tokens, end-of-sequence token included; also the maximum number of generated tokens",
         256,
         ge=1,
+        lt=LONGEST + 1,
         shapes=(ADAPTER, SCORES),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.errors import UserError
 
 
@@ -36,7 +36,7 @@ class TrainConfig:
     per_device_train_batch_size: int = setting("training batch size per device", 4, ge=1, shapes=(ADAPTER,))
     per_device_eval_batch_size: int = setting("evaluation batch size per device", 16, ge=1, shapes=())
     gradient_accumulation_steps: int = setting(
-        "number of batches whose gradients form one optimiser step", 1, ge=1, shapes=(ADAPTER,)
+        "number of batches whose gradients form one optimiser step", 1, ge=1, lt=LONGEST + 1, shapes=(ADAPTER,)
     )
     optim: str = setting("optimiser, by its transformers name", "adamw_torch", shapes=(ADAPTER,))
     adam_beta1: float = setting("AdamW decay rate of the first moment", 0.9, ge=0, lt=1, shapes=(ADAPTER,))
@@ -59,7 +59,7 @@ class TrainConfig:
         shapes=(ADAPTER,),
     )
     dataloader_num_workers: int = setting(
-        "number of data loader processes; 0: load in the main process", 0, ge=0, shapes=()
+        "number of data loader processes; 0: load in the main process", 0, ge=0, lt=1025, shapes=()
     )
 
     def __post_init__(self) -> None:

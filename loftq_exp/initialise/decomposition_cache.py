@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from loftq_exp.artifact.writer import tensor_bytes
 from loftq_exp.errors import UserError
 from loftq_exp.loftq import METRIC_VERSION, SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
-from loftq_exp.storage.codes import pack_codes, unpack_codes
+from loftq_exp.storage.codes import pack_codes, packed_bytes, unpack_codes
 from loftq_exp.whole import is_abandoned, whole_file
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class DecompositionCache:
         for steps in range(recipe.steps, 0 if recipe.steps else -1, -1):
             path = self.path(recipe.after(steps, shape).key(digest))
             try:
-                found = read_entry(path)
+                found = _of_weight(read_entry(path), recipe, shape)
             except FileNotFoundError:
                 continue
             except DamagedEntry as damage:
@@ -232,22 +232,44 @@ def read_entry(path: Path) -> Kept:
         meta = json.loads(data[8 : 8 + length])["__metadata__"]
         entry = json.loads(meta["entry"])
         checksum = meta["checksum"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedEntry(f"not a whole file: {error}") from None
     if checksum != _checksum(tensors, meta["entry"]) or entry["key"] != path.stem:
         raise DamagedEntry("its checksum differs")
-    return Kept(
-        lora_A=tensors["lora_A"],
-        lora_B=tensors["lora_B"],
-        errors=tuple(entry["errors"]),
-        norm=entry["norm"],
-        unit=entry["unit"],
-        output_errors=tuple(entry.get("output_errors", ())),
-        kept_step=entry.get("kept_step", len(entry["errors"]) - 1),
-        packed=tensors["codes"],
-        scales=tensors["scales"],
-        bits=entry["bits"],
-    )
+    try:
+        return Kept(
+            lora_A=tensors["lora_A"],
+            lora_B=tensors["lora_B"],
+            errors=tuple(entry["errors"]),
+            norm=entry["norm"],
+            unit=entry["unit"],
+            output_errors=tuple(entry.get("output_errors", ())),
+            kept_step=entry.get("kept_step", len(entry["errors"]) - 1),
+            packed=tensors["codes"],
+            scales=tensors["scales"],
+            bits=entry["bits"],
+        )
+    except (KeyError, TypeError) as error:
+        raise DamagedEntry(f"not all of an entry: {error}") from None
+
+
+def _of_weight(kept: Kept, recipe: Recipe, shape: tuple[int, ...]) -> Kept:
+    """The entry itself. Raises DamagedEntry unless its parts have the types and sizes of this recipe's result for this shape.
+
+    A checksum does not show that: who writes an entry by hand writes its checksum too, and kernels trust the sizes.
+    """
+    bits, quantizer = recipe.quantizer.bits, recipe.quantizer
+    factors = kept.lora_A.ndim == kept.lora_B.ndim == 2 and (len(kept.lora_B), kept.lora_A.shape[1]) == tuple(shape)
+    if not factors or len(kept.lora_A) != kept.lora_B.shape[1]:
+        raise DamagedEntry("its factors have other shapes than the weight's")
+    if kept.bits != bits or tuple(kept.packed.shape) != (packed_bytes(math.prod(shape), bits),):
+        raise DamagedEntry("its codes have another size than the weight's")
+    if tuple(kept.scales.shape) != quantizer.scales_shape(shape):
+        raise DamagedEntry("its scales have another shape than the weight's")
+    types = [tensor.dtype for tensor in (kept.packed, kept.scales, kept.lora_A, kept.lora_B)]
+    if types != [torch.uint8, torch.float32, torch.float32, torch.float32]:
+        raise DamagedEntry("its parts have other types")
+    return kept
 
 
 def describe_entry(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import explained
 
 
 @contextmanager
@@ -83,10 +84,7 @@ def with_adapter(
     """Return `model` with PEFT's adapter of these `settings`. Raise UserError, with PEFT's reason, if PEFT cannot."""
     base, settings.base_model_name_or_path = settings.base_model_name_or_path, None  # PEFT warns if it differs
     try:
-        return get_peft_model(model, settings, **options)
-    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise UserError(
-            f"{place}: PEFT cannot put the adapter on a {model.config.model_type} model ({error}); {advice}"
-        ) from error
+        with explained(f"{place}: PEFT cannot put the adapter on a {model.config.model_type} model", advice):
+            return get_peft_model(model, settings, **options)
     finally:
         settings.base_model_name_or_path = base

@@ -5,6 +5,9 @@ kernels and differs in every process, and it notices changes of one file only. H
 code and of all that it closes over. The folder's name is a digest of the sources and versions. A file carries its checksum.
 
 The folder is NUMBA_CACHE_DIR if that is set, else loftq_exp/kernels in the user's cache folder. It may be removed at any time.
+
+The files are pickles, which is how numba writes machine code. A plain format would be no safer: whoever can write a file of
+machine code runs code in any format. A file is therefore read only from a folder that no other user can write, see `is_private`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import logging
 import os
 import pickle
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -54,10 +58,10 @@ class Kept(NullCache):
             return None
         with clock.running():
             try:
-                content = place.read_bytes()
-                if hasattr(os, "getuid") and place.stat().st_uid != os.getuid():
-                    return None  # another user's machine code is not run
+                content = _own_bytes(place)
             except OSError:
+                return None
+            if content is None:
                 return None
             digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
             if hashlib.sha256(payload).digest() != digest:
@@ -75,7 +79,8 @@ class Kept(NullCache):
         with clock.running():
             payload = dumps(data._reduce())
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
+                place.parent.parent.mkdir(parents=True, exist_ok=True)
+                place.parent.mkdir(mode=0o700, exist_ok=True)
                 with whole_file(place, shared=True) as beside:
                     beside.write_bytes(hashlib.sha256(payload).digest() + payload)
             except OSError as error:
@@ -85,6 +90,36 @@ class Kept(NullCache):
         folder = kernels_folder()
         key = repr((self.name, sorted(self.options.items(), key=str), str(signature), codegen.magic_tuple()))
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin" if folder else None
+
+
+def _own_bytes(place: Path) -> bytes | None:
+    """Return the content of a file of machine code. None if another user could have written it: it is not run."""
+    descriptor = os.open(place, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        if hasattr(os, "getuid") and os.fstat(descriptor).st_uid != os.getuid():
+            return None
+        return file.read() if is_private(place.parent) else None
+
+
+@functools.cache
+def is_private(folder: Path) -> bool:
+    """Return whether this user alone can put files into `folder`. Logs a warning if not.
+
+    It must be the user's own, without write permission for others. A folder above may belong to root, and may be one for all
+    users if they cannot rename each other's files there (as in /tmp).
+    """
+    if not hasattr(os, "getuid"):
+        return True
+    own = folder.stat()
+    fault = own.st_uid != os.getuid() or own.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    for above in folder.resolve().parents:
+        found = above.stat()
+        shared = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+        fault = fault or found.st_uid not in (0, os.getuid()) or shared
+    if fault:
+        log.warning("%s: other users can write there, so that its machine code is not used; remove it, or set NUMBA_CACHE_DIR to a "
+                    "folder of your own", folder)  # fmt: skip
+    return not fault
 
 
 @functools.cache

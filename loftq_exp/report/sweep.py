@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp.errors import UserError
+from loftq_exp.masking import masked
 from loftq_exp.report.collect import Found
 from loftq_exp.report.console import print_table
 from loftq_exp.report.forms import as_csv, as_markdown
@@ -54,7 +55,7 @@ def record_job(folder: Path, number: int, overrides: list[str]) -> Iterator[Outc
     except UserError as error:
         reason = str(error)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = masked(f"{type(error).__name__}: {error}")
         log.error("%s", traceback.format_exc())
     record = {"number": number, "overrides": overrides, "error": reason, "metrics": outcome.metrics}
     if reason:

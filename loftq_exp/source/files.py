@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import sentencepiece
 import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-from loftq_exp.errors import UserError
+from loftq_exp.foreign import explained
 from loftq_exp.whole import read_object
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def carry_files(source: Path, folder: Path, trust_remote_code: bool = False) -> 
     for path in going:
         shutil.copyfile(path, folder / path.name)
     for path in sorted(_carried(source, trust_remote_code).difference(going)):
-        log.warning("%s: left out, because it is a link out of its folder; put the file itself there", path)
+        log.warning("%s: left out, because it is a link to another file; put the file itself there", path)
     for name in ("config.json", "tokenizer_config.json"):
         _point_at_local_code(folder, name)
     if llama_pieces(source) is not None:
@@ -51,7 +51,9 @@ def carry_files(source: Path, folder: Path, trust_remote_code: bool = False) -> 
 
 def carried_files(source: Path, trust_remote_code: bool = False) -> list[Path]:
     """The files that `carry_files` copies from the checkpoint in `source`, sorted."""
-    return sorted(path for path in _carried(source, trust_remote_code) if _lies_in(source, path))
+    found = _carried(source, trust_remote_code)
+    names = {path.name for path in found}
+    return sorted(path for path in found if _lies_in(source, path, names))
 
 
 def llama_pieces(source: Path) -> sentencepiece.SentencePieceProcessor | None:
@@ -76,18 +78,15 @@ def _convert_llama(source: Path, folder: Path) -> None:
     """Write tokenizer.json with llama's class, so that any class reads the same tokenizer."""
     log.info("tokenizer.model: also saved as tokenizer.json, because transformers 5 reads it with a generic class")
     add_bos_token = read_object(source / "tokenizer_config.json").get("add_bos_token", True)
-    transformers.LlamaTokenizer.from_pretrained(source, add_bos_token=add_bos_token).save_pretrained(folder)
+    with explained(f"model.path: no readable tokenizer in {source}", "put a tokenizer.json beside tokenizer.model"):
+        tokenizer = transformers.LlamaTokenizer.from_pretrained(source, add_bos_token=add_bos_token)
+    tokenizer.save_pretrained(folder)
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises a one-line UserError if there is none or it cannot be read."""
-    try:
+    with explained(f"no readable tokenizer in {folder}", "check its tokenizer files"):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (
-        Exception
-    ) as error:  # any type: the tokenizers package and a checkpoint's own code may raise a bare Exception
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no readable tokenizer in {folder} ({first})") from error
 
 
 def _carried(source: Path, trust_remote_code: bool) -> set[Path]:
@@ -123,10 +122,16 @@ def named_in_code(folder: Path) -> set[str]:
     }
 
 
-def _lies_in(source: Path, path: Path) -> bool:
-    """Whether the file is in the folder itself or is a link into the hub's cache, which stores all files that way."""
-    place = path.resolve().parent
-    return place == source.resolve() or (place.name == "blobs" and (place.parent / "snapshots").is_dir())
+def _lies_in(source: Path, path: Path, names: Collection[str]) -> bool:
+    """Whether the file is in the folder itself, under one of the `names`, or is a link as the hub's cache stores all files.
+
+    In that cache, SNAPSHOTS/COMMIT/NAME is a link to a file of BLOBS in the same repository. A link to anything else may lead to
+    a private file, and what is copied may be published.
+    """
+    folder, real = source.resolve(), path.resolve()
+    if real.parent == folder:
+        return real.name in names
+    return real.parent.name == "blobs" and folder.parent == real.parent.parent / "snapshots"
 
 
 def _point_at_local_code(folder: Path, name: str) -> None:

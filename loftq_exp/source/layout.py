@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import explained
 from loftq_exp.source.adapted import adapted, as_wrapped
 from loftq_exp.source.blocks import LeftOut, block_lists, block_of, is_gate, left_out, linear_shape
 from loftq_exp.source.experts import expert_targets
 from loftq_exp.source.loading import LoadReport, load_report, name_in_files
 from loftq_exp.source.selection import ALL, Selection
+from loftq_exp.source.sizes import check_sizes, few_modules
 from loftq_exp.source.target import Piece, Target
 from loftq_exp.source.tensors import some
 
@@ -89,15 +90,12 @@ def load_config(
     folder: Path, trust_remote_code: bool = False, kind: str | None = None
 ) -> transformers.PretrainedConfig:
     """The checkpoint's transformers config for a model of that `kind`. Raises UserError if transformers cannot read it."""
-    try:
+    check_sizes(folder)
+    with explained(f"model.path: transformers cannot read the config in {folder}", "check the folder"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if kind == "question-answering":
-            config.num_labels = 2  # start and end, regardless of the checkpoint's own number of classes
-        return config
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise UserError(
-            f"model.path: transformers cannot read the config in {folder} ({error}); check the folder"
-        ) from None
+    if kind == "question-answering":
+        config.num_labels = 2  # start and end, regardless of the checkpoint's own number of classes
+    return config
 
 
 def find_layout(
@@ -120,7 +118,10 @@ def find_layout(
     targets = linear_targets(
         model, stacks, lambda name, block, module: _target(name, block, module, shapes, prefix, folder)
     )
-    report = load_report(model, shapes)
+    with explained(
+        f"model.path={folder}: transformers cannot load the weights as config.json says", "check the folder"
+    ):
+        report = load_report(model, shapes)
     experts = expert_targets(model, stacks, report.parameters, folder)
     if not targets and not experts:
         raise UserError(
@@ -231,18 +232,20 @@ def skeleton(
     if kind == "question-answering" and not encoder:
         raise UserError(f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) is no encoder; choose model=bert, "
                         "roberta or deberta, or omit model.kind to use the model group's value")  # fmt: skip
-    try:
-        with torch.device("meta"):
-            return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
-    except (KeyError, StrictDataclassError) as error:
-        raise UserError(
-            f"model.path={folder}: no model can be built from config.json ({error}); check the folder"
-        ) from None
-    except ValueError:
+    auto = AUTO_CLASSES[kind]
+    if type(config) not in auto._model_mapping and not _has_own_class(config, auto):
         raise UserError(
             f"model.kind={kind}: a {config.model_type} checkpoint ({folder}) cannot be loaded as that; choose the model "
             "group of its family, or set model.kind"
-        ) from None
+        )
+    fault = f"model.path={folder}: no model can be built from config.json"
+    with explained(fault, "check the folder"), few_modules(folder), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _has_own_class(config: transformers.PretrainedConfig, auto: Any) -> bool:
+    """Whether config.json names a class of the checkpoint's own code for this kind of model."""
+    return auto.__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _target(

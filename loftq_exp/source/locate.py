@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loftq_exp.config import ModelConfig, local_path
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import reason_of
 from loftq_exp.source.files import named_in_code
 from loftq_exp.source.hub import fetch_checkpoint, fetch_config, is_absent
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
@@ -130,9 +131,11 @@ def _check_folder(group: str, requested: str, folder: Path) -> None:
         raise UserError(f"{given}: {folder} has no config.json; give the folder that holds config.json and the weights")
     config = folder / "config.json"
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{given}: {config} is not readable JSON ({error}); download it again") from error
+        stated = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{given}: {config} is not readable JSON ({reason_of(error)}); download it again") from error
+    if not isinstance(stated, dict) or not isinstance(stated.get("model_type"), (str, type(None))):
+        raise UserError(f"{given}: {config} is not an object of settings with a model_type; download it again")
     if find_weights(folder) is None:
         others = [name for name in found if name.endswith(_OTHER_WEIGHTS)]
         instead = f" (only {', '.join(others[:3])})" if others else ""

@@ -20,12 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import reason_of
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _AGAIN = "download it again"
+_SHOWN = 300
+"""Characters of a name in a message."""
 _HEADER_LIMIT = 100_000_000
 """The longest header that safetensors accepts, in bytes."""
 
@@ -185,9 +188,9 @@ def _safetensors_fault(path: Path, error: SafetensorError) -> str:
         try:
             header = json.loads(file.read(length) if length <= _HEADER_LIMIT else b"")
             end = 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return f"is not a safetensors file ({error})"
-    return f"is cut short: {size} of {end} bytes are there" if size < end else f"is damaged ({error})"
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return f"is not a safetensors file ({reason_of(error)})"
+    return f"is cut short: {size} of {end} bytes are there" if size < end else f"is damaged ({reason_of(error)})"
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -222,13 +225,14 @@ def _read_index(index: Path) -> dict[str, set[str]]:
         for name, shard in places:
             shards[shard].add(name)
         outside = [shard for shard in shards if Path(shard).name != shard]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"model.path: {index} is not an index of shards; {_AGAIN}") from error
     if not shards:
         raise UserError(f"model.path: {index} names no shard; {_AGAIN}")
     if outside:
         raise UserError(f"model.path: {index} names {some(outside)}, which is not beside it; put all shards beside it")
-    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+    there = {path.name for path in index.parent.iterdir() if path.is_file()}
+    if missing := [shard for shard in shards if shard not in there]:
         count = f"{len(missing)} of {len(shards)} shards"
         raise UserError(f"model.path: {index.parent} lacks {some(missing)} ({count}); download what is missing")
     return shards
@@ -236,4 +240,5 @@ def _read_index(index: Path) -> dict[str, set[str]]:
 
 def some(names: Sequence[str]) -> str:
     """The first of `names` and the number of others."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    first = names[0] if len(names[0]) <= _SHOWN else f"{names[0][:_SHOWN]} ..."
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.data import Row, Split
 from loftq_exp.tasks.generation import PromptConfig
@@ -175,6 +175,10 @@ class Arithmetic(GSM8K):
         if not self.generates(split):
             return super().rows(split)
         count = self.limit(split) or DEFAULT_ROWS[split]
+        if count > LONGEST:
+            raise UserError(
+                f"task.max_{split}_samples={count}: at most {LONGEST} problems are generated; ask for no more"
+            )
         rows = list(itertools.islice(generate(split, self.config.data_seed, PROBLEMS[self.config.problems]), count))
         if len(rows) < count:
             raise UserError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.config import TaskConfig
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.config.task import TargetLength
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import PART, Column, Generation, Likelihood, Request, Scored, Task, mean_nll
@@ -46,6 +46,7 @@ class InstructConfig(TargetLength, TaskConfig):
         "maximum length of a conversation in tokens, cut at its end; with packing, of a training sequence",
         1024,
         ge=2,
+        lt=LONGEST + 1,
         shapes=(ADAPTER, SCORES),
     )
     packing: bool = setting(

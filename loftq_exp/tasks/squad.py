@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loftq_exp.config import TaskConfig
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.config.task import SourceLength
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Outputs, Request, Scored, Task, missing_column
@@ -26,12 +26,22 @@ class SquadConfig(SourceLength, TaskConfig):
     """The settings of windows over the context, and of finding an answer in them."""
 
     doc_stride: int = setting(
-        "number of tokens by which windows over a long context overlap", 128, ge=0, shapes=(ADAPTER, SCORES)
+        "number of tokens by which windows over a long context overlap",
+        128,
+        ge=0,
+        lt=LONGEST + 1,
+        shapes=(ADAPTER, SCORES),
     )
     n_best_size: int = setting(
-        "number of best start and end positions that are paired to find the answer", 20, ge=1, shapes=(SCORES,)
+        "number of best start and end positions that are paired to find the answer",
+        20,
+        ge=1,
+        lt=LONGEST + 1,
+        shapes=(SCORES,),
     )
-    max_answer_length: int = setting("maximum length of an answer in tokens", 30, ge=1, shapes=(SCORES,))
+    max_answer_length: int = setting(
+        "maximum length of an answer in tokens", 30, ge=1, lt=LONGEST + 1, shapes=(SCORES,)
+    )
 
 
 Offsets = list[tuple[int, int] | None]

@@ -47,7 +47,7 @@ class SummarizationConfig(TargetLength, SourceLength, TaskConfig):
     source_prefix: str = setting(
         "text placed before each document; t5 expects 'summarize: '", "", shapes=(ADAPTER, SCORES)
     )
-    num_beams: int = setting("number of beams for generation; 1 is greedy", 1, ge=1, shapes=(SCORES,))
+    num_beams: int = setting("number of beams for generation; 1 is greedy", 1, ge=1, lt=1025, shapes=(SCORES,))
     length_penalty: float = setting(
         "beam search divides a summary's log-probability by its length to this power", 1.0, shapes=(SCORES,)
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_exp.config import TaskConfig
-from loftq_exp.config.schema import ADAPTER, SCORES, setting
+from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Column, Likelihood, Request, Scored, Task, mean_nll
 from loftq_exp.tasks.data import DataSource, Row, Split, read_rows
@@ -27,7 +27,9 @@ LARGEST_NLL = 700.0
 class WikiTextConfig(TaskConfig):
     """The settings of running text."""
 
-    block_size: int = setting("number of tokens per block of text", 1024, ge=2, shapes=(ADAPTER, SCORES))
+    block_size: int = setting(
+        "number of tokens per block of text", 1024, ge=2, lt=LONGEST + 1, shapes=(ADAPTER, SCORES)
+    )
     start_token: bool = setting(
         "put the tokenizer's beginning-of-sequence token first in each block, and not only in the text; Gemma's perplexity is "
         "several times as high without it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from loftq_exp.config import RunConfig
 from loftq_exp.costs import StageWatch
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import reason_of
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.divergence import FiniteTrainer
@@ -87,7 +89,11 @@ def finetune(
         # PEFT casts an adapter's input to float32, and autocast casts it back to bfloat16. Skipping both casts gives the
         # same values in three quarters of the time.
         with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            except pickle.UnpicklingError as error:  # torch raises it for a file that needs code to load
+                raise UserError(f"{resumed}: a file in it is no plain state of a trainer, and is not loaded ({reason_of(error)}); "
+                                f"delete {checkpoints} and run again") from error  # fmt: skip
 
     def save() -> None:
         _save_adapter(model, folder / "adapter", origin)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 
 from loftq_exp.artifact.folder import ADAPTER, Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import explained
 from loftq_exp.integrations.loads import check_report, collected_log, failed_conversion, without_bars
 from loftq_exp.schemes import FORMATS
 from loftq_exp.source.files import read_tokenizer
@@ -106,7 +106,7 @@ def load_tokenizer(init: Initialised | Source, config: RunConfig) -> transformer
     try:
         return read_tokenizer(init.folder, config.model.trust_remote_code)
     except UserError as error:
-        raise UserError(f"model.path={config.model.path}: {error}; add its files") from None
+        raise UserError(f"model.path={config.model.path}: {error}") from error.__cause__
 
 
 def backbone_form(init: Initialised, config: RunConfig, device: torch.device) -> str:
@@ -142,21 +142,21 @@ def _load_backbone(
     init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
 ) -> Any:
     again = f"the checkpoint is damaged: delete {init.folder} and quantize again"
-    try:
-        with collected_log() as lines:
-            model, report = AUTO_CLASSES[config.model.kind].from_pretrained(
-                init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code,
-                output_loading_info=True, **options | {"ignore_mismatched_sizes": True},
-            )  # fmt: skip
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{init.folder}: the weights cannot be read ({error}); {again}") from error
-    except UserError as error:  # of packed weights
-        raise UserError(f"{init.folder}: {error}") from error
-    except RuntimeError as error:
-        name = failed_conversion(lines)
-        if name is None:
+    with explained(f"{init.folder}: the weights cannot be read", again):
+        try:
+            with collected_log() as lines:
+                model, report = AUTO_CLASSES[config.model.kind].from_pretrained(
+                    init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code,
+                    output_loading_info=True, **options | {"ignore_mismatched_sizes": True},
+                )  # fmt: skip
+        except UserError as error:  # of packed weights
+            raise UserError(f"{init.folder}: {error}") from error
+        except RuntimeError as error:
+            if name := failed_conversion(lines):
+                raise UserError(
+                    f"{init.folder}: {name} cannot be made of the weights that are there; {again}"
+                ) from error
             raise
-        raise UserError(f"{init.folder}: {name} cannot be made of the weights that are there; {again}") from error
     resized = options.get("ignore_mismatched_sizes", False)
     check_report(report, str(init.folder), again, init.report.get("head", ()), resized)
     for name, value in model.named_parameters():

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import explained
 from loftq_exp.integrations.loads import with_adapter
 from loftq_exp.source.finite import is_finite
 
@@ -23,10 +23,8 @@ def read_adapter(folder: Path, advice: str) -> dict[str, torch.Tensor]:
 
     Raises UserError, which ends with `advice`, if the file is missing or damaged, or holds values that are not finite.
     """
-    try:
+    with explained(f"{folder}: {WEIGHTS} cannot be read", advice):
         values = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); {advice}") from error
     for name, value in values.items():
         if not is_finite(value):
             raise UserError(f"{folder}: {name} has NaN or infinite values; {advice}")
@@ -41,11 +39,8 @@ def put_adapter(
     PEFT's own loader skips tensors without a place in the model and initialises missing ones at random. Both raise
     UserError here, which ends with `advice`.
     """
-    try:
+    with explained(f"{folder}: adapter_config.json cannot be read", advice):
         settings = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: adapter_config.json cannot be read ({reason}); {advice}") from error
     settings.inference_mode = False  # in inference mode nothing is trainable
     adapted = with_adapter(backbone, settings, str(folder), advice)
     _check_places(values, _held(adapted), folder, advice)

@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
+from loftq_exp.foreign import explained
 from loftq_exp.source.layout import skeleton
 from loftq_exp.source.locate import Source
 from loftq_exp.tasks.base import Generation, Request, Task
@@ -64,10 +65,13 @@ def prepare(
         )
     tokenizer = load_tokenizer(source, config)
     checks = _Checks(task, tokenizer, model)
-    encoded = task.encode(train, tokenizer) if train else []
+    with explained(
+        f"model.path={config.model.path}: its tokenizer cannot encode the rows", "check its tokenizer files"
+    ):
+        encoded = task.encode(train, tokenizer) if train else []
+        requests = task.requests(scored, tokenizer) if scored else []
     pads = task.lengths if task.config.pad_to_max_length else {}
     checks.check("train", encoded, len(train), pads)
-    requests = task.requests(scored, tokenizer) if scored else []
     for request in requests:
         checks.check("eval", request.features, len(scored), {}, request)
     checks.warn_beyond_rotary()

@@ -230,7 +230,7 @@ def test_only_what_is_asked_for_goes_along_and_no_link_out_of_the_folder(
     (snapshot / "tokenizer").mkdir()
     carry_files(snapshot, target)
     assert {path.name: path.is_symlink() for path in target.iterdir()} == {"vocab.json": False}
-    assert "tokenizer.json: left out, because it is a link out of its folder" in caplog.text
+    assert "tokenizer.json: left out, because it is a link to another file" in caplog.text
 
 
 def test_a_tokenizer_that_does_not_come_along_is_found_before_the_work(
