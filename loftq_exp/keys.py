@@ -22,6 +22,8 @@ from loftq_exp.source.locate import Source
 from loftq_exp.training.origin import adapter_digest, rows_digest
 
 _RUN_DIGITS = 8
+_CHOOSING = ("train.eval_strategy", "train.eval_steps", "train.metric_for_best_model")
+"""Settings that say when and how a validation chooses the adapter."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,20 @@ def identify(config: RunConfig, start: Source | Initialised | None = None) -> Id
     return Identity(key, init_dir(config, key), _run_dir(config, made["source"]))
 
 
-def adapter_key(init_key: str, rows: Iterable[dict[str, Any]], config: RunConfig) -> str:
-    """Return the key of the adapter that is trained from an initialisation on `rows`, as they are used."""
-    several = [ranks.count()] if ranks.count() > 1 else []  # each rank trains on its own batches
-    return digest_of([init_key, rows_digest(rows), shaping(config, ADAPTER), *several])
+def adapter_key(
+    init_key: str, rows: Iterable[dict[str, Any]], config: RunConfig, validation: Iterable[dict[str, Any]] = ()
+) -> str:
+    """Return the key of the adapter that is trained from an initialisation on `rows`, as they are used.
+
+    The `validation` rows and their settings shape the adapter only if it is chosen by them.
+    """
+    several: list[Any] = [ranks.count()] if ranks.count() > 1 else []  # each rank trains on its own batches
+    settings = shaping(config, ADAPTER)
+    if config.train.validation_chooses:
+        several.append(rows_digest(validation))
+    else:
+        settings = {name: value for name, value in settings.items() if name not in _CHOOSING}
+    return digest_of([init_key, rows_digest(rows), settings, *several])
 
 
 def scores_key(init_key: str, adapter: Path | None, rows: Iterable[dict[str, Any]], config: RunConfig) -> str:

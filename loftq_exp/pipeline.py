@@ -6,7 +6,7 @@ import errno
 import glob
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from loftq_exp.artifact.folder import Initialised
 from loftq_exp.artifact.push import check_push, push
 from loftq_exp.calibration.samples import calibration_origin
 from loftq_exp.config import RunConfig, local_path
+from loftq_exp.config.train import LOSS
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.kept import find_kept
@@ -32,6 +33,7 @@ from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, continued, is_of_version_0_1, start_of, write_config
 from loftq_exp.report.console import print_table
 from loftq_exp.report.record import assemble, write_json
+from loftq_exp.report.scored import lower_is_better
 from loftq_exp.report.table import LEAST, cells, columns
 from loftq_exp.report.tensorboard import Recorder
 from loftq_exp.source.kind import with_kind
@@ -39,10 +41,13 @@ from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
 from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.origin import Origin, adapter_digest
+from loftq_exp.tasks.data import Row
+from loftq_exp.tasks.held_out import USUAL_VALIDATION, hold_out, without_parts
+from loftq_exp.training.origin import Origin, adapter_digest, rows_digest
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
+    from loftq_exp.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +105,7 @@ def _run(config: RunConfig) -> RunResult:
     config = ranks.from_main(lambda: settled(asked))
     data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
     _check_scores(config, data.task)
+    _log_validation(config, data)
     place = ranks.from_main(lambda: _place(config))
     identity = ranks.from_main(lambda: identify(config, place))
     folder = identity.run_dir
@@ -117,7 +123,7 @@ def _run(config: RunConfig) -> RunResult:
         try:
             init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key))
             finetuned = _finetune(config, init, data, prepared, records, recorder)
-            steps = finetuned["steps"] if finetuned and adapter else 0
+            steps = _steps_of(finetuned) if finetuned and adapter else 0
             evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder, steps)
         finally:
             recorder.close()
@@ -193,23 +199,55 @@ class _Data:
 
     task: Task
     train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
     eval: list[dict[str, Any]]
 
 
 def _read_data(config: RunConfig) -> _Data:
     task = load_task(config.task)
     _check_objective(config, task)
+    _check_metric(config, task)
     stages = set(config.stages)
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
         raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
                         f"these fit: {pairs_that_fit()}; choose another model or task, or for an encoder another model.kind")  # fmt: skip
     if "quantize" in stages and config.quant.needs_text:
         calibration_origin(config)  # refuses a text that is not there before a model is downloaded or converted
-    return _Data(
-        task,
-        task.rows("train") if "finetune" in stages else [],
-        task.rows("eval") if "evaluate" in stages else [],
-    )
+    train = task.rows("train") if "finetune" in stages else []
+    scored = task.rows("eval") if "evaluate" in stages else []
+    train, validation = _validation_rows(config, task, train) if train and config.train.validates else (train, [])
+    _check_not_scored(config, validation, scored)
+    return _Data(task, train, validation, scored)
+
+
+def _validation_rows(config: RunConfig, task: Task, train: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and those to validate on, of a source of their own or held out of the training rows."""
+    if task.source("validation").is_given:
+        return train, task.rows("validation")
+    size, seed = config.task.validation_size or USUAL_VALIDATION, config.task.validation_seed
+    return hold_out(train, task.units(train), size, seed)
+
+
+def _check_not_scored(config: RunConfig, validation: Sequence[Row], scored: Sequence[Row]) -> None:
+    """Raise UserError if rows are both validated on and scored: a score of the best step would be biased."""
+    common = without_parts(validation) & without_parts(scored)
+    given = next((f"task.{name}={value}" for name in ("validation_file", "validation_split")
+                  if (value := getattr(config.task, name))), None)  # fmt: skip
+    if common and given:
+        raise UserError(f"{given}: {len(common)} of its rows are scored too, by which the scores would be chosen; give rows of "
+                        "their own, or leave it out to hold out training rows")  # fmt: skip
+    if common:
+        log.warning(
+            "task.validation_size: %d of the training rows that are held out are also scored; mend the data",
+            len(common),
+        )
+
+
+def _log_validation(config: RunConfig, data: _Data) -> None:
+    if data.validation and ranks.is_main():
+        source = data.task.source("validation")
+        where = source.label if source.is_given else "held out of the training rows"
+        log.info("validation: %d rows, %s; %d rows to train on", len(data.validation), where, len(data.train))
 
 
 def _check_objective(config: RunConfig, task: Task) -> None:
@@ -219,6 +257,14 @@ def _check_objective(config: RunConfig, task: Task) -> None:
         raise UserError(
             f"objective={config.objective}: {config.task.label} has no such score; choose from: {', '.join(names)}"
         )
+
+
+def _check_metric(config: RunConfig, task: Task) -> None:
+    """Raise UserError if train.metric_for_best_model is no score of the task, or one without a known better direction."""
+    metric = config.train.metric_for_best_model
+    names = [name for column in task.table for name in column.scores if lower_is_better(name) is not None]
+    if metric not in (LOSS, *names):
+        raise UserError(f"train.metric_for_best_model={metric}: not known; choose from: {', '.join((LOSS, *names))}")
 
 
 def _check_scores(config: RunConfig, task: Task) -> None:
@@ -241,7 +287,7 @@ def _prepare(
 ) -> Prepared | None:
     """Encode the rows of the remaining stages and check them against the model. None if no stage remains."""
     train, scored = data.train, data.eval
-    if "finetune" in config.stages and records.finetuned(adapter_key(records.init_key, data.train, config)):
+    if "finetune" in config.stages and records.finetuned(_adapter_key(config, data, records)):
         train = []
     if (
         "evaluate" in config.stages
@@ -253,7 +299,11 @@ def _prepare(
         return None
     from loftq_exp.training.preflight import prepare
 
-    return prepare(place, data.task, train, scored, config)
+    return prepare(place, data.task, train, scored, config, data.validation if train else ())
+
+
+def _adapter_key(config: RunConfig, data: _Data, records: Records) -> str:
+    return adapter_key(records.init_key, data.train, config, data.validation)
 
 
 def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str) -> Initialised:
@@ -279,17 +329,47 @@ def _finetune(
 ) -> Record | None:
     if "finetune" not in config.stages:
         return records.finetuned()
-    key = adapter_key(records.init_key, data.train, config)
+    key = _adapter_key(config, data, records)
 
     def work() -> Record:
         from loftq_exp.training.finetune import finetune
 
         assert prepared
         origin = Origin(key, records.init_key)
-        result = finetune(init, prepared, data.task, config, records.folder, origin, recorder.training)
-        return result | {"rows": len(data.train), "data": {"train": data.task.digest("train")}}
+        validation = _validation(config, data, prepared) if data.validation else None
+        result = finetune(init, prepared, data.task, config, records.folder, origin, recorder.training, validation)
+        return result | {"rows": len(data.train), "data": {"train": data.task.digest("train"), **_validated(data)}}
 
     return _once("finetune", records, key, records.finetuned(key), work)
+
+
+def _validation(config: RunConfig, data: _Data, prepared: Prepared) -> Validation:
+    """Return what the trainer validates: the loss, and the task's scores if one of them chooses the best step."""
+    from loftq_exp.evaluation.evaluate import evaluate
+    from loftq_exp.training.validation import Validation
+
+    metric = config.train.metric_for_best_model
+    if metric == LOSS:
+        return Validation(prepared.validation, len(data.validation))
+
+    def score(model: Any) -> dict[str, float]:
+        size = config.train.per_device_eval_batch_size
+        found = evaluate(
+            model, prepared.tokenizer, data.task, data.validation, size, None, prepared.validation_requests
+        )
+        return found.scores
+
+    return Validation(prepared.validation, len(data.validation), score, bool(lower_is_better(metric)))
+
+
+def _validated(data: _Data) -> dict[str, str]:
+    """Return the digest of the rows that were validated on, by their name in the record; nothing without any."""
+    return {"validation": f"rows:{rows_digest(data.validation)}"} if data.validation else {}
+
+
+def _steps_of(finetuned: Record) -> int:
+    """Return the number of training steps of the saved adapter."""
+    return int((finetuned.get("validation") or {}).get("adapter_step", finetuned["steps"]))
 
 
 def _evaluate(

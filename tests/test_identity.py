@@ -412,6 +412,8 @@ CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
 SHARED = {"stages": ["quantize"], "initialise.shards": 2}
 SHELF = {"quant.method": "off-the-shelf", "quant.iter": 0}
+CHOSEN = {"train.eval_strategy": "epoch", "train.early_stopping_patience": 2}
+"""A validation by which the adapter is chosen."""
 BASES: dict[str, dict[str, Any]] = {
     "seed": {"quant.method": "qlora", "quant.iter": 0},
     **dict.fromkeys(("quant.path", "quant.revision"), SHELF),
@@ -431,6 +433,19 @@ BASES: dict[str, dict[str, Any]] = {
     ),
     "quant.polish_learning_rate": {"quant.polish_steps": 2},
     **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
+    **dict.fromkeys(
+        (
+            "train.load_best_model_at_end",
+            "train.early_stopping_patience",
+            "train.metric_for_best_model",
+            "train.eval_strategy",
+        ),
+        CHOSEN,
+    ),
+    "train.eval_steps": CHOSEN | {"train.eval_strategy": "steps", "train.eval_steps": 1},
+    **dict.fromkeys(
+        ("task.validation_file", "task.validation_split", "task.validation_size", "task.validation_seed"), CHOSEN
+    ),
     **dict.fromkeys(("initialise.shards", "initialise.shard", "initialise.engine"), SHARED),
 }
 """What a setting needs to be of use, where that is not the plain run."""
@@ -450,9 +465,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "task.name": {"task.name": "cnn_dailymail"},
     "task.module": {"task.module": "json"},
     "task.eval_share": {"task.eval_share": 0.5},
+    "task.validation_size": {"task.validation_size": 0.5},
     "stages": {"stages": ["quantize"]},
     "published": {"published": {"accuracy": 1.0}},
     "train.bf16": {"train.bf16": False},
+    "train.eval_strategy": {"train.eval_strategy": "steps", "train.eval_steps": 2},
+    "train.early_stopping_patience": {"train.early_stopping_patience": 3},
     "train.optim": {"train.optim": "sgd"},
     "train.max_steps": {"train.max_steps": 7},
     "hub.private": {"hub.private": True},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loftq_exp.config.paths import local_path
-from loftq_exp.config.schema import INITIALISATION, setting
+from loftq_exp.config.schema import ADAPTER, INITIALISATION, SCORES, setting
 
 KINDS = ("causal", "seq2seq", "classification", "question-answering")
 
@@ -43,6 +43,12 @@ class ModelConfig:
     )
     name: str | None = setting(
         "name of the model in a pypi: wheel; other models take the last part of model.path", None, shapes=()
+    )
+    attn_implementation: str | None = setting(
+        "attention implementation of transformers in training and scoring; null: that which transformers chooses",
+        None,
+        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+        shapes=(ADAPTER, SCORES),
     )
     trust_remote_code: bool = setting("allow Python code from the checkpoint to run", False, shapes=())
 

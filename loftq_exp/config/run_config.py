@@ -101,6 +101,12 @@ class RunConfig:
             raise UserError(f"objective={self.objective}: nothing is scored; add evaluate to stages")
         if self.hub.push and "quantize" not in self.stages:
             raise UserError("hub.push=true: publishes what the quantize stage makes or finds; add quantize to stages")
+        if not self.train.validates:
+            for name in ("validation_file", "validation_split", "validation_size"):
+                if (value := getattr(self.task, name)) is not None:
+                    given = f"{value:g}" if isinstance(value, float) else value
+                    raise UserError(f"task.{name}={given}: nothing is validated; set train.eval_strategy=epoch or steps, or leave "
+                                    "it out")  # fmt: skip
         self._check_formats()
         self._check_shards()
 

@@ -68,6 +68,30 @@ class TaskConfig:
     eval_file: str | None = setting(
         "local evaluation file in place of the Hub data set; + joins several", None, shapes=(), locates=(SCORES,)
     )
+    validation_split: str | None = setting(
+        "split of the Hub data set to validate on during training; null: none",
+        None,
+        shapes=(),
+        locates=(ADAPTER,),
+    )
+    validation_file: str | None = setting(
+        "local file to validate on during training; null: task.validation_split, or else rows that are held out of the "
+        "training rows",
+        None,
+        shapes=(),
+        locates=(ADAPTER,),
+    )
+    validation_size: float | None = setting(
+        "distinct training rows that are held out for validation and not trained on: a share below 1, or a number; null: 0.1 "
+        "if there is neither task.validation_file nor task.validation_split",
+        None,
+        gt=0,
+        shapes=(),
+        locates=(ADAPTER,),
+    )
+    validation_seed: int = setting(
+        "random seed of the rows that are held out for validation", 0, ge=0, shapes=(), locates=(ADAPTER,), before=0
+    )
     max_train_samples: int | None = setting(
         "maximum number of training rows per split or file (wikitext: blocks in total), taken from the start; null: all",
         None,
@@ -93,6 +117,22 @@ class TaskConfig:
             shown = "null" if self.name is None else self.name
             raise UserError(
                 f"task.name={shown}: not a data set of task {self.kind}; choose from: {', '.join(self.names)}"
+            )
+
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        own = {
+            f"task.{name}": getattr(self, name) for name in ("validation_file", "validation_split", "validation_size")
+        }
+        given = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                 for name, value in own.items() if value is not None]  # fmt: skip
+        if len(given) > 1:
+            raise UserError(f"{given[0]}: {given[1]} is given too; leave one out")
+        if (self.validation_size or 0) > 1 and self.validation_size != int(self.validation_size or 0):
+            raise UserError(
+                f"task.validation_size={self.validation_size:g}: neither a share nor a number of rows; give a value below 1 or a "
+                "whole number"
             )
 
     @classmethod

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from loftq_exp.config.schema import ADAPTER, LONGEST, SCORES, setting
 from loftq_exp.errors import UserError
 
+LOSS = "loss"
+"""The value of `train.metric_for_best_model` that every task has."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -52,6 +55,46 @@ class TrainConfig:
         "optimiser steps between two checkpoints; a killed run resumes from the last", 100, ge=1, shapes=()
     )
     save_total_limit: int = setting("maximum number of trainer checkpoints kept", 1, ge=1, shapes=())
+    eval_strategy: str = setting(
+        "when to validate during training: no, at the end of each epoch, or every train.eval_steps steps; also after the last "
+        "step. On rows of their own: task.validation_file, task.validation_split or task.validation_size",
+        "no",
+        choices=("no", "epoch", "steps"),
+        shapes=(ADAPTER,),
+        before="no",
+    )
+    eval_steps: int | None = setting(
+        "optimiser steps between two validations, with train.eval_strategy=steps", None, ge=1, shapes=(ADAPTER,)
+    )
+    load_best_model_at_end: bool = setting(
+        "keep the adapter of the step with the best train.metric_for_best_model instead of the last step's",
+        False,
+        shapes=(ADAPTER,),
+    )
+    metric_for_best_model: str = setting(
+        "what validation compares: loss, the training loss on the validation rows, or a score of the task such as accuracy, "
+        "which is computed at each validation",
+        LOSS,
+        shapes=(ADAPTER,),
+        before=LOSS,
+    )
+    early_stopping_patience: int | None = setting(
+        "number of validations in a row without a better train.metric_for_best_model after which training stops; null: never",
+        None,
+        ge=1,
+        shapes=(ADAPTER,),
+    )
+    torch_compile: bool = setting("compile the model with torch.compile for training", False, shapes=(ADAPTER,))
+    fsdp: str | None = setting(
+        "JSON file with the settings of FSDP, as fsdp_config of TrainingArguments; for several processes",
+        None,
+        shapes=(),
+    )
+    deepspeed: str | None = setting(
+        "JSON file with the settings of DeepSpeed, as in TrainingArguments; needs the package deepspeed",
+        None,
+        shapes=(),
+    )
     train_sampling_strategy: str = setting(
         "order of the training rows: random, or group_by_length, which reduces padding",
         "random",
@@ -66,3 +109,32 @@ class TrainConfig:
         if self.max_steps == 0:
             raise UserError("train.max_steps=0: nothing would be trained; give a number of steps, -1 for all epochs, "
                             "or leave finetune out of stages")  # fmt: skip
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        steps = self.eval_strategy == "steps"
+        if steps and self.eval_steps is None:
+            raise UserError("train.eval_steps=null: train.eval_strategy=steps needs it; give train.eval_steps=N")
+        if self.eval_steps is not None and not steps:
+            raise UserError(f"train.eval_steps={self.eval_steps}: not used by train.eval_strategy={self.eval_strategy}; leave it out, "
+                            "or set train.eval_strategy=steps")  # fmt: skip
+        if not self.validates:
+            for name, off in (
+                ("load_best_model_at_end", False),
+                ("metric_for_best_model", LOSS),
+                ("early_stopping_patience", None),
+            ):
+                if (value := getattr(self, name)) != off:
+                    given = str(value).lower() if isinstance(value, bool) else value
+                    raise UserError(f"train.{name}={given}: nothing is validated; set train.eval_strategy=epoch or steps, or leave "
+                                    "it out")  # fmt: skip
+
+    @property
+    def validates(self) -> bool:
+        """Whether the model is validated during training."""
+        return self.eval_strategy != "no"
+
+    @property
+    def validation_chooses(self) -> bool:
+        """Whether the adapter depends on the values of the validation: the best one is kept, or training stops early."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None

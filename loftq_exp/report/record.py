@@ -50,6 +50,7 @@ def assemble(
         "finetune": {name: finetuned.get(name) for name in ("steps", "rows", "ranks", "backbone", "dtype")}
         if finetuned
         else None,
+        "validation": finetuned.get("validation") if finetuned else None,
         "losses": finetuned["losses"] if finetuned else [],
         "data": {**(finetuned["data"] if finetuned else {}), **(evaluated["data"] if evaluated else {})},
         "model": init.report["model"],

@@ -160,7 +160,13 @@ class Task(ABC):
 
     def limit(self, split: Split) -> int | None:
         """Return the maximum number of rows per part of `split`. None: all."""
-        return self.config.max_train_samples if split == "train" else self.config.max_eval_samples
+        return {"train": self.config.max_train_samples, "validation": None, "eval": self.config.max_eval_samples}[split]
+
+    def units(self, rows: Sequence[Row]) -> list[Any]:
+        """Return for each row the unit that it belongs to. Rows of equal units are held out together."""
+        if self.columns:
+            return [{name: row.get(name) for name in self.columns} for row in rows]
+        return [{name: row[name] for name in row if name != PART} for row in rows]
 
     def flaw(self, row: Row) -> str | None:
         """Return why `row` is unusable, as the continuation of "line 7 ...". None for a valid row."""

@@ -21,7 +21,7 @@ from loftq_exp.config import TaskConfig, local_path
 from loftq_exp.errors import UserError
 
 Row = dict[str, Any]
-Split = Literal["train", "eval"]
+Split = Literal["train", "validation", "eval"]
 LocatedRow = tuple[str, Any]
 """The place of a row ("line 7", or "row 7" if lines are unknown), and the row, not yet checked."""
 
@@ -42,15 +42,20 @@ class DataSource:
     @classmethod
     def of(cls, config: TaskConfig, split: Split) -> DataSource:
         """Return the source of `split` in the task's settings."""
-        training = split == "train"
+        part = "" if split == "validation" else {"train": config.train_split, "eval": config.eval_split}[split]
         return cls(
             split=split,
-            file=config.train_file if training else config.eval_file,
+            file=getattr(config, f"{split}_file"),
             dataset=config.dataset,
             dataset_config=config.dataset_config,
-            dataset_split=config.train_split if training else config.eval_split,
+            dataset_split=part or config.validation_split or "",
             dataset_revision=config.dataset_revision,
         )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the settings name a file or a split; a validation needs none."""
+        return bool(self.file or self.dataset_split)
 
     def parts(self) -> list[DataSource]:
         """Return the sources joined by `+`, in order. An existing file whose name contains `+` is one source.

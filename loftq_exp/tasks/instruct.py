@@ -114,7 +114,7 @@ class Instruct(Task):
     def source(self, split: Split) -> DataSource:
         """As `Task.source`. Rows that are held out come from the source of the training rows."""
         own = super().source(split)
-        if split == "train" or not self.config.held_out:
+        if split != "eval" or not self.config.held_out:
             return own
         train = super().source("train")
         return dataclasses.replace(own, file=train.file, dataset_split=train.dataset_split)
@@ -122,7 +122,7 @@ class Instruct(Task):
     def rows(self, split: Split) -> list[Row]:
         """As `Task.rows`. The limit applies to the rows of a split after the share is held out."""
         share = self.config.held_out
-        if not share:
+        if not share or split == "validation":
             return super().rows(split)
         found = split_rows(super().rows(split), share, self.config.data_seed, split)
         return found[: super().limit(split)]

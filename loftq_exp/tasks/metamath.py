@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.base import Task
@@ -20,7 +21,11 @@ TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
 ANSWER_MARK = "The answer is:"
 """The mark before the final answer in MetaMathQA's responses."""
 TRAINING = ("query", "response")
-SOURCES = {"train": ("meta-math/MetaMathQA", None), "eval": ("openai/gsm8k", "main")}
+SOURCES = {
+    "train": ("meta-math/MetaMathQA", None),
+    "validation": ("meta-math/MetaMathQA", None),
+    "eval": ("openai/gsm8k", "main"),
+}
 """Hub id and configuration of each split's rows."""
 
 
@@ -47,7 +52,7 @@ class MetaMath(PromptTask):
     def rows(self, split: Split) -> list[Row]:
         """As `Task.rows`. Raises UserError for a row with the columns of the other split."""
         found = super().rows(split)
-        needed = TRAINING if split == "train" else self.columns
+        needed = self.columns if split == "eval" else TRAINING
         for number, row in enumerate(found, start=1):
             if needed[0] not in row:
                 raise UserError(
@@ -59,6 +64,10 @@ class MetaMath(PromptTask):
     def flaw(self, row: Row) -> str | None:
         """As `Task.flaw`, for the columns of the row's split. A scored row must hold a gold number as in GSM8K."""
         return _Training(self.config).flaw(row) if TRAINING[0] in row else self._scored.flaw(row)
+
+    def units(self, rows: Sequence[Row]) -> list[Any]:
+        """As `Task.units`: MetaMathQA rewords one question several times."""
+        return [row.get("original_question") or row for row in rows]
 
     def with_line_feeds(self, row: Row) -> Row:
         """As `Task.with_line_feeds`."""
@@ -75,7 +84,8 @@ class MetaMath(PromptTask):
 
     def judge(self, row: Row, generated: str) -> Judgement:
         """Compare the number after the last `The answer is:` or `####`, or else the last number, with the gold number."""
-        gold = final_number(self._scored.target(row))
+        response = row.get(TRAINING[1])  # of a row that is held out of the training rows
+        gold = answer_number(str(response)) if response else final_number(self._scored.target(row))
         predicted = answer_number(generated)
         return Judgement(predicted, gold, correct=predicted is not None and predicted == gold)
 

@@ -80,6 +80,10 @@ class Squad(Task):
     config: SquadConfig
     columns = ("id", "context", "question")
 
+    def units(self, rows: Sequence[Row]) -> list[Any]:
+        """As `Task.units`: the questions on one context."""
+        return [row["context"] for row in rows]
+
     def flaw(self, row: Row) -> str | None:
         """As `Task.flaw`. There must also be an answer, and it must be at its stated position in the context."""
         problem = super().flaw(row)

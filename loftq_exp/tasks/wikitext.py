@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 LARGEST_NLL = 700.0
 """Cap in nats per token. The perplexity is at most e^700, since a diverged model would overflow a float."""
+_TITLE = re.compile(r"= [^=].*[^=] =")
+"""An article's title as WikiText has it. Those of its sections have more than one =."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,17 @@ class WikiText(Task):
         """Return all lines, because `limit` counts blocks here."""
         parts = self.source(split).parts()
         return [self.with_line_feeds(row) for part in parts for row in read_rows(part, self.flaw)]
+
+    def units(self, rows: Sequence[Row]) -> list[Any]:
+        """As `Task.units`: an article, below a line such as `= Title =`; in a text without such lines, a paragraph."""
+        lines = [row["text"].strip() for row in rows]
+        titles = [bool(_TITLE.fullmatch(line)) for line in lines]
+        starts = titles if sum(titles) > 1 else [not line for line in lines]
+        numbers = list(itertools.accumulate(starts))
+        texts: dict[int, list[str]] = {}
+        for number, line in zip(numbers, lines, strict=True):
+            texts.setdefault(number, []).append(line)
+        return ["\n".join(texts[number]).strip() for number in numbers]
 
     def flaw(self, row: Row) -> str | None:
         """As `Task.flaw`, except that a line may be empty."""

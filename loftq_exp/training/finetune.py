@@ -25,11 +25,21 @@ from loftq_exp.errors import UserError
 from loftq_exp.foreign import reason_of
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
-from loftq_exp.training.divergence import FiniteTrainer
 from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
+from loftq_exp.training.sharding import settings_of_one_training, sharding
+from loftq_exp.training.validation import (
+    KeepCheckpoints,
+    Patience,
+    Reached,
+    ValidatingTrainer,
+    Validation,
+    checkpoint,
+    read_state,
+    record_of,
+)
 from loftq_exp.whole import whole_folder
 
 if TYPE_CHECKING:
@@ -49,8 +59,11 @@ def finetune(
     folder: Path,
     origin: Origin,
     scalars: Scalars,
+    validation: Validation | None = None,
 ) -> dict[str, Any]:
     """Train the adapter of `init` on the `prepared` rows and save it atomically as `folder`/adapter.
+
+    With a `validation`, as `config.train` says: validate, keep the best step's adapter, stop early.
 
     Returns the stage's record: losses, steps, seconds, the adapter's digest and more. Training resumes from checkpoints
     under `folder`/checkpoints if they have this `origin`; they are removed at the end. Raises UserError, which names the
@@ -59,6 +72,61 @@ def finetune(
     With several ranks, each trains on its own batches. Rank 0 saves; seconds and peak memory are those of rank 0.
     """
     watch = StageWatch()
+    device = compute_device(config.device)
+    checkpoints = folder / "checkpoints"
+    resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin))
+    if resumed:
+        log.info("finetune: resumes from %s", resumed.name)
+    patience = _patience(config, validation)
+    found = read_state(resumed) if resumed else None
+    trainer = None
+    if found is None or not (found.is_last or (patience and patience.ran_out(found.history))):
+        callbacks = (
+            [KeepCheckpoints(config.train.save_steps, checkpoints)] if config.train.load_best_model_at_end else []
+        )
+        callbacks += [patience] if patience else []
+        with progress("finetune") as advance:
+            shown = [_Report(advance, scalars), *callbacks]
+            trainer = _trained(init, prepared, task, config, checkpoints, shown, validation, resumed)
+        found = Reached(trainer.state.global_step, True, trainer.state.log_history)
+    validated = record_of(found, config.train, validation) if validation else None
+    _check_best(checkpoints, config, validated)
+
+    def save() -> None:
+        if trainer:
+            _save_adapter(trainer.model, folder / "adapter", origin)
+        else:  # the run was killed after the last step
+            assert resumed
+            best = checkpoint(checkpoints, validated["adapter_step"]) if validated else resumed
+            dtype = compute_dtype(device, config.train.bf16)
+            _save_adapter(load_model(init, best, config, device, dtype, task.num_labels), folder / "adapter", origin)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    ranks.from_main(save)
+    return {
+        "losses": [[entry["step"], entry["loss"]] for entry in found.history if "loss" in entry],
+        "steps": found.step,
+        "validation": validated,
+        "adapter": adapter_digest(folder / "adapter"),
+        "backbone": backbone_form(init, config, device),
+        "ranks": ranks.count(),
+        "dtype": str(compute_dtype(device, config.train.bf16)).removeprefix("torch."),
+        "resumed_from": resumed.name if resumed else None,
+        **watch.costs(),
+    }
+
+
+def _trained(
+    init: Initialised,
+    prepared: Prepared,
+    task: Task,
+    config: RunConfig,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+    validation: Validation | None,
+    resumed: Path | None,
+) -> ValidatingTrainer:
+    """Return the trainer of the adapter of `init` after its last step, with the adapter that is to be saved."""
     device = compute_device(config.device)
     dtype = compute_dtype(device, config.train.bf16)
     transformers.set_seed(config.seed)
@@ -69,56 +137,68 @@ def finetune(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     collator = task.collator(prepared.tokenizer)
     check_isolation(model, prepared.train, collator)
-    checkpoints = folder / "checkpoints"
-    with progress("finetune") as advance:
-        trainer = FiniteTrainer(
+    with settings_of_one_training():
+        trainer = ValidatingTrainer(
             model=model,
-            args=training_arguments(config, checkpoints, device, dtype),
+            args=training_arguments(config, checkpoints, device, dtype, validation),
             train_dataset=prepared.train,
             data_collator=collator,
-            callbacks=[_Report(advance, scalars)],
+            callbacks=callbacks,
+            validation=validation,
         )
-        if task.model_kind != "causal":
-            # In transformers only decoders divide the loss by the tokens of all accumulated batches. The other classes
-            # return the mean of each batch, which the trainer must divide by the number of batches.
-            trainer.model_accepts_loss_kwargs = False
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin))
-        if resumed:
-            log.info("finetune: resumes from %s", resumed.name)
-        # PEFT casts an adapter's input to float32, and autocast casts it back to bfloat16. Skipping both casts gives the
-        # same values in three quarters of the time.
-        with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
-            try:
-                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-            except pickle.UnpicklingError as error:  # torch raises it for a file that needs code to load
-                raise UserError(f"{resumed}: a file in it is no plain state of a trainer, and is not loaded ({reason_of(error)}); "
-                                f"delete {checkpoints} and run again") from error  # fmt: skip
-
-    def save() -> None:
-        _save_adapter(model, folder / "adapter", origin)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-
-    ranks.from_main(save)
-    history = trainer.state.log_history
-    return {
-        "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "steps": trainer.state.global_step,
-        "adapter": adapter_digest(folder / "adapter"),
-        "backbone": backbone_form(init, config, device),
-        "ranks": ranks.count(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "resumed_from": resumed.name if resumed else None,
-        **watch.costs(),
-    }
+    if task.model_kind != "causal":
+        # In transformers only decoders divide the loss by the tokens of all accumulated batches. The other classes
+        # return the mean of each batch, which the trainer must divide by the number of batches.
+        trainer.model_accepts_loss_kwargs = False
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    # PEFT casts an adapter's input to float32, and autocast casts it back to bfloat16. Skipping both casts gives the
+    # same values in three quarters of the time.
+    with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
+        try:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        except pickle.UnpicklingError as error:  # torch raises it for a file that needs code to load
+            raise UserError(f"{resumed}: a file in it is no plain state of a trainer, and is not loaded ({reason_of(error)}); "
+                            f"delete {checkpoints} and run again") from error  # fmt: skip
+    return trainer
 
 
-def training_arguments(config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
+def _patience(config: RunConfig, validation: Validation | None) -> Patience | None:
+    train = config.train
+    if validation is None or train.early_stopping_patience is None:
+        return None
+    return Patience(train.early_stopping_patience, train.metric_for_best_model, validation.lower_is_better)
+
+
+def _check_best(checkpoints: Path, config: RunConfig, validated: dict[str, Any] | None) -> None:
+    """Log which step's adapter is kept. Raises UserError if it is gone: the trainer would keep the last step's."""
+    if validated is None or not config.train.load_best_model_at_end:
+        return
+    best = checkpoint(checkpoints, validated["adapter_step"])
+    if not best.is_dir():
+        raise UserError(f"train.load_best_model_at_end=true: {best} is missing; delete {checkpoints} and run again")
+    log.info("finetune: the adapter of step %d is kept (validation %s %.4g)", validated["adapter_step"],
+             config.train.metric_for_best_model, validated["best"]["value"])  # fmt: skip
+
+
+def training_arguments(
+    config: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype, validation: Validation | None = None
+) -> TrainingArguments:
     """Return the TrainingArguments for `config`. A `warmup_steps` below 1 is a fraction of all steps."""
     train = config.train
+    checkpoints: dict[str, Any] = {"save_strategy": "steps", "save_steps": train.save_steps}
+    if train.load_best_model_at_end:
+        # transformers wants a checkpoint at each validation. `KeepCheckpoints` saves the others.
+        checkpoints = {"save_strategy": train.eval_strategy, "save_steps": train.eval_steps or train.save_steps}
+    lower = validation is None or validation.lower_is_better
+    chosen = (
+        {"metric_for_best_model": train.metric_for_best_model, "greater_is_better": not lower}
+        if train.validates
+        else {}
+    )
     same_name = ("learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps",
                  "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2",
-                 "adam_epsilon", "max_grad_norm", "logging_steps", "save_steps", "save_total_limit",
+                 "adam_epsilon", "max_grad_norm", "logging_steps", "save_total_limit", "eval_strategy",
+                 "eval_steps", "torch_compile", "load_best_model_at_end", "per_device_eval_batch_size",
                  "train_sampling_strategy", "dataloader_num_workers")  # fmt: skip
     try:
         return TrainingArguments(
@@ -128,8 +208,9 @@ def training_arguments(config: RunConfig, folder: Path, device: torch.device, dt
             seed=config.seed,
             bf16=dtype == torch.bfloat16,
             use_cpu=device.type == "cpu",
-            save_strategy="steps",
-            eval_strategy="no",
+            **checkpoints,
+            **chosen,
+            **sharding(train),
             report_to="none",  # losses go to the run's own TensorBoard log
             disable_tqdm=True,  # progress is shown by _Report
             logging_first_step=True,

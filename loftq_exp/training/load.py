@@ -147,7 +147,8 @@ def _load_backbone(
             with collected_log() as lines:
                 model, report = AUTO_CLASSES[config.model.kind].from_pretrained(
                     init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code,
-                    output_loading_info=True, **options | {"ignore_mismatched_sizes": True},
+                    output_loading_info=True, attn_implementation=config.model.attn_implementation,
+                    **options | {"ignore_mismatched_sizes": True},
                 )  # fmt: skip
         except UserError as error:  # of packed weights
             raise UserError(f"{init.folder}: {error}") from error
@@ -157,6 +158,9 @@ def _load_backbone(
                     f"{init.folder}: {name} cannot be made of the weights that are there; {again}"
                 ) from error
             raise
+    found, wanted = model.config._attn_implementation, config.model.attn_implementation
+    if wanted not in (None, found):
+        raise UserError(f"model.attn_implementation={wanted}: transformers took {found} instead; leave it out")
     resized = options.get("ignore_mismatched_sizes", False)
     check_report(report, str(init.folder), again, init.report.get("head", ()), resized)
     for name, value in model.named_parameters():

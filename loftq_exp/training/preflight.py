@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from transformers.training_args import OptimizerNames
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
+from loftq_exp.config.train import LOSS
+from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 from loftq_exp.foreign import explained
 from loftq_exp.source.layout import skeleton
@@ -34,6 +36,7 @@ from loftq_exp.training.finetune import training_arguments
 from loftq_exp.training.load import load_tokenizer
 from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.positions import positions_of
+from loftq_exp.training.sharding import check_sharding, settings_of_one_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,12 +51,19 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     train: list[Features]
     requests: list[Request]
+    validation: list[Features] = field(default_factory=list)
+    validation_requests: list[Request] = field(default_factory=list)
 
 
 def prepare(
-    source: Source | Initialised, task: Task, train: Sequence[Row], scored: Sequence[Row], config: RunConfig
+    source: Source | Initialised,
+    task: Task,
+    train: Sequence[Row],
+    scored: Sequence[Row],
+    config: RunConfig,
+    validation: Sequence[Row] = (),
 ) -> Prepared:
-    """Encode the training and evaluation rows, and check that the model in `source` can read them.
+    """Encode the training, validation and evaluation rows, and check that the model in `source` can read them.
 
     Raises UserError, one line that names the setting or the row, for: a sequence longer than the model's positions, in
     training or generation; a token without an embedding; a text without tokens; a tokenizer that lacks what the task needs.
@@ -63,6 +73,7 @@ def prepare(
         raise UserError(
             f"train.gradient_checkpointing=true: {type(model).__name__} cannot recompute its activations; leave it out"
         )
+    _check_attention(model, config)
     tokenizer = load_tokenizer(source, config)
     checks = _Checks(task, tokenizer, model)
     with explained(
@@ -70,13 +81,31 @@ def prepare(
     ):
         encoded = task.encode(train, tokenizer) if train else []
         requests = task.requests(scored, tokenizer) if scored else []
+        validated = task.encode(validation, tokenizer) if validation else []
     pads = task.lengths if task.config.pad_to_max_length else {}
     checks.check("train", encoded, len(train), pads)
+    place: Split = "validation" if task.source("validation").is_given else "train"
+    checks.check(place, validated, len(validation), pads)
     for request in requests:
         checks.check("eval", request.features, len(scored), {}, request)
+    compared = task.requests(validation, tokenizer) if validation and config.train.metric_for_best_model != LOSS else []
+    for request in compared:
+        checks.check(place, request.features, len(validation), {}, request)
     checks.warn_beyond_rotary()
     settle_padding(model, tokenizer)
-    return Prepared(tokenizer, encoded, requests)
+    return Prepared(tokenizer, encoded, requests, validated, compared)
+
+
+def _check_attention(model: PreTrainedModel, config: RunConfig) -> None:
+    """Raise UserError if the model or the device lacks the attention implementation. None is fetched from the Hub."""
+    name = config.model.attn_implementation
+    if name is None:
+        return
+    given = f"model.attn_implementation={name}"
+    if name.startswith("fl") and compute_device(config.device).type == "cpu":
+        raise UserError(f"{given}: needs a GPU; use eager or sdpa, or leave it out")
+    with _refused(given, "use another, or leave it out"):
+        model.get_correct_attn_implementation(name, is_init_check=True)
 
 
 def check_optimiser(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -86,14 +115,19 @@ def check_optimiser(config: RunConfig, device: torch.device, dtype: torch.dtype)
     arguments or another device. Also raises it for a schedule that does not fit its settings, and for any argument that
     transformers rejects.
     """
+    check_sharding(config)
     name = config.train.optim
     known = [optimiser.value for optimiser in OptimizerNames]
     if name not in known:
         near = get_close_matches(name, known) or ["adamw_torch", "adafactor", "sgd"]
         raise UserError(f"train.optim={name}: transformers has no such optimiser; choose one of its OptimizerNames, such as {', '.join(near)}")  # fmt: skip
     layer = nn.Linear(64, 64).to(device)  # 8-bit optimisers keep smaller weights in 32 bits
-    with tempfile.TemporaryDirectory() as folder:  # a trainer creates its folder immediately
-        trainer = FiniteTrainer(model=layer, args=training_arguments(config, Path(folder), device, dtype))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        settings_of_one_training(),
+    ):  # a trainer creates its folder immediately
+        arguments = training_arguments(config, Path(folder), device, dtype)
+        trainer = FiniteTrainer(model=layer, args=arguments, eval_dataset=[] if config.train.validates else None)
         with _refused(f"train.optim={name}", "install what it needs, or use train.optim=adamw_torch"):
             optimiser = trainer.create_optimizer()
             layer(torch.ones(1, 64, device=device)).sum().backward()

@@ -1,0 +1,66 @@
+"""Training whose parameters are spread over processes, by FSDP or DeepSpeed: its settings, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from loftq_exp import ranks
+from loftq_exp.config import RunConfig, TrainConfig, local_path
+from loftq_exp.errors import UserError
+
+_LAUNCHED = {"train.fsdp": "ACCELERATE_USE_FSDP", "train.deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+"""The variables by which `accelerate launch` asks for what these settings ask for."""
+
+
+def sharding(train: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of TrainingArguments by which the parameters are spread over the processes; none without."""
+    if train.fsdp:
+        return {"fsdp": True, "fsdp_config": str(local_path(train.fsdp))}
+    return {"deepspeed": str(local_path(train.deepspeed))} if train.deepspeed else {}
+
+
+def check_sharding(config: RunConfig) -> None:
+    """Raise UserError for settings of FSDP or DeepSpeed that cannot be read, and for what would not train with them."""
+    given = {f"train.{name}": value for name in ("fsdp", "deepspeed") if (value := getattr(config.train, name))}
+    for name, file in given.items():
+        _check_file(name, file)
+    asked = {name: f"{name}={given[name]}" if name in given else f"accelerate launch ({variable}=true)"
+             for name, variable in _LAUNCHED.items() if name in given or os.environ.get(variable, "false").lower() == "true"}  # fmt: skip
+    if len(asked) > 1:
+        raise UserError(f"{asked['train.deepspeed']}: FSDP is asked for too; leave one out")
+    for name, shown in asked.items():
+        if name == "train.deepspeed" and importlib.util.find_spec("deepspeed") is None:
+            raise UserError(f"{shown}: the package deepspeed is not installed; run: pip install deepspeed")
+        if ranks.count() == 1:
+            raise UserError(
+                f"{shown}: there is one process to spread the parameters over; start several, see docs/multi-device.md"
+            )
+        if config.save_format == "packed":
+            raise UserError(f"{shown}: packed layers cannot be spread over processes; use save_format=dense or bnb4")
+
+
+def _check_file(name: str, file: str) -> None:
+    try:
+        found = json.loads(local_path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}={file}: not a readable JSON file ({error}); give the path of one") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{name}={file}: holds no JSON object; give settings by name")
+
+
+@contextmanager
+def settings_of_one_training() -> Iterator[None]:
+    """Restore the variables of accelerate, in which TrainingArguments leaves settings such as torch_compile for the next one."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            if name not in before:
+                del os.environ[name]
+        os.environ.update(before)
