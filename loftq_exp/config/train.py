@@ -51,7 +51,9 @@ class TrainConfig:
     save_steps: int = setting(
         "optimiser steps between two checkpoints; a killed run resumes from the last", 100, ge=1, shapes=()
     )
-    save_total_limit: int = setting("maximum number of trainer checkpoints kept", 1, ge=1, shapes=())
+    save_total_limit: int = setting(
+        "maximum number of trainer checkpoints kept; of two, one is left if the other is damaged", 2, ge=1, shapes=()
+    )
     train_sampling_strategy: str = setting(
         "order of the training rows: random, or group_by_length, which reduces padding",
         "random",
