@@ -13,13 +13,13 @@ from typing import Any
 
 from loftq_exp import ranks
 from loftq_exp.artifact.folder import Initialised
+from loftq_exp.artifact.origin import adapter_digest, rows_digest
 from loftq_exp.config import RunConfig, digest_of, local_path
 from loftq_exp.config.schema import ADAPTER, INITIALISATION, SCORES, shaping
 from loftq_exp.initialise.key import content_in, init_dir, made_from, named_by, used
 from loftq_exp.initialise.published import source_of
 from loftq_exp.source.content import Content
 from loftq_exp.source.locate import Source
-from loftq_exp.training.origin import adapter_digest, rows_digest
 
 _RUN_DIGITS = 8
 _CHOOSING = ("train.eval_strategy", "train.eval_steps", "train.metric_for_best_model")

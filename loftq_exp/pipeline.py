@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from safetensors import SafetensorError
 
-from loftq_exp import ranks
+from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised
+from loftq_exp.artifact.origin import Origin, adapter_digest, rows_digest
 from loftq_exp.artifact.push import check_push, push
 from loftq_exp.calibration.samples import calibration_origin
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.train import LOSS
 from loftq_exp.device import compute_device, compute_dtype
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.kept import find_kept
+from loftq_exp.initialise.kept import discard_damaged, find_kept
 from loftq_exp.initialise.off_the_shelf import take
 from loftq_exp.initialise.on_ray import share_on_ray
 from loftq_exp.initialise.published import check_published, source_of
@@ -32,10 +32,10 @@ from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, continued, is_of_version_0_1, start_of, write_config
 from loftq_exp.report.console import print_table
-from loftq_exp.report.record import assemble, write_json
+from loftq_exp.report.record import as_json, assemble
 from loftq_exp.report.scored import lower_is_better
 from loftq_exp.report.table import LEAST, cells, columns
-from loftq_exp.report.tensorboard import Recorder
+from loftq_exp.report.tensorboard import SCORES, START, Recorder
 from loftq_exp.source.kind import with_kind
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
@@ -43,7 +43,7 @@ from loftq_exp.tasks import load_task, pairs_that_fit
 from loftq_exp.tasks.base import Task
 from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.held_out import USUAL_VALIDATION, hold_out, without_parts
-from loftq_exp.training.origin import Origin, adapter_digest, rows_digest
+from loftq_exp.whole import locked
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -110,27 +110,31 @@ def _run(config: RunConfig) -> RunResult:
     identity = ranks.from_main(lambda: identify(config, place))
     folder = identity.run_dir
     records = Records(folder, identity.init_key, local_path(config.score_run) if config.score_run else None)
-    adapter = _adapter_to_score(config, records)
-    prepared = _prepare(place, config, data, records, adapter)
+    todo = ranks.from_main(lambda: _todo(config, data, records))
+    prepared = _prepare(place, config, data, todo)
     if config.initialise.shards > 1 and isinstance(place, Source):
         spread = share_on_ray if config.initialise.engine == "ray" else share
         # Before the run's lock, behind which the other shards would wait.
         ranks.from_main(lambda: spread(place, config))
     ranks.from_main(lambda: _make_folder(config, folder))
-    with _alone(folder):
+    with _alone(folder, config):
+        before, todo = todo, ranks.from_main(lambda: _todo(config, data, records))
+        if todo != before:  # by another process, until this one had the lock
+            prepared = _prepare(place, config, data, todo)
+        ranks.from_main(records.clear_leftovers)
         ranks.from_main(lambda: write_config(folder, config, identity))
         recorder = Recorder(folder / "tensorboard")
         try:
-            init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key))
+            init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key, todo.any))
             finetuned = _finetune(config, init, data, prepared, records, recorder)
-            steps = _steps_of(finetuned) if finetuned and adapter else 0
-            evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder, steps)
+            steps = _steps_of(finetuned) if finetuned and todo.adapter else 0
+            evaluated = _evaluate(config, init, data, prepared, records, todo.adapter, recorder, steps)
         finally:
             recorder.close()
 
         def report() -> dict[str, Any]:
             metrics = assemble(config, init, finetuned, evaluated, data.task.table)
-            write_json(folder / "metrics.json", metrics)
+            manifest.write_listed(folder / "metrics.json", as_json(metrics))
             return metrics
 
         metrics = ranks.from_main(report)
@@ -162,12 +166,12 @@ def _make_folder(config: RunConfig, folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, config: RunConfig) -> Iterator[None]:
     """Let one run at a time work in `folder`. Runs that differ only in evaluation settings wait and reuse the adapter."""
     if not ranks.is_main():
         yield
         return
-    with FileLock(folder / ".run.lock"):
+    with locked(folder / ".run.lock", f"running {config.label}", "output_dir"):
         yield
 
 
@@ -282,33 +286,54 @@ def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:
     return records.adapter if "finetune" in config.stages else records.adapter_to_score()
 
 
-def _prepare(
-    place: Source | Initialised, config: RunConfig, data: _Data, records: Records, adapter: Path | None
-) -> Prepared | None:
+@dataclass(frozen=True)
+class _Todo:
+    """The work that remains, by the records in the run's folder."""
+
+    adapter: Path | None
+    """The adapter that is scored; None: the initial factors."""
+    train: bool
+    score: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether the initialised checkpoint will be read."""
+        return self.train or self.score
+
+
+def _todo(config: RunConfig, data: _Data, records: Records) -> _Todo:
+    adapter = _adapter_to_score(config, records)
+    train = "finetune" in config.stages and not records.finetuned(_adapter_key(config, data, records))
+    score = "evaluate" in config.stages and (
+        train or not records.evaluated(scores_key(records.init_key, adapter, data.eval, config))
+    )
+    return _Todo(adapter, train, score)
+
+
+def _prepare(place: Source | Initialised, config: RunConfig, data: _Data, todo: _Todo) -> Prepared | None:
     """Encode the rows of the remaining stages and check them against the model. None if no stage remains."""
-    train, scored = data.train, data.eval
-    if "finetune" in config.stages and records.finetuned(_adapter_key(config, data, records)):
-        train = []
-    if (
-        "evaluate" in config.stages
-        and not train
-        and records.evaluated(scores_key(records.init_key, adapter, data.eval, config))
-    ):
-        scored = []
-    if not train and not scored:
+    if not todo.any:
         return None
     from loftq_exp.training.preflight import prepare
 
-    return prepare(place, data.task, train, scored, config, data.validation if train else ())
+    train, validation = (data.train, data.validation) if todo.train else ((), ())
+    return prepare(place, data.task, train, data.eval if todo.score else (), config, validation)
 
 
 def _adapter_key(config: RunConfig, data: _Data, records: Records) -> str:
     return adapter_key(records.init_key, data.train, config, data.validation)
 
 
-def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str) -> Initialised:
-    """Return the initialised checkpoint with this `key`. Raises UserError if the source's files changed during the run."""
+def _initialised(
+    place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str, is_read: bool
+) -> Initialised:
+    """Return the initialised checkpoint with this `key`. Raises UserError if the source's files changed during the run.
+
+    One that `is_read` by a later stage is verified first. If it is damaged and of our own store, it is made again.
+    """
     init = place if isinstance(place, Initialised) else _quantize(place, config, recorder)
+    if is_read and isinstance(place, Source) and discard_damaged(init.folder, config):
+        init = _quantize(place, config, recorder)
     if identify(config, init).init_key != key:
         raise UserError(f"model.path={config.model.path}: its files changed during the run; run it again")
     return init
@@ -316,9 +341,10 @@ def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recor
 
 def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initialised:
     init = (take if config.quant.method == "off-the-shelf" else initialise)(source, config)
-    if recorder.empty:
-        recorder.config(config)
-        recorder.errors(init)
+    if not recorder.holds(START):
+        with recorder.section(START):
+            recorder.config(config)
+            recorder.errors(init)
     if config.hub.push:
         push(init, config)
     return init
@@ -337,10 +363,14 @@ def _finetune(
         assert prepared
         origin = Origin(key, records.init_key)
         validation = _validation(config, data, prepared) if data.validation else None
-        result = finetune(init, prepared, data.task, config, records.folder, origin, recorder.training, validation)
+        log_from, log_step = recorder.begin_training, recorder.training
+        result = finetune(init, prepared, data.task, config, records.folder, origin, log_from, log_step, validation)
+        recorder.close()
         return result | {"rows": len(data.train), "data": {"train": data.task.digest("train"), **_validated(data)}}
 
-    return _once("finetune", records, key, records.finetuned(key), work)
+    record = _once("finetune", records, key, records.finetuned(key), work)
+    ranks.from_main(lambda: records.drop_checkpoints(key))  # only now: the record says that the training is done
+    return record
 
 
 def _validation(config: RunConfig, data: _Data, prepared: Prepared) -> Validation:
@@ -394,8 +424,9 @@ def _evaluate(
         digest = adapter_digest(adapter) if adapter else None
         result = score(init, adapter, data.eval, prepared, data.task, config, records.samples(key))
         if ranks.is_main():
-            recorder.scores(config, init, result["scores"], steps)
-            recorder.samples(records.samples(key), steps)
+            with recorder.section(f"{SCORES}-{key[:16]}"):
+                recorder.scores(config, init, result["scores"], steps)
+                recorder.samples(records.samples(key), steps)
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_exp import ranks
+from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.artifact.origin import adapter_digest, file_digest, read_origin
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.keys import Identity
-from loftq_exp.report.record import FORMAT, write_json
-from loftq_exp.training.origin import adapter_digest, file_digest, read_origin
-from loftq_exp.whole import read_object, whole_file
+from loftq_exp.provenance import provenance
+from loftq_exp.report.record import FORMAT, as_json
+from loftq_exp.whole import clear_leftovers, read_object, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,18 @@ class Records:
         """The folder of the fine-tuned adapter, which may not exist yet."""
         return (self.trained_in or self.folder) / "adapter"
 
+    def clear_leftovers(self) -> None:
+        """Remove what killed processes left, under the run's lock."""
+        for folder in (self.folder, *self.folder.glob("evaluations/*")):
+            clear_leftovers(folder)
+
+    def drop_checkpoints(self, key: str) -> None:
+        """Remove the trainer's checkpoints of the fine-tuning with this `key`, whose record is kept."""
+        place = self.folder / "checkpoints"
+        origin = read_origin(place)
+        if origin and origin.finetune == key:
+            remove_folder(place)
+
     def samples(self, key: str) -> Path:
         """Return the path of the samples behind the scores with this `key`. Creates their folder."""
         place = self._evaluation(key) / SAMPLES
@@ -52,21 +64,21 @@ class Records:
 
     def keep(self, stage: str, key: str, result: Record) -> Record:
         """Write the record of a stage's `result` under `key`, and return it."""
-        record = {"format": FORMAT} | result | {"key": key, "initialisation": self.init_key}
-        write_json((self._evaluation(key) if stage == "evaluate" else self.folder) / f"{stage}.json", record)
+        record = {"format": FORMAT} | result | {"key": key, "initialisation": self.init_key, "provenance": provenance()}
+        folder = self._evaluation(key) if stage == "evaluate" else self.folder
+        manifest.write_listed(folder / f"{stage}.json", as_json(record))
         return record
 
     def show(self, key: str) -> None:
         """Copy the evaluation with this `key` to the top of the folder, where users and scripts look for it."""
         if self._evaluated(self.folder, key) is None:
             for name in (SAMPLES, "evaluate.json"):
-                with whole_file(self.folder / name) as beside:
-                    shutil.copyfile(self._evaluation(key) / name, beside)
+                manifest.copy_listed(self._evaluation(key) / name, self.folder / name)
 
     def finetuned(self, key: str | None = None) -> Record | None:
         """Return the record of the fine-tuning that produced the current adapter. None if it is missing or has another `key`."""
         found = self._read("finetune", key)
-        if found and found.get("adapter") != adapter_digest(self.adapter):
+        if found and found.get("adapter") != (adapter_digest(self.adapter) or "missing"):
             if key:
                 log.info(
                     "finetune: the adapter in %s was deleted or changed since it was trained; it is trained again",
@@ -117,7 +129,12 @@ class Records:
         return self.adapter if origin and origin.initialisation == self.init_key else None
 
     def _read(self, stage: str, key: str | None = None, folder: Path | None = None) -> Record | None:
-        found = read_object((folder or self.folder) / f"{stage}.json")
+        place = (folder or self.folder) / f"{stage}.json"
+        if fault := manifest.fault_of(place):
+            if place.exists():
+                log.warning("%s: %s; its stage is done again", stage, fault)
+            return None
+        found = read_object(place)
         if found.get("format") != FORMAT or found.get("initialisation") != self.init_key:
             return None
         return found if key in (None, found.get("key")) else None
@@ -126,11 +143,13 @@ class Records:
 def write_config(folder: Path, config: RunConfig, identity: Identity) -> None:
     """Write the run's settings and the initialisation that it starts from to its `folder`."""
     start = {"key": identity.init_key, "folder": str(identity.init_dir.absolute())}
-    write_json(folder / CONFIG, {"format": FORMAT, **config.to_dict(), "initialisation": start})
+    manifest.write_listed(folder / CONFIG, as_json({"format": FORMAT, **config.to_dict(), "initialisation": start}))
 
 
 def read_config(folder: Path) -> RunConfig:
     """Return the settings of the run in `folder`. Raises UserError if they are missing or of another version."""
+    if fault := manifest.fault_of(folder / CONFIG):
+        raise UserError(f"{fault}; run its command again")
     found = read_object(folder / CONFIG)
     if found.get("format") != FORMAT:
         raise UserError(f"{folder}: no run of this version (its {CONFIG} has format {found.get('format')}, not {FORMAT}); "

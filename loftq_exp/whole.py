@@ -7,7 +7,9 @@ protects against a killed process, not against a power failure.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from loftq_exp.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _DAY = 24 * 3600.0
 _OWNED = re.compile(r"\..+\.(?P<host>[^/]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
@@ -34,6 +42,8 @@ def whole_file(place: Path, shared: bool = False) -> Iterator[Path]:
     """
     owner = f".{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}" if shared else ""
     beside = place.with_name(f".{place.name}{owner}.tmp")
+    if shared:
+        _remove_abandoned(place)
     try:
         yield beside
         beside.replace(place)
@@ -91,6 +101,55 @@ def put_folder(folder: Path, place: Path) -> None:
         place.rename(replaced)
     folder.rename(place)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(place: Path) -> None:
+    """Remove a folder, if it is there. For other processes it is whole until it is gone."""
+    aside = place.with_name(f".{place.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of files and folders directly in `folder`. Only under the lock of their writers."""
+    for path in folder.glob(".*"):
+        if path.suffix in (".partial", ".replaced"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(place: Path, doing: str, setting: str) -> Iterator[None]:
+    """Hold the lock file `place` of one process at a time, whose folder must exist. The system frees it when a process dies.
+
+    Where another process holds it, that is logged: it is waiting for one that is `doing` this. Raises UserError, which names
+    the `setting` of the path, if the folder cannot be written or its file system has no locks.
+    """
+    lock = FileLock(place)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process that is %s (it holds %s)", doing, place)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"{setting}={place.parent}: cannot be written or locked ({error.strerror}); set another {setting}, "
+                        "on a file system with file locks") from None  # fmt: skip
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove the temporary files of `place` whose writers died."""
+    for path in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # renamed meanwhile, or another user's
+            if is_abandoned(path):
+                path.unlink()
 
 
 def is_abandoned(path: Path) -> bool:

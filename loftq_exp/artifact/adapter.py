@@ -19,8 +19,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
+from loftq_exp import manifest
 from loftq_exp.artifact.backbone import Backbone, BackboneWeight
 from loftq_exp.artifact.folder import ADAPTER, Initialised, read_artifact
+from loftq_exp.artifact.origin import read_origin
 from loftq_exp.errors import UserError
 from loftq_exp.source.head import PREFIX
 from loftq_exp.source.layout import skeleton
@@ -65,14 +67,16 @@ class Adapter:
 
 
 @contextmanager
-def open_adapter(folder: Path, backbone: Backbone) -> Iterator[Adapter]:
+def open_adapter(folder: Path, backbone: Backbone, checked: bool = True) -> Iterator[Adapter]:
     """Open the adapter in `folder`. Its file is closed when the block ends.
 
-    Raises UserError if it is not a plain LoRA adapter of this backbone.
+    Raises UserError if it is not a plain LoRA adapter of this backbone, or if it is `checked` and not as it was written.
     """
     settings = _read_settings(folder)
     if folder.resolve().parent != backbone.init.folder.resolve():
         _check_base(folder, settings.get("base_model_name_or_path"), backbone.init)
+    if checked:
+        manifest.check(folder, f"--adapter={folder}: fine-tune or quantize again")
     try:
         file = safe_open(str(folder / WEIGHTS), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -108,9 +112,16 @@ def _check_base(folder: Path, base: str | None, init: Initialised) -> None:
     """Raise UserError if the adapter names another backbone. Warn if it names a missing folder, which may have been moved."""
     model = init.report["model"]
     published = init.report.get("off_the_shelf", {}).get("taken_from")
+    wrong = f"--adapter={folder}: it was trained on {base}, not on DIR={init.folder}"
+    origin, key = read_origin(folder), init.report.get("key")
+    trained_here = not base or Path(base).resolve() == init.folder.resolve()
+    if origin and origin.initialisation == key:
+        return
+    if origin and key and trained_here:
+        raise UserError(f"--adapter={folder}: it was trained on another initialisation, which was in DIR={init.folder} at that "
+                        "time; s B A fits only the Q that it was trained on")  # fmt: skip
     if not base or base == published or Path(base).resolve() == init.folder.resolve():
         return
-    wrong = f"--adapter={folder}: it was trained on {base}, not on DIR={init.folder}"
     if Path(base).is_dir():
         other = read_artifact(Path(base))
         if other is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from loftq_exp.artifact.folder import REPORT, Initialised, read_artifact
+from loftq_exp.artifact.folder import REPORT, Initialised, check_artifact, check_place, read_artifact
 from loftq_exp.errors import UserError
 from loftq_exp.source.adapted import as_wrapped
 from loftq_exp.source.blocks import block_lists, block_of, linear_shape
@@ -93,7 +93,9 @@ def open_backbone(folder: Path) -> Iterator[Backbone]:
     if init is None:
         raise UserError(f"DIR={folder}: no initialised checkpoint (it has no {REPORT}); give the folder that stages=[quantize] "
                         "wrote: an adapter belongs to its backbone Q and is never merged into a base model")  # fmt: skip
+    check_artifact(init, "quantize again")
     with backbone_of(init) as backbone:
+        check_place(init)
         yield backbone
 
 

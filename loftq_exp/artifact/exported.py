@@ -17,12 +17,13 @@ import torch
 import transformers
 from torch import nn
 
+from loftq_exp import manifest
 from loftq_exp.artifact.adapter import CONFIG, WEIGHTS, Adapter, default_adapter, open_adapter
 from loftq_exp.artifact.backbone import Backbone, BackboneWeight, open_backbone
 from loftq_exp.artifact.folder import (
     ADAPTER,
-    REPORT,
     exclusive,
+    write_report,
     written_whole,
 )
 from loftq_exp.artifact.gguf_model import check_config, write_gguf
@@ -87,6 +88,7 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
                 _write_weights(base, backbone, opened, sources, form, getattr(torch, kept), merge=to != PAIR)
                 config.save_pretrained(base)
                 carry_files(folder, base)
+                manifest.complete(base)
                 if to == PAIR:
                     _write_adapter(partial / PAIR, opened, out / BASE)
                 if not form.takes_values:
@@ -312,7 +314,7 @@ def _keep_adapter(folder: Path, out: Path, backbone: Backbone, adapter: Adapter)
     # Omit the key: the quantize stage must not mistake a fine-tuned adapter for the initial factors of that key.
     report = {name: value for name, value in backbone.init.report.items() if name != "key"}
     report["exported_from"] = str(backbone.init.folder.resolve())
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    write_report(folder, report)
 
 
 def _write_adapter(folder: Path, adapter: Adapter, base: Path) -> None:
@@ -324,3 +326,4 @@ def _write_adapter(folder: Path, adapter: Adapter, base: Path) -> None:
     # A trained adapter's values are in its file: PEFT must not initialise anything again.
     settings |= {"base_model_name_or_path": str(base.resolve()), "inference_mode": True, "init_lora_weights": True}
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    manifest.complete(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from peft import LoraConfig, TaskType
 
+from loftq_exp import manifest
 from loftq_exp.config import QuantConfig, RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.loftq.allocation import Precision
@@ -20,7 +21,7 @@ from loftq_exp.source.files import carry_files
 from loftq_exp.source.layout import TASK_TYPES, Layout, load_config
 from loftq_exp.source.locate import Source
 from loftq_exp.storage.format import storage_format
-from loftq_exp.whole import whole_folder
+from loftq_exp.whole import locked, whole_folder
 
 REPORT = "init_report.json"
 ADAPTER = "loftq_init"
@@ -62,21 +63,46 @@ def read_artifact(folder: Path) -> Initialised | None:
     return Initialised(folder, report)
 
 
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the report, and complete the manifests of the checkpoint in `folder`, whose other files are written."""
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    for place in (folder / ADAPTER, folder):
+        if place.is_dir():
+            manifest.complete(place)
+
+
+def check_artifact(init: Initialised, advice: str) -> None:
+    """Raise UserError, which ends with `advice`, if a file of `init` is not as it was written, or the folder is another's now.
+
+    The initial adapter is not checked, see `loftq_exp.manifest.check`.
+    """
+    manifest.check(init.folder, advice)
+    check_place(init)
+
+
+def check_place(init: Initialised) -> None:
+    """Raise UserError if another initialisation is in the folder of `init` now."""
+    now = read_artifact(init.folder)
+    if now is None or now.report.get("key") != init.report.get("key"):
+        raise UserError(f"{init.folder}: another initialisation took its place while this run worked; run it again")
+
+
+def faults_of(folder: Path, most: float = math.inf) -> list[str]:
+    """What is wrong with the checkpoint's files of at most `most` bytes, its initial adapter included, a line each."""
+    return [fault for place in (folder, folder / ADAPTER) for fault in manifest.faults(place, most)]
+
+
 @contextmanager
 def exclusive(final: Path, setting: str = "save_dir") -> Iterator[None]:
     """Hold the lock for writing `final`. Other processes wait and then find it done. Errors name the `setting` it is from."""
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(final.parent / f".{final.name}.lock")
-        lock.acquire()
     except OSError as error:
         raise UserError(
             f"{setting}={final.parent}: cannot be written ({error.strerror}); set another {setting}"
         ) from None
-    try:
+    with locked(final.parent / f".{final.name}.lock", f"writing {final}", setting):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

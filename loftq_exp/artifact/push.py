@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
+from loftq_exp import manifest
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import ADAPTER, REPORT, Initialised
 from loftq_exp.config import HUB_ID, RunConfig
@@ -68,10 +69,20 @@ def _operations(init: Initialised, config: RunConfig) -> list[CommitOperationAdd
         REPORT: _json(shown.report),
         adapter_config: _json(settings | {"base_model_name_or_path": config.hub.repo_id}),
     }
+    changed |= _manifests(init.folder, changed)
     files = [path for path in sorted(init.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     names = {path.relative_to(init.folder).as_posix(): path for path in files}
     kept = [CommitOperationAdd(name, path) for name, path in names.items() if name not in changed]
     return kept + [CommitOperationAdd(name, content) for name, content in changed.items()]
+
+
+def _manifests(folder: Path, changed: dict[str, bytes]) -> dict[str, bytes]:
+    """The manifests of `folder` and its adapter, of the files as they are uploaded."""
+    of_adapter = {name.removeprefix(f"{ADAPTER}/"): text for name, text in changed.items() if "/" in name}
+    inner = manifest.replaced(folder / ADAPTER, of_adapter)
+    below = {f"{ADAPTER}/{manifest.FILE}": inner} if inner else {}
+    outer = manifest.replaced(folder, {name: text for name, text in changed.items() if "/" not in name} | below)
+    return below | ({manifest.FILE: outer} if outer else {})
 
 
 def _json(value: Any) -> bytes:

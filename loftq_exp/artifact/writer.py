@@ -2,7 +2,7 @@
 
 `safetensors` itself needs all tensors in memory. Here names, types and shapes are known beforehand. The header is written
 first and the file's space is reserved, so that a full disk is detected before hours of work. Tensors are then written to
-their offsets in any order.
+their offsets in any order. Each is digested on its way, for the folder's manifest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import TracebackType
 
 import torch
 
+from loftq_exp import manifest
 from loftq_exp.storage.specs import TensorSpec
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -35,17 +36,21 @@ _CODES = {
 class SafetensorsWriter:
     """Writes `{stem}.safetensors`, or shards with an index, to an existing folder.
 
-    Use it as a context manager. On success it checks that every tensor was written and syncs the files. On an error, in its
-    block or its own, it removes them.
+    Use it as a context manager. On success it checks that every tensor was written, syncs the files, and lists them in the
+    folder's manifest. On an error, in its block or its own, it removes them.
     """
 
     def __init__(
         self, folder: Path, specs: Mapping[str, TensorSpec], stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
-        self._specs = dict(specs)
+        self._folder, self._specs = folder, dict(specs)
         self._missing: dict[str, set[int] | None] = dict.fromkeys(specs)
         """Names not yet written, with the matrices of them that were."""
         self._places: dict[str, tuple[int, int]] = {}
+        self._digests: dict[tuple[str, int | None], str] = {}
+        """Those of tensors, or of their entries along the first dimension."""
+        self._headers: dict[str, tuple[int, str, list[str]]] = {}
+        """The length and digest of each file's header, and the tensors after it in order."""
         self._descriptors: list[int] = []
         self._files: list[Path] = []
         self._unsynced, self._counting = 0, threading.Lock()
@@ -82,7 +87,9 @@ class SafetensorsWriter:
         self._descriptors.append(descriptor)
         self._files.append(path)
         _reserve(descriptor, start + offset)
-        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        head = len(text).to_bytes(8, "little") + text
+        _write_at(descriptor, head, 0)
+        self._headers[path.name] = start, manifest.digest(head), names
         for name in names:
             self._places[name] = (descriptor, start)
             start += self._specs[name].nbytes
@@ -103,11 +110,13 @@ class SafetensorsWriter:
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {spec.dtype} {shape}")
         descriptor, offset = self._places[name]
-        size = spec.nbytes if index is None else spec.nbytes // spec.shape[0]
-        _write_at(descriptor, tensor_bytes(tensor), offset + size * (index or 0))
+        data = tensor_bytes(tensor)
+        _write_at(descriptor, data, offset + len(data) * (index or 0))
+        digest = manifest.digest(data)
         with self._counting:
+            self._digests[name, index] = digest
             self._count(name, index)
-            self._unsynced += size
+            self._unsynced += len(data)
             if self._unsynced >= SYNC_BYTES:
                 self._unsynced = 0
                 self._syncs.append(self._syncer.submit(_sync_data, descriptor))
@@ -122,6 +131,16 @@ class SafetensorsWriter:
             self._missing[name] = entries
             if len(entries) == self._specs[name].shape[0]:
                 del self._missing[name]
+
+    def _pieces(self, file: str) -> manifest.Pieces:
+        start, digest, names = self._headers[file]
+        return [(start, digest), *(piece for name in names for piece in self._pieces_of(name))]
+
+    def _pieces_of(self, name: str) -> manifest.Pieces:
+        spec = self._specs[name]
+        if (name, None) in self._digests:
+            return [(spec.nbytes, self._digests[name, None])]
+        return [(spec.nbytes // spec.shape[0], self._digests[name, index]) for index in range(spec.shape[0])]
 
     def close(self) -> None:
         """Close the files without checking or removing them."""
@@ -148,6 +167,7 @@ class SafetensorsWriter:
                     sync.result()  # raises its error, which no later sync would report
                 for descriptor in self._descriptors:
                     os.fsync(descriptor)
+                manifest.add(self._folder, {file: self._pieces(file) for file in self._headers})
                 self._files.clear()  # complete, so not to be removed
         finally:
             self._remove()

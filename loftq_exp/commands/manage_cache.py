@@ -22,6 +22,8 @@ from loftq_exp.commands.terminal import OneLineParser, count, exit_code, megabyt
 from loftq_exp.config import local_path
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposition_cache import DamagedEntry, DecompositionCache, describe_entry, read_entry
+from loftq_exp.manifest import FILE as MANIFEST
+from loftq_exp.manifest import faults
 from loftq_exp.progress import progress
 from loftq_exp.report.console import print_table
 from loftq_exp.schemes import variation
@@ -77,9 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         parents=[common],
-        help="read every entry, and every file with a stored digest; the exit code is 1 if one is damaged or wrong",
+        help="read every entry, and every file with a stored digest: also of converted models, initialised checkpoints and "
+        "runs; the exit code is 1 if one is damaged or wrong",
     )
     verify.add_argument("--drop", action="store_true", help="remove damaged entries, which are recomputed on use")
+    verify.add_argument(
+        "--output-dir",
+        metavar="FOLDER",
+        help="output_dir of the runs, whose initialised checkpoints and results are read too (default: the folder of the cache)",
+    )
     verify.set_defaults(command=_verify)
     about = "Removes decompositions, calibration statistics and incomplete files of killed processes. Converted models are kept."
     prune = commands.add_parser("prune", parents=[common], help="remove entries", description=about)
@@ -226,7 +234,47 @@ def _verify(folder: Path, options: argparse.Namespace) -> int:
             say(f"{named}, {len(of_these)} damaged{f' ({fate})' if of_these else ''}")
     if remembered:
         say(f"{count(remembered, 'remembered digest')}, {len(wrong)} wrong{f' ({fate})' if wrong else ''}")
-    return 1 if damaged or wrong else 0
+    return 1 if _verify_folders(_with_manifests(folder, options)) or damaged or wrong else 0
+
+
+def _with_manifests(folder: Path, options: argparse.Namespace) -> dict[str, list[list[Path]]]:
+    """Return the things whose folders have manifests, by kind: each is a list of folders."""
+    from loftq_exp.records import init_of_run  # here, because transformers and PEFT take seconds
+
+    output = local_path(options.output_dir) if options.output_dir else folder.parent
+    models, runs = ([path for path in sorted(place.glob("[!.]*")) if path.is_dir()]
+                    for place in (folder / "models", output / "runs"))  # fmt: skip
+    inits = {path for path in (output / "inits").glob("[!.]*") if path.is_dir()}
+    inits |= {init for run in runs if (init := init_of_run(run)) and init.is_dir()}
+    inside = ("adapter", "checkpoints/checkpoint-*", "evaluations/*")
+    return {
+        "converted model": [[model] for model in models],
+        "initialised checkpoint": [[init, init / "loftq_init"] for init in sorted(inits)],
+        "run": [[run, *(path for name in inside for path in sorted(run.glob(name)))] for run in runs],
+    }
+
+
+def _verify_folders(kinds: dict[str, list[list[Path]]]) -> bool:
+    """Check the files of each thing against its manifests. Print a line for each that differs, and the numbers by kind."""
+    total, done, lines = sum(map(len, kinds.values())), 0, []
+    found_any = False
+    with progress("verify folders") as advance:
+        for named, things in kinds.items():
+            damaged = unlisted = 0
+            for folders in things:
+                found = [fault for folder in folders for fault in faults(folder)]
+                for fault in found:
+                    say(f"damaged: {fault}")
+                damaged += bool(found)
+                unlisted += not all((folder / MANIFEST).is_file() for folder in folders if folder.is_dir())
+                done += 1
+                advance(done, total, named)
+            older = f", {unlisted} with files that no manifest lists" if unlisted else ""
+            lines += [f"{count(things, named)}, {damaged} damaged{older}"] if things else []
+            found_any |= damaged > 0
+    for line in lines:
+        say(line)
+    return found_any
 
 
 def _prune(folder: Path, options: argparse.Namespace) -> int:

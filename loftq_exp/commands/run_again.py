@@ -21,6 +21,7 @@ from loftq_exp import ranks
 from loftq_exp.commands.terminal import OneLineParser, exit_code, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.errors import UserError
+from loftq_exp.manifest import fault_of
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def read_recorded(folder: Path) -> Recorded:
 
 def _json(folder: Path, name: str) -> dict[str, Any] | None:
     """Return the JSON object in a file, or None if there is no file."""
+    if (folder / name).exists() and (fault := fault_of(folder / name)):
+        raise UserError(f"{fault}; run its command again")
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

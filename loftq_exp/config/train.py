@@ -54,7 +54,9 @@ class TrainConfig:
     save_steps: int = setting(
         "optimiser steps between two checkpoints; a killed run resumes from the last", 100, ge=1, shapes=()
     )
-    save_total_limit: int = setting("maximum number of trainer checkpoints kept", 1, ge=1, shapes=())
+    save_total_limit: int = setting(
+        "maximum number of trainer checkpoints kept; of two, one is left if the other is damaged", 2, ge=1, shapes=()
+    )
     eval_strategy: str = setting(
         "when to validate during training: no, at the end of each epoch, or every train.eval_steps steps; also after the last "
         "step. On rows of their own: task.validation_file, task.validation_split or task.validation_size",

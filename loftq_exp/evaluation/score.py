@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_exp import ranks
+from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised
+from loftq_exp.artifact.origin import file_digest
 from loftq_exp.config import RunConfig
 from loftq_exp.costs import StageWatch
 from loftq_exp.device import compute_device, compute_dtype
@@ -18,8 +19,6 @@ from loftq_exp.evaluation.evaluate import evaluate
 from loftq_exp.progress import progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.load import load_model
-from loftq_exp.training.origin import file_digest
-from loftq_exp.whole import write_whole
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -62,7 +61,7 @@ def score(
 
 def _keep(lines: Sequence[str], samples: Path) -> str:
     """Write the samples and return the file's digest."""
-    write_whole(samples, "".join(lines))
+    manifest.write_listed(samples, "".join(lines))
     return file_digest(samples)
 
 

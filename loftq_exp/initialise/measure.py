@@ -26,7 +26,7 @@ def measuring(
 
     `tensors` are those of the pre-trained model, `calibration` has the norms of the outputs.
     """
-    with backbone_of(init) as backbone, open_adapter(default_adapter(init.folder), backbone) as adapter:
+    with backbone_of(init) as backbone, open_adapter(default_adapter(init.folder), backbone, checked=False) as adapter:
 
         def errors(target: Target) -> tuple[float, float | None]:
             module, weight = target.module, target.read(tensors.read).to(device, torch.float32)

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from loftq_exp.artifact.folder import (
     ADAPTER,
-    REPORT,
     Initialised,
     exclusive,
+    write_report,
     write_surroundings,
     written_whole,
 )
@@ -34,11 +34,13 @@ from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.costs import StageWatch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
+from loftq_exp.initialise.kept import remove_damaged
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
 from loftq_exp.initialise.published import find_adapter
 from loftq_exp.initialise.verify import check_written
+from loftq_exp.manifest import SMALL
 from loftq_exp.provenance import provenance
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.layout import Layout, find_layout
@@ -80,6 +82,7 @@ def take(source: Source, config: RunConfig) -> Initialised:
     wanted = made_from(source, config)
     final = init_dir(config, digest_of(wanted))
     with exclusive(final), _about_quant_path():
+        remove_damaged(final, config, SMALL)
         if found := done_before(final, wanted, config):
             log.info("quantize: done before, %s exists: taken from a published checkpoint", final)
             return found
@@ -94,7 +97,7 @@ def take(source: Source, config: RunConfig) -> Initialised:
                 check_written(folder, tensors, layout, {}, config)
                 check_unchanged(source, config, wanted)
                 report["totals"] |= watch.costs()
-                (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+                write_report(folder, report)
     _log_taken(final, report)
     return Initialised(final, report)
 

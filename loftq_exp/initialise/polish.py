@@ -23,7 +23,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loftq_exp import ranks
+from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import ADAPTER, Initialised
 from loftq_exp.calibration.samples import IGNORED, calibration_samples, padded_batches
 from loftq_exp.config import RunConfig
@@ -95,7 +95,7 @@ def polish(init: Initialised, source: Source, samples: Sequence[Features], confi
     rows = {place: {"inputs": batches[place], "aim": aims[place]} for place in used}
 
     plain = dataclasses.replace(config, train=dataclasses.replace(config.train, backbone=_form(config)))
-    adapted = load_model(init, None, plain, device, dtype)
+    adapted = load_model(init, None, plain, device, dtype, written=False)
     factors = {name: value for name, value in adapted.named_parameters() if ".lora_" in name}
     for name, value in adapted.named_parameters():
         value.requires_grad_(name in factors)
@@ -237,6 +237,7 @@ def _write(factors: Mapping[str, torch.Tensor], folder: Path) -> None:
     beside = folder / f"{WEIGHTS}.new"
     save_file(values, beside, metadata={"format": "pt"})
     beside.replace(folder / WEIGHTS)
+    manifest.forget(folder, WEIGHTS)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

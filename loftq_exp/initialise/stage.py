@@ -21,9 +21,9 @@ import torch
 
 from loftq_exp.artifact.folder import (
     ADAPTER,
-    REPORT,
     Initialised,
     exclusive,
+    write_report,
     write_surroundings,
     written_whole,
 )
@@ -35,6 +35,7 @@ from loftq_exp.initialise.calibrate import Calibration, calibrate
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
+from loftq_exp.initialise.kept import remove_damaged
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
 from loftq_exp.initialise.measure import measuring
 from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measured, log_plan, make_plan
@@ -45,6 +46,7 @@ from loftq_exp.initialise.verify import Forms, check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import kaiming_uniform_A
 from loftq_exp.loftq.allocation import Precision
+from loftq_exp.manifest import SMALL
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
 from loftq_exp.schemes import FORMATS
@@ -113,6 +115,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
     wanted = made_from(source, config)
     final = init_dir(config, digest_of(wanted))
     with exclusive(final):
+        remove_damaged(final, config, SMALL)
         if found := done_before(final, wanted, config):
             log.info("quantize: done before, %s exists: %d weights, 0 computed", final, len(found.report["weights"]))
             return found
@@ -148,9 +151,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 if calibration := worker.decomposer.calibration:
                     report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                 report["totals"] |= watch.costs()
-                text = json.dumps(report, indent=1)
-                (folder / REPORT).write_text(text + "\n")
-    report = json.loads(text)  # the same containers that a later run reads: lists, no tuples
+                write_report(folder, report)
+    report = json.loads(json.dumps(report))  # the same containers that a later run reads: lists, no tuples
     totals = report["totals"]
     log.info("quantize: %s: %d weights, %d computed, %d from the cache, mean relative error %.4f (quantization alone %.4f)",
              final, len(weights), totals["computed"], totals["cache_hits"], totals["mean_error"],

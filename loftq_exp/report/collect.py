@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeGuard
 
+from loftq_exp.manifest import fault_of
 from loftq_exp.report.places import JOB
 from loftq_exp.report.table import METHODS
 
@@ -49,7 +50,9 @@ def collect(places: Iterable[Path]) -> list[Found]:
 
 def _runs(places: list[Path]) -> Iterator[Found]:
     for path in files_in(places, METRICS):
-        if is_metrics(metrics := _read(path)):
+        if fault := fault_of(path):
+            log.warning("%s; skipped: run its command again", fault)
+        elif is_metrics(metrics := _read(path)):
             yield Found(path, metrics)
         else:
             log.warning("%s: not the metrics of a run; skipped", path)

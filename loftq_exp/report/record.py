@@ -10,7 +10,6 @@ from typing import Any
 
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
-from loftq_exp.provenance import provenance
 from loftq_exp.tasks.base import Column
 from loftq_exp.whole import write_whole
 
@@ -32,7 +31,8 @@ def assemble(
     `table` holds the task's columns. It is stored, so that a sweep's table can be built from the metrics alone.
     """
     totals = init.report["totals"]
-    stages = {"quantize": totals, "finetune": finetuned, "evaluate": evaluated}
+    quantized = totals | {"provenance": init.report.get("provenance")}
+    stages = {"quantize": quantized, "finetune": finetuned, "evaluate": evaluated}
     return {
         "format": FORMAT,
         "label": config.label,
@@ -54,10 +54,24 @@ def assemble(
         "losses": finetuned["losses"] if finetuned else [],
         "data": {**(finetuned["data"] if finetuned else {}), **(evaluated["data"] if evaluated else {})},
         "model": init.report["model"],
-        "provenance": provenance(),
+        **_made_by(stages),
     }
 
 
+def _made_by(stages: dict[str, Any]) -> dict[str, Any]:
+    """Return what made the results: the provenance of each stage when it ran, and that of the last one.
+
+    Records of older versions have none. Theirs stays unknown, because a later run did not make them.
+    """
+    made = {name: record.get("provenance") for name, record in stages.items() if record}
+    return {"provenance": list(made.values())[-1] or {}, "made_by": made}
+
+
+def as_json(value: Any) -> str:
+    """Return the text of a record. Raises ValueError for NaN and infinities, which JSON does not allow."""
+    return json.dumps(value, indent=1, default=str, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically. Raises ValueError for NaN and infinities, which JSON does not allow."""
-    write_whole(path, json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
+    """Write a record atomically. Raises ValueError for NaN and infinities."""
+    write_whole(path, as_json(value))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from functools import cached_property
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +18,59 @@ from loftq_exp.config import RunConfig
 from loftq_exp.config.naming import shown
 from loftq_exp.report.plot import error_map
 from loftq_exp.report.weights import averaged
+from loftq_exp.whole import workspace_beside
 
+START, TRAINING, SCORES = "start", "training", "scores"
+"""Sections, as the ends of the names of their files: settings and errors; losses; and `scores-KEY` of each evaluation."""
+_SECTIONS = rf"\.({START}|{TRAINING}|{SCORES}-\w+)$"
 MOST_SAMPLES = 10
 """Number of samples that are written. A run's samples.jsonl has all of them."""
 
 
 class Recorder:
-    """A run's TensorBoard log. It is opened at the first write, so that a run with nothing to do adds no file."""
+    """A run's TensorBoard log, in a file for each section: what a killed process wrote of one is replaced, so nothing is
+    logged twice. A run with nothing to do adds no file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writer: Any = None
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing has been written for this run, by this process or an earlier one."""
-        return not self._folder.exists()
+    def holds(self, section: str) -> bool:
+        """Whether a section was written as a whole, or the log is of an older version, which has no sections."""
+        files = list(self._folder.glob("*tfevents*"))
+        return any(file.suffix == f".{section}" or not re.search(_SECTIONS, file.name) for file in files)
 
-    @cached_property
-    def _writer(self) -> SummaryWriter:
-        return SummaryWriter(str(self._folder))
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Write what the block writes as one section. It appears when the block ends, in the place of an earlier one."""
+        with workspace_beside(self._folder) as partial:
+            self._writer = SummaryWriter(str(partial))
+            try:
+                yield
+            finally:
+                self.close()
+            self._remove(name)
+            self._folder.mkdir(exist_ok=True)
+            for file in sorted(partial.iterdir()):
+                file.rename(self._folder / f"{file.name}.{name}")
+
+    def begin_training(self, history: Iterable[tuple[int, dict[str, float]]]) -> None:
+        """Start the log of a training, with what it had logged before the checkpoint that it resumes from."""
+        self._remove(TRAINING)
+        self._writer = SummaryWriter(str(self._folder), filename_suffix=f".{TRAINING}")
+        for step, values in history:
+            self.training(step, values)
+
+    def _remove(self, section: str) -> None:
+        for file in self._folder.glob(f"*tfevents*.{section}"):
+            file.unlink()
 
     def close(self) -> None:
-        """Flush and close the log."""
-        if "_writer" in vars(self):
-            self._writer.close()
+        """Flush and close what is open."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
 
     def config(self, config: RunConfig) -> None:
         """Write the resolved settings as text."""

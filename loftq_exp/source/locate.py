@@ -18,7 +18,7 @@ from loftq_exp.foreign import reason_of
 from loftq_exp.source.files import named_in_code
 from loftq_exp.source.hub import fetch_checkpoint, fetch_config, is_absent
 from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, find_weights
-from loftq_exp.source.wheel import SCHEME, packaged, packaged_folder
+from loftq_exp.source.wheel import SCHEME, is_whole, packaged, packaged_folder
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth", ".pt")
 
@@ -50,7 +50,7 @@ def locate(model: ModelConfig, cache_dir: Path, local_only: bool = False) -> Sou
     folder or, with `local_only`, a download is absent.
     """
     if model.path.startswith(SCHEME):
-        if local_only and not packaged_folder(model, cache_dir).is_dir():
+        if local_only and not is_whole(packaged_folder(model, cache_dir)):
             raise NotHere(f"model.path={model.path}: is not downloaded yet")
         folder, commit = packaged(model, cache_dir), None
         _check_folder("model", model.path, folder)

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 
+from loftq_exp import manifest
 from loftq_exp.config import ModelConfig, digest_of
 from loftq_exp.errors import UserError
-from loftq_exp.whole import put_folder, workspace_beside
+from loftq_exp.whole import locked, put_folder, workspace_beside
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,22 @@ def packaged(model: ModelConfig, cache_dir: Path) -> Path:
     """
     wanted = _settings(model)
     folder = packaged_folder(model, cache_dir)
-    if folder.is_dir():
+    if is_whole(folder):
         return folder
     with _writing(cache_dir):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
+        with locked(folder.with_name(f".{folder.name}.lock"), f"making {folder}", "cache_dir"):
+            if not is_whole(folder):
                 _make(folder, wanted)
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the converted model is there, with every file as it was written. What is not is logged."""
+    for fault in manifest.faults(folder):
+        log.warning("%s; the model is downloaded and converted again", fault)
+        return False
+    return folder.is_dir()
 
 
 def packaged_folder(model: ModelConfig, cache_dir: Path) -> Path:
@@ -125,6 +133,7 @@ def _make(folder: Path, wanted: _Wanted) -> None:
         else:
             log.info("converting %s, once; the result is kept in %s", extracted.name, folder)
             _convert_gguf(extracted, ready)
+        manifest.complete(ready)
         put_folder(ready, folder)
 
 

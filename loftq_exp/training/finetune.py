@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from loftq_exp import ranks
+from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised
+from loftq_exp.artifact.origin import Origin, adapter_digest, read_origin
 from loftq_exp.config import RunConfig
 from loftq_exp.costs import StageWatch
 from loftq_exp.device import compute_device, compute_dtype
@@ -27,7 +29,6 @@ from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
-from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.sharding import settings_of_one_training, sharding
 from loftq_exp.training.validation import (
@@ -40,7 +41,7 @@ from loftq_exp.training.validation import (
     read_state,
     record_of,
 )
-from loftq_exp.whole import whole_folder
+from loftq_exp.whole import remove_folder, whole_folder
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 
 Scalars = Callable[[int, dict[str, float]], None]
 """Receives what the trainer logs: the optimiser step, and values by name."""
+History = Sequence[tuple[int, dict[str, float]]]
+"""What the trainer logged before it was killed, up to the checkpoint that it resumes from."""
 
 
 def finetune(
@@ -58,6 +61,7 @@ def finetune(
     config: RunConfig,
     folder: Path,
     origin: Origin,
+    begin: Callable[[History], None],
     scalars: Scalars,
     validation: Validation | None = None,
 ) -> dict[str, Any]:
@@ -66,8 +70,9 @@ def finetune(
     With a `validation`, as `config.train` says: validate, keep the best step's adapter, stop early.
 
     Returns the stage's record: losses, steps, seconds, the adapter's digest and more. Training resumes from checkpoints
-    under `folder`/checkpoints if they have this `origin`; they are removed at the end. Raises UserError, which names the
-    step, if a loss, gradient or parameter is NaN or infinite. The last checkpoint before that step is kept.
+    under `folder`/checkpoints if they have this `origin`; the caller removes them once it has kept the record. `begin`
+    receives the history of a resumed training before the first of `scalars`. Raises UserError, which names the step, if a
+    loss, gradient or parameter is NaN or infinite. The last checkpoint before that step is kept.
 
     With several ranks, each trains on its own batches. Rank 0 saves; seconds and peak memory are those of rank 0.
     """
@@ -79,6 +84,8 @@ def finetune(
         log.info("finetune: resumes from %s", resumed.name)
     patience = _patience(config, validation)
     found = read_state(resumed) if resumed else None
+    if ranks.is_main():
+        begin(_history(resumed) if resumed else ())
     trainer = None
     if found is None or not (found.is_last or (patience and patience.ran_out(found.history))):
         callbacks = (
@@ -86,7 +93,7 @@ def finetune(
         )
         callbacks += [patience] if patience else []
         with progress("finetune") as advance:
-            shown = [_Report(advance, scalars), *callbacks]
+            shown = [_Report(advance, scalars), _Listed(checkpoints, origin), *callbacks]
             trainer = _trained(init, prepared, task, config, checkpoints, shown, validation, resumed)
         found = Reached(trainer.state.global_step, True, trainer.state.log_history)
     validated = record_of(found, config.train, validation) if validation else None
@@ -100,7 +107,6 @@ def finetune(
             best = checkpoint(checkpoints, validated["adapter_step"]) if validated else resumed
             dtype = compute_dtype(device, config.train.bf16)
             _save_adapter(load_model(init, best, config, device, dtype, task.num_labels), folder / "adapter", origin)
-        shutil.rmtree(checkpoints, ignore_errors=True)
 
     ranks.from_main(save)
     return {
@@ -223,25 +229,56 @@ def training_arguments(
         raise UserError(f"train.*: transformers rejects these arguments: {error}") from None
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps. Incomplete checkpoints of a killed run are removed.
+def last_whole_checkpoint(folder: Path, origin: Origin | None = None) -> Path | None:
+    """Return the complete checkpoint of this `origin` with the most steps. Others, such as damaged ones, are removed.
 
-    The trainer writes trainer_state.json last, so a checkpoint with a readable one is complete.
+    The trainer writes trainer_state.json last, and the manifest is written after it.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
+        fault = _fault(path, origin)
+        if fault is None:
             return path
-        except (OSError, ValueError):
-            shutil.rmtree(path)
+        log.warning("finetune: %s is passed over: %s", path, fault)
+        shutil.rmtree(path)
     return None
+
+
+def _fault(checkpoint: Path, origin: Origin | None) -> str | None:
+    """Return why training cannot resume from a checkpoint. One without a manifest, of an older version, is loaded to know."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return "it is incomplete"
+    if (checkpoint / manifest.FILE).exists():
+        if origin not in (None, read_origin(checkpoint)):
+            return "it has other rows, weights or settings"
+        return next(manifest.faults(checkpoint), None)
+    try:
+        for path in sorted(checkpoint.glob("*.safetensors")):
+            load_file(path)
+        for name in ("optimizer.pt", "scheduler.pt"):
+            if (checkpoint / name).exists():
+                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # any type: a damaged pickle raises whatever its bytes say
+        return f"it does not load ({type(error).__name__})"
+    return None
+
+
+def _history(checkpoint: Path) -> History:
+    """Return what the trainer had logged when it wrote this checkpoint."""
+    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], _numbers(entry)) for entry in entries]
+
+
+def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in logs.items() if name != "step" and isinstance(value, (int, float))}
 
 
 def _resume_from(checkpoints: Path, origin: Origin) -> Path | None:
     """Return the checkpoint of this `origin` to resume from. Checkpoints of another origin are removed."""
     _start_over_from_another(checkpoints, origin)
-    return last_whole_checkpoint(checkpoints)
+    return last_whole_checkpoint(checkpoints, origin)
 
 
 def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
@@ -250,7 +287,7 @@ def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
         log.info(
             "finetune: starts over, because the checkpoints in %s have other rows, weights or settings", checkpoints
         )
-        shutil.rmtree(checkpoints)
+        remove_folder(checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
     origin.write(checkpoints)
 
@@ -259,6 +296,7 @@ def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
     with whole_folder(place) as partial:
         model.save_pretrained(str(partial))
         origin.write(partial)
+        manifest.complete(partial)
 
 
 class _Report(TrainerCallback):
@@ -269,7 +307,9 @@ class _Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Keep the loss for the display and forward all values."""
-        values = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        values = _numbers(logs or {})
+        if "train_runtime" in values:  # the summary, which after a resume would be of the last part alone
+            return
         if "loss" in values:
             self.loss = f"loss {values['loss']:.4f}"
         if state.is_world_process_zero:
@@ -280,3 +320,19 @@ class _Report(TrainerCallback):
         control.should_log = control.should_log or state.global_step >= state.max_steps
         if state.is_world_process_zero:
             self.advance(state.global_step, state.max_steps, self.loss)
+
+
+class _Listed(TrainerCallback):
+    """Writes the origin and the manifest of each checkpoint, once all ranks have written their part."""
+
+    def __init__(self, checkpoints: Path, origin: Origin) -> None:
+        self.checkpoints, self.origin = checkpoints, origin
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """List the files of the checkpoint that was just written."""
+        ranks.gather(None)
+        ranks.from_main(lambda: self._list(self.checkpoints / f"checkpoint-{state.global_step}"))
+
+    def _list(self, checkpoint: Path) -> None:
+        self.origin.write(checkpoint)
+        manifest.complete(checkpoint)

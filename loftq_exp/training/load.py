@@ -12,7 +12,8 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from loftq_exp.artifact.folder import ADAPTER, Initialised
+from loftq_exp import manifest
+from loftq_exp.artifact.folder import ADAPTER, Initialised, check_artifact, check_place
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.foreign import explained
@@ -35,6 +36,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     num_labels: int | None = None,
+    written: bool = True,
 ) -> PeftModel:
     """Return the backbone of `init` with the adapter in the folder `adapter`, or with the initial factors if it is None.
 
@@ -43,13 +45,23 @@ def load_model(
     regression; None: the checkpoint's own number). If the initial head has another number, its parameters whose shape
     depends on it are drawn from `config.seed`. A saved adapter holds its own head. Nothing else is drawn.
 
-    Raises UserError if `init` was made for another `model.kind`, or if backbone or adapter have a missing tensor, an
-    unexpected tensor or a tensor of the wrong shape.
+    Raises UserError if `init` was made for another `model.kind`, if a file is not as it was written, or if backbone or
+    adapter have a missing tensor, an unexpected tensor or a tensor of the wrong shape. Not `written` is a checkpoint that
+    this process is still writing.
     """
     made_for = init.report["model"]["kind"]
     if made_for != config.model.kind:
         raise UserError(f"model.kind={config.model.kind}: the checkpoint at {init.folder} was made for {made_for}; "
                         "add quantize to stages, or set another save_dir")  # fmt: skip
+    again = (
+        f"delete {init.folder} and quantize again"
+        if adapter is None
+        else f"delete {adapter.parent} and fine-tune again"
+    )
+    folder = adapter or init.folder / ADAPTER
+    if written:
+        check_artifact(init, f"delete {init.folder} and quantize again")
+        manifest.check(folder, again)
     options: dict[str, Any] = {}
     resized = False
     if num_labels is not None and config.model.kind == "classification":
@@ -67,17 +79,13 @@ def load_model(
         )
     with without_bars():
         backbone = _load_backbone(init, config, device, dtype, options)
+    if written:
+        check_place(init)
     form.settle(backbone, [weight["name"] for weight in init.report["weights"]], dtype)
     backbone.config.use_cache = False  # not used in training; the evaluation enables it
     for name in init.report.get("head", ()):
         # PEFT trains a copy of the head. In bfloat16 small updates would be lost.
         backbone.get_submodule(name).float().register_forward_pre_hook(_widen)
-    again = (
-        f"delete {init.folder} and quantize again"
-        if adapter is None
-        else f"delete {adapter.parent} and fine-tune again"
-    )
-    folder = adapter or init.folder / ADAPTER
     values = read_adapter(folder, again)
     if resized and adapter is None:
         values |= _resized_head(values, init, config, num_labels)

@@ -20,6 +20,7 @@ import transformers as hf
 import zoo
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from checkpoints import without_manifests
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from zoo import ENCODER, sized
@@ -463,6 +464,7 @@ def test_the_backbone_that_the_adapter_names(
             (moved_dir / path.relative_to(init.folder)).write_bytes(path.read_bytes())
     report["model"]["requested"] = "meta-llama/Llama-2-7b-hf"
     (moved_dir / "init_report.json").write_text(json.dumps(report))
+    without_manifests(moved_dir)
     told = refused(moved_dir, *named("meta-llama/Llama-2-7b-hf")[1:])
     assert "that is the pre-trained model; s B A fits only the Q" in told
     assert caplog.messages == []
@@ -492,6 +494,7 @@ def test_a_checkpoint_that_is_damaged(models: Models, tmp_path: Path, refused: C
         place.mkdir()
         for path in init.folder.glob("*.json"):
             (place / path.name).write_bytes(path.read_bytes())
+        without_manifests(place)
         arguments = (place, tmp_path / "out", "--adapter", init.folder / "loftq_init")
         save_file(tensors | broken[save_format], place / "model.safetensors")
         assert q in refused(*arguments)
@@ -541,7 +544,7 @@ def test_a_checkpoint_that_lacks_what_is_no_target(
     models: Models, tmp_path: Path, refused: Callable[..., str], save_format: str, lost: str
 ) -> None:
     init = models.made("llama", save_format, bits=2)
-    shutil.copytree(init.folder, tmp_path / "init")
+    without_manifests(Path(shutil.copytree(init.folder, tmp_path / "init")))
     tensors = load_file(init.folder / "model.safetensors")
     del tensors[lost]
     save_file(tensors, tmp_path / "init/model.safetensors", {"format": "pt"})

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.folder import Initialised, read_artifact
 from loftq_exp.commands.run import compose
+from loftq_exp.manifest import faults
 
 REPOSITORY = "me/tiny-llama-4bit-4rank"
 PUSH = ("hub.push=true", f"hub.repo_id={REPOSITORY}")
@@ -53,7 +54,12 @@ def test_a_push_arrives_whole_and_loads(cli: Any, writer: Any, tmp_path: Path, t
     assert writer.repositories[REPOSITORY].private is True
     assert there.keys() == local.keys() | {"README.md"}
     changed = {name for name in local if local[name] != there[name]}
-    assert changed == {"init_report.json", "loftq_init/adapter_config.json"}
+    assert changed == {
+        "init_report.json",
+        "loftq_init/adapter_config.json",
+        "manifest.json",
+        "loftq_init/manifest.json",
+    }
     adapter = json.loads(there["loftq_init/adapter_config.json"])
     assert adapter == json.loads(local["loftq_init/adapter_config.json"]) | {"base_model_name_or_path": REPOSITORY}
     for name, data in there.items():
@@ -66,6 +72,7 @@ def test_a_push_arrives_whole_and_loads(cli: Any, writer: Any, tmp_path: Path, t
     for name, data in there.items():
         (tmp_path / "fetched" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fetched" / name).write_bytes(data)
+    assert list(faults(tmp_path / "fetched")) == list(faults(tmp_path / "fetched" / "loftq_init")) == []
     models = [
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), str(place), subfolder="loftq_init")
         for place in (tmp_path / "fetched", checkpoint())

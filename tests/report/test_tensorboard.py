@@ -54,7 +54,7 @@ def test_the_dashboards_show_a_sweep(cli: Any, tmp_path: Path, monkeypatch: pyte
     runs = sorted(path.name for path in Path("outputs/runs").iterdir())
     with served(Path("outputs/runs").resolve()) as address, browser(tmp_path / "profile") as tab:
         tab.open(f"{address}/#timeseries")
-        text = shown(tab, "init_error_by_layer", "init_error_mean", "score 2 cards", "train 9 cards")
+        text = shown(tab, "init_error_by_layer", "init_error_mean", "score 2 cards", "train 4 cards")
         assert "q_proj" not in text  # no chart of one weight
         tab.open(f"{address}/?hparams#hparams")
         text = shown(tab, "train.learning_rate", "quant.rank", "score/nll")

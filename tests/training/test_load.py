@@ -14,19 +14,20 @@ import torch
 import transformers as hf
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from checkpoints import without_manifests
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import ENCODER, FALCON, sized
 
 from loftq_exp.artifact.folder import Initialised
+from loftq_exp.artifact.origin import Origin
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.source.locate import locate
 from loftq_exp.training.finetune import _save_adapter, training_arguments
 from loftq_exp.training.load import backbone_form, load_model, load_tokenizer
-from loftq_exp.training.origin import Origin
 
 CPU = torch.device("cpu")
 
@@ -442,7 +443,7 @@ def edited(
     init: Initialised, place: Path, change: Callable[[dict[str, torch.Tensor]], Any], adapter: bool = False
 ) -> Path:
     """A copy of the checkpoint in `place` with other tensors in its backbone or its adapter."""
-    shutil.copytree(init.folder, place)
+    without_manifests(Path(shutil.copytree(init.folder, place)))
     file = place / "loftq_init/adapter_model.safetensors" if adapter else place / "model.safetensors"
     tensors = load_file(file)
     change(tensors)

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_exp.whole import write_whole
+
 FILE = "made_from.json"
 """The file's name, in the checkpoints folder and in the adapter folder. PEFT and the Hub's tools ignore it."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -29,7 +31,7 @@ class Origin:
 
     def write(self, folder: Path) -> None:
         """Write the keys to `folder`."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_origin(folder: Path) -> Origin | None:
