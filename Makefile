@@ -61,6 +61,7 @@ bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/perf
 docs: $(STAMP) tables ## write what documents have from the code: the picture of the packages, the API page, the result tables
 	$(BIN)/python scripts/draw_architecture.py
 	$(BIN)/python scripts/api_page.py
+	$(BIN)/python scripts/model_table.py
 
 tables: $(STAMP) ## write the result tables into README.md and docs/, from docs/results/*.json
 	$(BIN)/python scripts/result_tables.py

@@ -55,7 +55,7 @@ def test_a_package_imports_no_more_than_the_table_says() -> None:
     assert {name: rooms for name, rooms in more.items() if rooms} == {}
 
 
-@pytest.mark.parametrize("script", ["draw_architecture", "api_page", "result_tables"])
+@pytest.mark.parametrize("script", ["draw_architecture", "api_page", "result_tables", "model_table"])
 def test_what_a_script_writes_is_up_to_date(script: str) -> None:
     documents = pytest.importorskip(script, reason="grimp is not there", exc_type=ImportError).documents()
     stale = [path.relative_to(ROOT).as_posix() for path, text in documents.items() if path.read_text() != text]

@@ -86,9 +86,11 @@ def left_out(model: nn.Module, stacks: Iterable[str], tensors: Mapping[str, str]
             raise UserError(f"model.path={folder}: {type(model).__name__} has {recurrent} layers ({owner}), whose code reads or "
                             "rescales weights past an adapter; choose a model of attention and linear layers alone")  # fmt: skip
         for part, parameter in module.named_parameters(recurse=False):
-            if sum(size > 1 for size in parameter.shape) < 2 or _is_table(module):
+            linear_map = linear_shape(module) is not None and parameter.ndim == 2
+            vector = sum(size > 1 for size in parameter.shape) < 2 and not linear_map
+            if vector or _is_table(module) or _is_experts_bias(module, part):
                 continue
-            plain = linear_shape(module) is not None and parameter.ndim == 2 and not is_gate(parameter.shape)
+            plain = linear_map and not is_gate(parameter.shape)
             if plain or is_expert_weight(module, parameter):
                 linear += parameter.numel()
             else:
@@ -109,6 +111,11 @@ def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
 
 
+def _is_experts_bias(module: nn.Module, part: str) -> bool:
+    """Whether it is the biases of all experts, (experts, out)."""
+    return hasattr(module, "is_transposed") and part.endswith("bias")
+
+
 def _refuse_parts(model: nn.Module, found: list[LeftOut], linear: int, folder: Path) -> None:
     values = sum(weight.values for weight in found)
     share = values / max(1, values + linear)
@@ -125,7 +132,7 @@ def _refuse_parts(model: nn.Module, found: list[LeftOut], linear: int, folder: P
 def _is_expert(model: nn.Module, name: str) -> bool:
     """Whether it is a weight of a mixture's experts rather than of its router."""
     owner = name.rpartition(".")[0]
-    if name.endswith("bias"):
+    if name.endswith("bias") or linear_shape(model.get_submodule(owner)):
         return False
     words = f"{owner} {type(model.get_submodule(owner)).__name__}".lower()
     return "expert" in words and not any(word in words for word in ("router", "gating"))
