@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import MODELS, quantize_config, seeded
+from zoo import CONFIGS, MODELS, quantize_config, seeded, with_tokenizer
 
 import loftq_exp
 from loftq_exp.artifact.exported import export
@@ -290,3 +290,32 @@ def test_a_peft_that_loses_factors_stops_the_run(
         UserError, match=r"lora_[AB].weight (has no place in the model and would be lost|is missing from)"
     ):
         load_model(unchecked, None, config, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss", "gpt2"])
+def test_a_run_from_the_command_to_its_scores(
+    name: str, cli: Any, tiny_tokenizer: hf.PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = CONFIGS[name]()
+    config.update({"vocab_size": len(tiny_tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+                   "max_position_embeddings": 164})  # fmt: skip
+    folder = with_tokenizer(lambda: hf.AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path / "source")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"{n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"}) + "\n" for n in range(8))
+    )
+    outcome = cli(
+        f"model.path={folder}", "task=gsm8k", f"task.train_file={rows}", f"task.eval_file={rows}", "task.max_target_length=16",
+        "quant.rank=4", "quant.iter=1", "quant.dropout=0", "train.max_steps=2", "train.per_device_train_batch_size=4", "device=cpu",
+        "train.warmup_ratio=0", f"output_dir={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    (record,) = (tmp_path / "out").glob("runs/*/metrics.json")
+    metrics = json.loads(record.read_text())
+    assert (metrics["init"]["quantized_values"] < metrics["init"]["linear_values"]) == (name != "gpt2")
+    start = load_file(next((tmp_path / "out/inits").glob("*/loftq_init/adapter_model.safetensors")))
+    trained = load_file(record.parent / "adapter" / "adapter_model.safetensors")
+    assert start.keys() == trained.keys()
+    assert any(
+        not torch.equal(value, trained[key]) for key, value in start.items() if "experts" in key or name == "gpt2"
+    )
