@@ -138,8 +138,8 @@ class _InMemory:
         codes = Codes(kept.packed, kept.scales, kept.shape, recipe.quantizer)
         parameter = self._parameter(target)
         values = DENSE.encode(target.tensor, codes, parameter.dtype)[target.tensor]
-        for piece, rows in target.stored(values):
-            (parameter if piece.index is None else parameter[piece.index]).copy_(rows)
+        for piece, stored in target.stored(values):
+            (parameter if piece.index is None else parameter[piece.index]).copy_(stored)
         share = math.sqrt(quant.scaling)  # absorb s equally, as the quantize stage does
         return (kept.lora_A / share, kept.lora_B / share) if quant.iter else drawn
 

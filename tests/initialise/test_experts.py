@@ -101,9 +101,7 @@ def check_merged(adapted: PeftModel, model: nn.Module) -> None:
     values = expected(model)
     assert dict(merged.named_parameters()).keys() == values.keys()
     for name, value in merged.named_parameters():
-        torch.testing.assert_close(
-            value.detach(), values[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(value.detach(), values[name], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, found, rtol=1e-3, atol=1e-3)
 
