@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,10 @@ def test_a_rank_above_an_expert_s(source: Callable[[str], tuple[hf.PreTrainedMod
     init, config = made(folder, tmp_path, quant__rank=40, quant__alpha=80)
     adapter = json.loads((init.folder / "loftq_init/adapter_config.json").read_text())
     assert {adapter["rank_pattern"][f"model.layers.{layer}.mlp.experts.down_proj"] for layer in (0, 1)} == {32}
-    adapted = load_model(init, None, config, torch.device("cpu"), torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", r"The following (rank|alpha)_pattern")
+        adapted = load_model(init, None, config, torch.device("cpu"), torch.float32)
+        export(init.folder, tmp_path / "merged")
     assert {module.scaling["default"] for module in adapted.modules() if isinstance(module, LoraLayer)} == {2.0}
 
 
