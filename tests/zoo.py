@@ -191,7 +191,7 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "exaone4": lambda: hf.Exaone4Config(**GROUPED, sliding_window=16),
     "mixtral": lambda: hf.MixtralConfig(**LOCAL),
     "qwen2-moe": lambda: hf.Qwen2MoeConfig(**MIXTURE, shared_expert_intermediate_size=64),
-    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**MIXTURE, head_dim=16),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**MIXTURE | {"head_dim": 16}),
     "qwen3.5": lambda: hf.Qwen3_5TextConfig(**HYBRID, intermediate_size=128),
     "qwen3.5-moe": lambda: hf.Qwen3_5MoeTextConfig(**HYBRID, moe_intermediate_size=32, shared_expert_intermediate_size=64,
                                                    num_experts=4, num_experts_per_tok=2),

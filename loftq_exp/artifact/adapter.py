@@ -24,6 +24,7 @@ from loftq_exp.artifact.backbone import Backbone, BackboneWeight
 from loftq_exp.artifact.folder import ADAPTER, Initialised, read_artifact
 from loftq_exp.artifact.origin import read_origin
 from loftq_exp.errors import UserError
+from loftq_exp.integrations.loads import ranks_of_parameters
 from loftq_exp.source.head import PREFIX
 from loftq_exp.source.layout import skeleton
 
@@ -184,7 +185,8 @@ def _as_peft_has_it(
     known = {name: value for name, value in settings.items() if name in _UNDERSTOOD - {"auto_mapping", "peft_version"}}
     try:
         config = LoraConfig(**known | {"base_model_name_or_path": None, "init_lora_weights": False})
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        with ranks_of_parameters(config):
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"--adapter={folder}: PEFT cannot put it on DIR={init.folder} ({error}); the adapter is another "

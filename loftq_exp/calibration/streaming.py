@@ -18,9 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from loftq_exp.calibration.statistics import Collector, Statistics
 from loftq_exp.errors import UserError
+from loftq_exp.source.blocks import block_lists
+from loftq_exp.source.experts import expert_targets, read_experts
 from loftq_exp.source.layout import AUTO_CLASSES, Layout, load_config
 from loftq_exp.source.loading import load_report
 from loftq_exp.source.locate import Source
+from loftq_exp.source.target import Target
 from loftq_exp.source.tensors import CheckpointTensors
 
 Batch = Mapping[str, torch.Tensor]
@@ -60,7 +63,11 @@ class BlockRunner:
         self._model.eval().requires_grad_(False)
         self._model.config.use_cache = False
         self._tensors, self._device, self._layout = tensors, device, layout
-        self._names = load_report(self._model, tensors.shapes()).tensors
+        report = load_report(self._model, tensors.shapes())
+        self._names = report.tensors
+        self._experts: dict[str, list[Target]] = {}
+        for target in expert_targets(self._model, block_lists(self._model), report.parameters, source.folder):
+            self._experts.setdefault(target.parameter, []).append(target)
         self._batches = batches
         self.blocks = layout.blocks
         """The names of the blocks, in the order in which they run."""
@@ -161,7 +168,9 @@ class BlockRunner:
                 raise UserError(f"model.path: {name} is not stored under a name of its own, and cannot be loaded alone; "
                                 "use quant.calibration=none")  # fmt: skip
             return
-        value = self._tensors.read(tensor).to(self._device, torch.float32)
+        experts = self._experts.get(name)
+        stored = read_experts(experts, self._tensors.read) if experts else self._tensors.read(tensor)
+        value = stored.to(self._device, torch.float32)
         self._model.get_submodule(owner)._parameters[last] = nn.Parameter(value.contiguous(), requires_grad=False)
 
     def _tied(self, name: str) -> str | None:

@@ -20,6 +20,7 @@ from loftq_exp.initialise.decomposition_cache import Kept, Recipe
 from loftq_exp.initialise.plan import Errors, candidates, is_measured, make_plan
 from loftq_exp.initialise.stage import check_shapes, random_A
 from loftq_exp.initialise.workers import side_by_side
+from loftq_exp.integrations.loads import ranks_of_parameters
 from loftq_exp.loftq import Metric, Workspace, metric_of
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress
@@ -138,8 +139,8 @@ class _InMemory:
         codes = Codes(kept.packed, kept.scales, kept.shape, recipe.quantizer)
         parameter = self._parameter(target)
         values = DENSE.encode(target.tensor, codes, parameter.dtype)[target.tensor]
-        for piece, rows in target.stored(values):
-            (parameter if piece.index is None else parameter[piece.index]).copy_(rows)
+        for piece, stored in target.stored(values):
+            (parameter if piece.index is None else parameter[piece.index]).copy_(stored)
         share = math.sqrt(quant.scaling)  # absorb s equally, as the quantize stage does
         return (kept.lora_A / share, kept.lora_B / share) if quant.iter else drawn
 
@@ -170,7 +171,7 @@ def _adapted(
     model: transformers.PreTrainedModel, lora: Any, factors: Iterable[tuple[Target, torch.Tensor, torch.Tensor]]
 ) -> PeftModel:
     """The model with adapters that hold exactly these factors."""
-    with torch.random.fork_rng(devices=[]):  # PEFT draws factors, which are replaced
+    with torch.random.fork_rng(devices=[]), ranks_of_parameters(lora):  # PEFT draws factors, which are replaced
         adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = ""  # not the pre-trained weights, which are not Q

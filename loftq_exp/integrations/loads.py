@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,13 +79,28 @@ def check_report(
         raise UserError(f"{place}: {name} {faults[name]}{more}; {advice}")
 
 
+@contextmanager
+def ranks_of_parameters(settings: PeftConfig) -> Iterator[None]:
+    """Hide PEFT's warning that it ignores ranks of parameters: it looks for them among the modules, and uses them all the same.
+
+    Shapes and scaling of the factors are checked elsewhere.
+    """
+    with warnings.catch_warnings():
+        if getattr(settings, "target_parameters", None):
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        yield
+
+
 def with_adapter(
     model: transformers.PreTrainedModel, settings: PeftConfig, place: str, advice: str, **options: Any
 ) -> PeftModel:
     """Return `model` with PEFT's adapter of these `settings`. Raise UserError, with PEFT's reason, if PEFT cannot."""
     base, settings.base_model_name_or_path = settings.base_model_name_or_path, None  # PEFT warns if it differs
     try:
-        with explained(f"{place}: PEFT cannot put the adapter on a {model.config.model_type} model", advice):
+        with (
+            explained(f"{place}: PEFT cannot put the adapter on a {model.config.model_type} model", advice),
+            ranks_of_parameters(settings),
+        ):
             return get_peft_model(model, settings, **options)
     finally:
         settings.base_model_name_or_path = base

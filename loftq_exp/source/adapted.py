@@ -29,7 +29,8 @@ class Adapted:
 
 def adapted(model: transformers.PreTrainedModel, targets: Iterable[Target]) -> Adapted:
     """The names for PEFT of the `targets` in `model`."""
-    parameters, modules = {}, []
+    parameters: dict[str, None] = {}
+    modules: list[str] = []
     renamed: dict[str, bool] = {}
     for target in targets:
         last = target.chosen_by.rpartition(".")[2]

@@ -132,7 +132,7 @@ def _refuse_parts(model: nn.Module, found: list[LeftOut], linear: int, folder: P
 def _is_expert(model: nn.Module, name: str) -> bool:
     """Whether it is a weight of a mixture's experts rather than of its router."""
     owner = name.rpartition(".")[0]
-    if name.endswith("bias"):
+    if name.endswith("bias") or linear_shape(model.get_submodule(owner)):
         return False
     words = f"{owner} {type(model.get_submodule(owner)).__name__}".lower()
     return "expert" in words and not any(word in words for word in ("router", "gating"))

@@ -7,9 +7,10 @@ loading. In both cases an expert's matrix is read and written alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -53,6 +54,14 @@ def expert_targets(
                                 "form that cannot be read expert by expert; save the model again with save_pretrained")  # fmt: skip
             found.append(Target(f"{name}.{expert}", name, size, block, pieces, expert, shape[0]))
     return tuple(found)
+
+
+def read_experts(targets: Sequence[Target], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A parameter (experts, ., .) in the model's orientation, from the targets of all its experts in order."""
+    matrices = [target.read(read) for target in targets]
+    return torch.stack([
+        matrix.T if target.pieces[0].transposed else matrix for target, matrix in zip(targets, matrices, strict=True)
+    ])  # fmt: skip
 
 
 def _pieces(

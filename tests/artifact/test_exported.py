@@ -579,11 +579,11 @@ def test_what_ends_half_way_leaves_nothing(
     write = work.SafetensorsWriter.write
     written: list[str] = []
 
-    def stopped(writer: Any, name: str, tensor: torch.Tensor) -> None:
+    def stopped(writer: Any, name: str, tensor: torch.Tensor, index: int | None = None) -> None:
         written.append(name)
         if "layers.1." in name and "_proj" in name:
             raise ends[0]
-        write(writer, name, tensor)
+        write(writer, name, tensor, index)
 
     ends = [KeyboardInterrupt(), OSError(28, "No space left on device")]
     for code in (130, 1):

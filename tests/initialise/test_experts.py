@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import MODELS, quantize_config, seeded
+from zoo import CONFIGS, MODELS, quantize_config, seeded, with_tokenizer
 
 import loftq_exp
 from loftq_exp.artifact.exported import export
@@ -101,9 +102,7 @@ def check_merged(adapted: PeftModel, model: nn.Module) -> None:
     values = expected(model)
     assert dict(merged.named_parameters()).keys() == values.keys()
     for name, value in merged.named_parameters():
-        torch.testing.assert_close(
-            value.detach(), values[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(value.detach(), values[name], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, found, rtol=1e-3, atol=1e-3)
 
@@ -249,7 +248,10 @@ def test_a_rank_above_an_expert_s(source: Callable[[str], tuple[hf.PreTrainedMod
     init, config = made(folder, tmp_path, quant__rank=40, quant__alpha=80)
     adapter = json.loads((init.folder / "loftq_init/adapter_config.json").read_text())
     assert {adapter["rank_pattern"][f"model.layers.{layer}.mlp.experts.down_proj"] for layer in (0, 1)} == {32}
-    adapted = load_model(init, None, config, torch.device("cpu"), torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", r"The following (rank|alpha)_pattern")
+        adapted = load_model(init, None, config, torch.device("cpu"), torch.float32)
+        export(init.folder, tmp_path / "merged")
     assert {module.scaling["default"] for module in adapted.modules() if isinstance(module, LoraLayer)} == {2.0}
 
 
@@ -290,3 +292,32 @@ def test_a_peft_that_loses_factors_stops_the_run(
         UserError, match=r"lora_[AB].weight (has no place in the model and would be lost|is missing from)"
     ):
         load_model(unchecked, None, config, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss", "gpt2"])
+def test_a_run_from_the_command_to_its_scores(
+    name: str, cli: Any, tiny_tokenizer: hf.PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = CONFIGS[name]()
+    config.update({"vocab_size": len(tiny_tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+                   "max_position_embeddings": 164})  # fmt: skip
+    folder = with_tokenizer(lambda: hf.AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path / "source")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"{n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"}) + "\n" for n in range(8))
+    )
+    outcome = cli(
+        f"model.path={folder}", "task=gsm8k", f"task.train_file={rows}", f"task.eval_file={rows}", "task.max_target_length=16",
+        "quant.rank=4", "quant.iter=1", "quant.dropout=0", "train.max_steps=2", "train.per_device_train_batch_size=4", "device=cpu",
+        "train.warmup_ratio=0", f"output_dir={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    (record,) = (tmp_path / "out").glob("runs/*/metrics.json")
+    metrics = json.loads(record.read_text())
+    assert (metrics["init"]["quantized_values"] < metrics["init"]["linear_values"]) == (name != "gpt2")
+    start = load_file(next((tmp_path / "out/inits").glob("*/loftq_init/adapter_model.safetensors")))
+    trained = load_file(record.parent / "adapter" / "adapter_model.safetensors")
+    assert start.keys() == trained.keys()
+    assert any(
+        not torch.equal(value, trained[key]) for key, value in start.items() if "experts" in key or name == "gpt2"
+    )

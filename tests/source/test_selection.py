@@ -128,7 +128,7 @@ def test_apply_leaves_excluded_layers_as_they_are(source: Path) -> None:
     model = hf.LlamaForCausalLM.from_pretrained(source)
     kept = model.model.layers[1].mlp.up_proj.weight.detach().clone()
     adapted = loftq_exp.apply(model, bits=2, rank=4, iter=1, exclude=["up_proj"], target_modules=["mlp.*"])
-    layer = adapted.base_model.model.model.layers[1]
+    layer: Any = adapted.get_submodule("base_model.model.model.layers.1")
     assert torch.equal(layer.mlp.up_proj.weight, kept)
     assert not hasattr(layer.mlp.up_proj, "lora_A")
     assert not hasattr(layer.self_attn.q_proj, "lora_A")
