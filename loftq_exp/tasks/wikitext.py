@@ -30,7 +30,7 @@ class WikiTextConfig(TaskConfig):
     block_size: int = setting("number of tokens per block of text", 1024, ge=2, shapes=(ADAPTER, SCORES))
     start_token: bool = setting(
         "put the tokenizer's beginning-of-sequence token first in each block, and not only in the text; Gemma's perplexity is "
-        "several times as high without it",
+        "more than twice as high without it",
         False,
         shapes=(ADAPTER, SCORES),
     )
