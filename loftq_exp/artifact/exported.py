@@ -7,7 +7,6 @@ into them.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -210,8 +209,8 @@ def _write_gguf(
             return adapter.merged(backbone.weights[targets[name]], backbone.values(targets[name]))
         return tensors.read(sources[name])
 
-    base = Path(str(init.report["model"]["requested"])).name
-    place = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', base)}-{kind}.gguf"
+    base = init.folder.resolve().name
+    place = folder / f"{base}-{kind}.gguf"
     write_gguf(place, config, init.folder, shapes, values, kind, base)
     for path in [*init.folder.glob("LICENSE*"), *init.folder.glob("NOTICE*")]:
         shutil.copyfile(path, folder / path.name)

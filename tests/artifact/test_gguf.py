@@ -206,10 +206,10 @@ def test_the_folder_holds_one_model_its_licence_and_where_it_is_from(
     folder = shutil.copytree(init.folder, tmp_path / "init")
     (folder / "LICENSE").write_text("terms")
     said = export(folder, tmp_path / "out", to="gguf", dtype="q8_0")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["LICENSE", "README.md", "source-q8_0.gguf"]
-    assert said == f"{tmp_path / 'out' / 'source-q8_0.gguf'}: 14 weights merged, in q8_0; llama.cpp loads it"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["LICENSE", "README.md", "init-q8_0.gguf"]
+    assert said == f"{tmp_path / 'out' / 'init-q8_0.gguf'}: 14 weights merged, in q8_0; llama.cpp loads it"
     assert str(folder) in (tmp_path / "out" / "README.md").read_text()
-    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "source-q8_0.gguf").tensors}
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "init-q8_0.gguf").tensors}
     assert "output.weight" not in names, "tied to token_embd.weight"
     with pytest.raises(UserError, match="already exists and is not empty"):
         export(folder, tmp_path / "out", to="gguf")

