@@ -165,7 +165,9 @@ def start_of(config: RunConfig) -> Initialised | None:
     place = init_of_run(local_path(config.score_run))
     found = read_artifact(place) if place else None
     if found is None:
-        raise UserError(f"score_run={config.score_run}: its initialised checkpoint {place} is gone; run its command again")
+        raise UserError(
+            f"score_run={config.score_run}: its initialised checkpoint {place} is gone; run its command again"
+        )
     return found
 
 

@@ -35,7 +35,7 @@ from loftq_exp import ranks
 from loftq_exp.commands.launchers import check_launcher, chosen, launched
 from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
-from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
+from loftq_exp.commands.terminal import exit_code, log_to, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
 from loftq_exp.config.schema import defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 GROUPS = ("model", "quant", "task", "train", "experiment")
 AUTO = "model=auto"
+CLOSED = "standard output was closed by its reader; finished work is kept; run the same command again, with its output in a file"
 OF_THE_RUN = ("model", "quant", "calibration", "initialise", "seed", "save_dtype", "save_format", "save_dir")
 """Groups and settings that `score_run` takes from that run."""
 KNOWN_ELSEWHERE = {
@@ -123,12 +124,12 @@ def main(argv: Sequence[str] | None = None, resumed: Path | None = None, retries
     threading.excepthook = _report_thread
     os.environ.pop(SWEEP_FOLDER, None)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here and reported in one line
-    return exit_code(lambda: _work(arguments), _how_to_go_on)
+    return exit_code(lambda: _work(arguments), _how_to_go_on, CLOSED)
 
 
 def _set_up_output() -> None:
     """Print logs and silence libraries. A job in a process of a launcher needs this too."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to(sys.stdout)
     quiet_libraries()
 
 
@@ -167,6 +168,8 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     except COMPOSE_ERRORS as error:
         _remove_empty_sweep()
         raise UserError(_explain(error, arguments)) from error
+    except BrokenPipeError:  # of a page that is printed, such as --cfg job
+        raise
     except OSError as error:
         place = os.environ.get(SWEEP_FOLDER, ".")
         raise UserError(f"output_dir: {place} cannot be written ({error.strerror}); set another output_dir") from error
@@ -194,7 +197,9 @@ def _overrides(given: Sequence[str]) -> list[str]:
     if "score_run" in names:
         for name, each in names.items():
             if name.split(".")[0] in OF_THE_RUN:
-                raise UserError(f"{each}: with score_run the model and its initialisation are those of that run; leave it out")
+                raise UserError(
+                    f"{each}: with score_run the model and its initialisation are those of that run; leave it out"
+                )
     added = [AUTO] if "model.path" in names and not names.keys() & {"model", "experiment"} else []
     return [*added, *map(_plain, given)]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TextIO
 
 from loftq_exp import ranks
 from loftq_exp.errors import UserError
@@ -22,12 +23,27 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
+def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str], closed: str | None = None) -> int:
     """Run a command's `work` and return its exit code.
 
     A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted`, or what it
-    returns, and gives 130. A page such as --help, after which argparse and Hydra exit, gives 0.
+    returns, and gives 130. A page such as --help, after which argparse and Hydra exit, gives 0. If the reader of standard output
+    is gone, as after `| head -1`, the command ends with 1 and the message `closed`, if there is one.
     """
+    try:
+        code = _code_of(work, interrupted)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is still buffered goes nowhere. Otherwise the interpreter would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"error: {closed}\n" if closed else "")
+        return 1
+
+
+def _code_of(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
     try:
         return work()
     except UserError as error:
@@ -44,6 +60,30 @@ def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> 
     except Exception:
         ranks.let_main_fail_first()
         raise
+
+
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more. An OSError of a socket is something else."""
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in watch.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind standard output
+        return False
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes log lines. Ends the command if nobody reads them; logging itself would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise  # called from an except block
+        super().handleError(record)
+
+
+def log_to(stream: TextIO) -> None:
+    """Print the log as plain lines."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines(stream)])
 
 
 def quiet_libraries() -> None:

@@ -71,7 +71,9 @@ def evaluate(
     with _scoring(model):
         answers = [_answers(model, tokenizer, request, batch_size, report) for request in requests]
     scored = task.score(rows, requests, answers)
-    tokens = sum(answer.tokens for given in answers for answer in given if isinstance(answer, (Generated, HarnessResult)))
+    tokens = sum(
+        answer.tokens for given in answers for answer in given if isinstance(answer, (Generated, HarnessResult))
+    )
     return Evaluation(scored.scores, scored.samples, tokens, time.perf_counter() - started, scored.scored_with)
 
 
