@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,11 +89,26 @@ def run(config: RunConfig) -> RunResult:
     try:
         return _run(config)
     except (OSError, SafetensorError, RuntimeError) as error:
+        _refuse_place(config, error)
         reason = _unwritable(error)
         if reason is None:
             raise
         raise UserError(f"output_dir={config.output_dir}: cannot be written ({reason}); "
                         "free space there or set another output_dir") from error  # fmt: skip
+
+
+def _refuse_place(config: RunConfig, error: Exception) -> None:
+    """Raise UserError if `error` is that a folder of the settings cannot be created, as below /proc."""
+    if not isinstance(error, FileNotFoundError) or error.filename is None:
+        return
+    missing = Path(os.path.abspath(error.filename))  # noqa: PTH100  # resolve() would ask the system again
+    for name in ("output_dir", "cache_dir", "save_dir"):
+        value = getattr(config, name)
+        place = Path(os.path.abspath(local_path(value))) if value else None  # noqa: PTH100
+        if place and (missing == place or missing in place.parents):
+            raise UserError(
+                f"{name}={value}: {missing} cannot be created ({error.strerror}); set another {name}"
+            ) from error
 
 
 def _run(config: RunConfig) -> RunResult:

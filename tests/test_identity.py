@@ -408,6 +408,8 @@ SETTINGS = dict(fields_of(RunConfig))
 SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "xsum"}
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
 INSTRUCT = {"task.kind": "instruct", "task.train_file": "chat.jsonl"}
+COMMONSENSE = {"task.kind": "commonsense"}
+HARNESS = {"task.kind": "lm_eval", "task.name": ["gsm8k"]}
 CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
 SHARED = {"stages": ["quantize"], "initialise.shards": 2}
@@ -425,6 +427,9 @@ BASES: dict[str, dict[str, Any]] = {
     "task.block_size": {"task.kind": "wikitext"},
     **dict.fromkeys(("task.max_length", "task.packing", "task.eval_share", "task.score"), INSTRUCT),
     "task.reference": INSTRUCT | {"task.score": "exact"},
+    **dict.fromkeys(("task.include_path", "task.num_fewshot", "task.apply_chat_template"), HARNESS),
+    **dict.fromkeys(("task.sets", "task.eval_folder"), COMMONSENSE),
+    "score_run": {"stages": ["evaluate"]},
     "quant.rank_choices": {"quant.allocation": "error+rank"},
     "hub.push": {"hub.repo_id": "me/model"},
     **dict.fromkeys(
@@ -466,6 +471,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "task.module": {"task.module": "json"},
     "task.eval_share": {"task.eval_share": 0.5},
     "task.validation_size": {"task.validation_size": 0.5},
+    "task.sets": {"task.sets": ["piqa"]},
+    "task.include_path": {"task.include_path": "/"},
     "stages": {"stages": ["quantize"]},
     "published": {"published": {"accuracy": 1.0}},
     "train.bf16": {"train.bf16": False},

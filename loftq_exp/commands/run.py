@@ -35,7 +35,7 @@ from loftq_exp import ranks
 from loftq_exp.commands.launchers import check_launcher, chosen, launched
 from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
-from loftq_exp.commands.terminal import exit_code, only_rank_0_speaks, quiet_libraries
+from loftq_exp.commands.terminal import exit_code, log_to, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
 from loftq_exp.config.schema import check_secret, defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 GROUPS = ("model", "quant", "task", "train", "experiment")
 AUTO = "model=auto"
+CLOSED = "standard output was closed by its reader; finished work is kept; run the same command again, with its output in a file"
 OF_THE_RUN = ("model", "quant", "calibration", "initialise", "seed", "save_dtype", "save_format", "save_dir")
 """Groups and settings that `score_run` takes from that run."""
 KNOWN_ELSEWHERE = {
@@ -124,13 +125,13 @@ def main(argv: Sequence[str] | None = None, resumed: Path | None = None, retries
     threading.excepthook = _report_thread
     os.environ.pop(SWEEP_FOLDER, None)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here and reported in one line
-    return exit_code(lambda: _work(arguments), _how_to_go_on)
+    return exit_code(lambda: _work(arguments), _how_to_go_on, CLOSED)
 
 
 def _set_up_output() -> None:
     """Print logs and silence libraries. A job in a process of a launcher needs this too."""
     mask_output()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to(sys.stdout)
     quiet_libraries()
 
 
@@ -169,6 +170,8 @@ def _composed(arguments: list[str]) -> list[DictConfig]:
     except COMPOSE_ERRORS as error:
         _remove_empty_sweep()
         raise UserError(_explain(error, arguments)) from error
+    except BrokenPipeError:  # of a page that is printed, such as --cfg job
+        raise
     except OSError as error:
         place = os.environ.get(SWEEP_FOLDER, ".")
         raise UserError(f"output_dir: {place} cannot be written ({error.strerror}); set another output_dir") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_exp import ranks
-from loftq_exp.commands.terminal import OneLineParser, exit_code, only_rank_0_speaks, quiet_libraries
+from loftq_exp.commands.terminal import OneLineParser, exit_code, log_to, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.errors import UserError
 from loftq_exp.manifest import fault_of
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         options = _parser().parse_args(argv)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        log_to(sys.stdout)
         quiet_libraries()
         only_rank_0_speaks()
         old = read_recorded(local_path(options.run_dir))

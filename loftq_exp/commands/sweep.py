@@ -196,6 +196,10 @@ class SweepFolder(Callback):
         try:
             check_baseline(config, given or ())
             sweep, self.lock = start(sweeps, plan, asked.folder)
+            if jobs is not None and len(jobs) == 1:
+                log.info(
+                    "-m: one job, because no setting has several values; to run several give NAME=A,B, such as quant.rank=8,16"
+                )
         except UserError as error:
             raise Refused(error) from None
         except OSError as error:

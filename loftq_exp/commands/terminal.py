@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TextIO
 
 from loftq_exp import ranks
 from loftq_exp.config.schema import check_encoding
@@ -32,13 +33,28 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers send it. It ends the work as Ctrl-C does, so that no partial file is left."""
 
 
-def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
+def exit_code(work: Callable[[], int], interrupted: str | Callable[[], str], closed: str | None = None) -> int:
     """Run a command's `work` and return its exit code.
 
     A UserError prints one line on standard error and gives 1. An interruption prints the message `interrupted`, or what it
-    returns, and gives 130, or 143 for SIGTERM. A page such as --help, after which argparse and Hydra exit, gives 0.
+    returns, and gives 130, or 143 for SIGTERM. A page such as --help, after which argparse and Hydra exit, gives 0. If the reader of standard output
+    is gone, as after `| head -1`, the command ends with 1 and the message `closed`, if there is one.
     """
     mask_output()
+    try:
+        code = _code_of(work, interrupted)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is still buffered goes nowhere. Otherwise the interpreter would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"error: {closed}\n" if closed else "")
+        return 1
+
+
+def _code_of(work: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
     try:
         with _terminable():
             _check_folder()
@@ -86,6 +102,30 @@ def _check_folder() -> None:
         check_encoding("the current folder", str(Path.cwd()))
     except FileNotFoundError:
         raise UserError("the current folder: was deleted or unmounted; change to one that exists") from None
+
+
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more. An OSError of a socket is something else."""
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in watch.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind standard output
+        return False
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes log lines. Ends the command if nobody reads them; logging itself would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise  # called from an except block
+        super().handleError(record)
+
+
+def log_to(stream: TextIO) -> None:
+    """Print the log as plain lines."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines(stream)])
 
 
 def quiet_libraries() -> None:
