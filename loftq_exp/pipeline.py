@@ -32,10 +32,10 @@ from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, is_of_version_0_1, write_config
 from loftq_exp.report.console import print_table
+from loftq_exp.report.loggers import Loggers, check_loggers
 from loftq_exp.report.record import assemble, write_json
 from loftq_exp.report.scored import lower_is_better
 from loftq_exp.report.table import LEAST, cells, columns
-from loftq_exp.report.tensorboard import Recorder
 from loftq_exp.source.kind import with_kind
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
@@ -98,6 +98,7 @@ def run(config: RunConfig) -> RunResult:
 def _run(config: RunConfig) -> RunResult:
     # All checks come before the long work and before any folder is created.
     ranks.check_launch()
+    check_loggers(config)
     _check_machine(config)
     check_push(config)
     check_published(config)
@@ -118,21 +119,23 @@ def _run(config: RunConfig) -> RunResult:
     ranks.from_main(lambda: _make_folder(config, folder))
     with _alone(folder):
         ranks.from_main(lambda: write_config(folder, config, identity))
-        recorder = Recorder(folder / "tensorboard")
+        recorder, failed = Loggers(config, folder), True
         try:
             init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key))
             finetuned = _finetune(config, init, data, prepared, records, recorder)
             steps = _steps_of(finetuned) if finetuned and adapter else 0
             evaluated = _evaluate(config, init, data, prepared, records, adapter, recorder, steps)
+
+            def report() -> dict[str, Any]:
+                metrics = assemble(config, init, finetuned, evaluated, data.task.table)
+                write_json(folder / "metrics.json", metrics)
+                recorder.report(metrics, init, steps)
+                return metrics
+
+            metrics = ranks.from_main(report)
+            failed = False
         finally:
-            recorder.close()
-
-        def report() -> dict[str, Any]:
-            metrics = assemble(config, init, finetuned, evaluated, data.task.table)
-            write_json(folder / "metrics.json", metrics)
-            return metrics
-
-        metrics = ranks.from_main(report)
+            recorder.close(failed)
     if ranks.is_main():
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
@@ -295,7 +298,7 @@ def _adapter_key(config: RunConfig, data: _Data, records: Records) -> str:
     return adapter_key(records.init_key, data.train, config, data.validation)
 
 
-def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str) -> Initialised:
+def _initialised(place: Source | Initialised, config: RunConfig, recorder: Loggers, key: str) -> Initialised:
     """Return the initialised checkpoint with this `key`. Raises UserError if the source's files changed during the run."""
     init = place if isinstance(place, Initialised) else _quantize(place, config, recorder)
     if identify(config, init).init_key != key:
@@ -303,18 +306,16 @@ def _initialised(place: Source | Initialised, config: RunConfig, recorder: Recor
     return init
 
 
-def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initialised:
+def _quantize(source: Source, config: RunConfig, recorder: Loggers) -> Initialised:
     init = (take if config.quant.method == "off-the-shelf" else initialise)(source, config)
-    if recorder.empty:
-        recorder.config(config)
-        recorder.errors(init)
+    recorder.started(init)
     if config.hub.push:
         push(init, config)
     return init
 
 
 def _finetune(
-    config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Recorder
+    config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Loggers
 ) -> Record | None:
     if "finetune" not in config.stages:
         return records.finetuned()
@@ -368,7 +369,7 @@ def _evaluate(
     prepared: Prepared | None,
     records: Records,
     adapter: Path | None,
-    recorder: Recorder,
+    recorder: Loggers,
     steps: int,
 ) -> Record | None:
     """Return the record of the scores. `steps` is the number of training steps of the scored adapter, 0 without one."""
@@ -383,8 +384,7 @@ def _evaluate(
         digest = adapter_digest(adapter) if adapter else None
         result = score(init, adapter, data.eval, prepared, data.task, config, records.samples(key))
         if ranks.is_main():
-            recorder.scores(config, init, result["scores"], steps)
-            recorder.samples(records.samples(key), steps)
+            recorder.scores(init, result["scores"], records.samples(key), steps)
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 

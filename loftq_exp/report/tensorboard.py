@@ -15,6 +15,7 @@ from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.config.naming import shown
 from loftq_exp.report.plot import error_map
+from loftq_exp.report.values import score_tag, training_tag
 from loftq_exp.report.weights import averaged
 
 MOST_SAMPLES = 10
@@ -63,7 +64,7 @@ class Recorder:
     def training(self, step: int, values: dict[str, float]) -> None:
         """Write what the trainer logs: loss, learning rate, gradient norm."""
         for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(training_tag(name), value, step)
         self._writer.flush()
 
     def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float], step: int) -> None:
@@ -77,7 +78,7 @@ class Recorder:
             "quant.bits": float(plan.get("code_bits", quant.bits)), "quant.rank": quant.rank, "quant.iter": quant.iter,
         }  # fmt: skip
         hparams |= shown(config) | {"quant.alpha": init.report["quant"]["scaling"] * quant.rank}
-        metrics = {f"score/{name}": score for name, score in scores.items()}
+        metrics = {score_tag(name): score for name, score in scores.items()}
         self._writer.add_hparams(hparams, metrics, run_name=".", global_step=step)
 
     def samples(self, path: Path, step: int) -> None:

@@ -27,7 +27,7 @@ from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
-from loftq_exp.training.sharding import settings_of_one_training, sharding
+from loftq_exp.training.sharding import sharding
 from loftq_exp.training.validation import (
     KeepCheckpoints,
     Patience,
@@ -135,15 +135,14 @@ def _trained(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     collator = task.collator(prepared.tokenizer)
     check_isolation(model, prepared.train, collator)
-    with settings_of_one_training():
-        trainer = ValidatingTrainer(
-            model=model,
-            args=training_arguments(config, checkpoints, device, dtype, validation),
-            train_dataset=prepared.train,
-            data_collator=collator,
-            callbacks=callbacks,
-            validation=validation,
-        )
+    trainer = ValidatingTrainer(
+        model=model,
+        args=training_arguments(config, checkpoints, device, dtype, validation),
+        train_dataset=prepared.train,
+        data_collator=collator,
+        callbacks=callbacks,
+        validation=validation,
+    )
     if task.model_kind != "causal":
         # In transformers only decoders divide the loss by the tokens of all accumulated batches. The other classes
         # return the mean of each batch, which the trainer must divide by the number of batches.

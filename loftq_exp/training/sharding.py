@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from loftq_exp import ranks
@@ -51,16 +49,3 @@ def _check_file(name: str, file: str) -> None:
         raise UserError(f"{name}={file}: not a readable JSON file ({error}); give the path of one") from None
     if not isinstance(found, dict):
         raise UserError(f"{name}={file}: holds no JSON object; give settings by name")
-
-
-@contextmanager
-def settings_of_one_training() -> Iterator[None]:
-    """Restore the variables of accelerate, in which TrainingArguments leaves settings such as torch_compile for the next one."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-            if name not in before:
-                del os.environ[name]
-        os.environ.update(before)
