@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
 
@@ -27,7 +26,7 @@ from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
-from loftq_exp.training.sharding import sharding
+from loftq_exp.training.sharding import check_sharded, is_sharded, sharding
 from loftq_exp.training.validation import (
     KeepCheckpoints,
     Patience,
@@ -90,9 +89,12 @@ def finetune(
     validated = record_of(found, config.train, validation) if validation else None
     _check_best(checkpoints, config, validated)
 
+    # Every rank takes part in putting the parameters together.
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer and is_sharded(config) else None
+
     def save() -> None:
         if trainer:
-            _save_adapter(trainer.model, folder / "adapter", origin)
+            _save_adapter(trainer.model, folder / "adapter", origin, whole)
         else:  # the run was killed after the last step
             assert resumed
             best = checkpoint(checkpoints, validated["adapter_step"]) if validated else resumed
@@ -152,6 +154,8 @@ def _trained(
     # same values in three quarters of the time.
     with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    if is_sharded(config):
+        check_sharded(trainer)
     return trainer
 
 
@@ -248,9 +252,10 @@ def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
     origin.write(checkpoints)
 
 
-def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
+def _save_adapter(model: Any, place: Path, origin: Origin, values: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter of `model`, with the `values` of its parameters if they are spread over the ranks."""
     with whole_folder(place) as partial:
-        model.save_pretrained(str(partial))
+        model.save_pretrained(str(partial), state_dict=values)
         origin.write(partial)
 
 
