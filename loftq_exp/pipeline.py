@@ -359,7 +359,8 @@ def _validated(data: _Data) -> dict[str, str]:
 
 def _steps_of(finetuned: Record) -> int:
     """Return the number of training steps of the saved adapter."""
-    return int((finetuned.get("validation") or {}).get("adapter_step", finetuned["steps"]))
+    validated = finetuned.get("validation")
+    return int(validated["adapter_step"] if validated else finetuned["steps"])
 
 
 def _evaluate(

@@ -78,12 +78,9 @@ def finetune(
     found = read_state(resumed) if resumed else None
     trainer = None
     if found is None or not (found.is_last or (patience and patience.ran_out(found.history))):
-        callbacks = (
-            [KeepCheckpoints(config.train.save_steps, checkpoints)] if config.train.load_best_model_at_end else []
-        )
-        callbacks += [patience] if patience else []
+        keep = KeepCheckpoints(config.train.save_steps, checkpoints) if config.train.load_best_model_at_end else None
         with progress("finetune") as advance:
-            shown = [_Report(advance, scalars), *callbacks]
+            shown = [_Report(advance, scalars), *filter(None, (keep, patience))]
             trainer = _trained(init, prepared, task, config, checkpoints, shown, validation, resumed)
         found = Reached(trainer.state.global_step, True, trainer.state.log_history)
     validated = record_of(found, config.train, validation) if validation else None
@@ -187,7 +184,7 @@ def training_arguments(
         # transformers wants a checkpoint at each validation. `KeepCheckpoints` saves the others.
         checkpoints = {"save_strategy": train.eval_strategy, "save_steps": train.eval_steps or train.save_steps}
     lower = validation is None or validation.lower_is_better
-    chosen = (
+    chosen: dict[str, Any] = (
         {"metric_for_best_model": train.metric_for_best_model, "greater_is_better": not lower}
         if train.validates
         else {}
