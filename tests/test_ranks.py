@@ -135,31 +135,35 @@ def test_scores_of_an_odd_number_of_rows_are_those_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP2], ids=["ddp", "fsdp2"])
 def test_validation_of_an_odd_number_of_rows_is_that_of_one_process(
-    settings: tuple[str, ...], launch: Launch, tmp_path: Path, launcher: tuple[str, ...]
+    settings: tuple[str, ...], launch: Launch, tmp_path: Path
 ) -> None:
-    """3 rows over 2 ranks, on the 4-bit layers that FSDP spreads in their storage type. The best step is the same."""
+    """5 rows over 2 ranks, on 4-bit layers. The best step is the same."""
     given = ("train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true", "train.max_steps=2",
-             "task.validation_size=4", "train.backbone=bnb4")  # fmt: skip
+             "task.validation_size=5", "train.backbone=bnb4")  # fmt: skip
     one = loftq_exp.run(loftq_exp.compose([*settings, *given, "train.per_device_train_batch_size=4", f"output_dir={tmp_path / 'one'}"]))
-    done = launch(launcher, *given)
+    done = launch(TORCHRUN, *given)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder_of(tmp_path / "out") / "metrics.json").read_text())
     assert found["finetune"]["ranks"] == 2
     ours, theirs = found["validation"], one.metrics["validation"]
-    assert (ours["rows"], ours["adapter_step"]) == (theirs["rows"], theirs["adapter_step"]) == (4, ours["adapter_step"])
+    assert (ours["rows"], ours["adapter_step"]) == (theirs["rows"], theirs["adapter_step"]) == (5, ours["adapter_step"])
     for (_, mine), (_, other) in zip(ours["values"], theirs["values"], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert found["scores"] == pytest.approx(one.scores, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_as_one_process(alone: RunResult, launch: Launch, tmp_path: Path) -> None:
-    """The run itself refuses to go on if the parameters are not spread."""
-    done = launch(FSDP2)
-    assert done.returncode == 0, done.stderr
-    check_same(alone, folder_of(tmp_path / "out"))
+@pytest.mark.parametrize("asked", ["launch", "setting"])
+def test_fsdp_on_cpus_is_refused_because_nothing_would_be_spread(launch: Launch, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "fsdp.json").write_text("{}")
+    done = launch(FSDP2) if asked == "launch" else launch(TORCHRUN, "train.fsdp=fsdp.json")
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1, done.stderr
+    shown = "accelerate launch (ACCELERATE_USE_FSDP=true)" if asked == "launch" else "train.fsdp=fsdp.json"
+    assert ours[0].startswith(f"error: {shown}: accelerate spreads no parameters on CPUs")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.origin import Origin, adapter_digest, read_origin
 from loftq_exp.training.padding import settle_padding
-from loftq_exp.training.sharding import check_sharded, is_sharded, sharding
+from loftq_exp.training.sharding import is_sharded, sharding
 from loftq_exp.training.validation import (
     KeepCheckpoints,
     Patience,
@@ -151,8 +151,6 @@ def _trained(
     # same values in three quarters of the time.
     with disable_input_dtype_casting(model, active=dtype == torch.bfloat16):
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    if is_sharded(config):
-        check_sharded(trainer)
     return trainer
 
 

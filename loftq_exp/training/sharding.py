@@ -7,12 +7,10 @@ import json
 import os
 from typing import Any
 
-from torch.distributed.tensor import DTensor
-from transformers import Trainer
-
 from loftq_exp import ranks
 from loftq_exp.config import RunConfig, TrainConfig, local_path
 from loftq_exp.config.train import LOSS
+from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 
 _LAUNCHED = {"train.fsdp": "ACCELERATE_USE_FSDP", "train.deepspeed": "ACCELERATE_USE_DEEPSPEED"}
@@ -53,22 +51,15 @@ def check_sharding(config: RunConfig) -> None:
             raise UserError(
                 f"{shown}: there is one process to spread the parameters over; start several, see docs/multi-device.md"
             )
+        if compute_device(config.device).type == "cpu":
+            raise UserError(f"{shown}: accelerate spreads no parameters on CPUs, and would train whole copies; use "
+                            "conf/accelerate/ddp.yaml there")  # fmt: skip
         if config.save_format != "dense":
             raise UserError(f"{shown}: the layers of save_format={config.save_format} cannot be spread over processes; use "
                             "save_format=dense, which is quantized to the same values while it is loaded")  # fmt: skip
         if config.train.metric_for_best_model != LOSS:
             raise UserError(f"train.metric_for_best_model={config.train.metric_for_best_model}: {shown} validates the loss alone; "
                             "use loss")  # fmt: skip
-
-
-def check_sharded(trainer: Trainer) -> None:
-    """Raise UserError if the parameters of a trainer were not spread, although that was asked for."""
-    assert trainer.model is not None
-    if trainer.is_deepspeed_enabled or any(isinstance(value, DTensor) for value in trainer.model.parameters()):
-        return
-    raise UserError(
-        "train.fsdp: the parameters were not spread over the processes; use version 2 of FSDP, see docs/multi-device.md"
-    )
 
 
 def _check_file(name: str, file: str) -> None:
