@@ -6,7 +6,6 @@ python examples/train_gsm8k_llama.py --model_name_or_path LoftQ/Llama-2-13b-hf-4
 from __future__ import annotations
 
 import re
-import sys
 from argparse import ArgumentParser
 
 from peft_flags import override, parse, run, translate
@@ -68,8 +67,5 @@ if __name__ == "__main__":
     parser.add_argument("--with_tracking", action="store_true", help="nothing to do: every run is logged")
     parser.add_argument("--report_to", default="tensorboard")
     flags = parse(parser)
-    if flags.report_to not in ("tensorboard", "all"):
-        sys.stderr.write(
-            f"--report_to {flags.report_to}: loftq_exp logs to TensorBoard and metrics.json only; going on\n"
-        )
-    run([*ALWAYS, *of_name(flags.model_name_or_path), *translate(flags, OVERRIDES), *flags.overrides])
+    logged = [] if flags.report_to in ("tensorboard", "all") else [f"train.report_to=[tensorboard,{flags.report_to}]"]
+    run([*ALWAYS, *of_name(flags.model_name_or_path), *translate(flags, OVERRIDES), *logged, *flags.overrides])

@@ -33,10 +33,10 @@ from loftq_exp.initialise.stage import initialise
 from loftq_exp.keys import adapter_key, identify, scores_key
 from loftq_exp.records import Record, Records, continued, is_of_version_0_1, start_of, write_config
 from loftq_exp.report.console import print_table
+from loftq_exp.report.loggers import Loggers, check_loggers
 from loftq_exp.report.record import as_json, assemble
 from loftq_exp.report.scored import lower_is_better
 from loftq_exp.report.table import LEAST, cells, columns
-from loftq_exp.report.tensorboard import SCORES, START, Recorder
 from loftq_exp.source.kind import with_kind
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
@@ -114,6 +114,7 @@ def _refuse_place(config: RunConfig, error: Exception) -> None:
 def _run(config: RunConfig) -> RunResult:
     # All checks come before the long work and before any folder is created.
     ranks.check_launch()
+    check_loggers(config)
     _check_machine(config)
     check_push(config)
     check_published(config)
@@ -139,21 +140,23 @@ def _run(config: RunConfig) -> RunResult:
             prepared = _prepare(place, config, data, todo)
         ranks.from_main(records.clear_leftovers)
         ranks.from_main(lambda: write_config(folder, config, identity))
-        recorder = Recorder(folder / "tensorboard")
+        recorder, failed = Loggers(config, folder), True
         try:
             init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key, todo.any))
             finetuned = _finetune(config, init, data, prepared, records, recorder)
             steps = _steps_of(finetuned) if finetuned and todo.adapter else 0
             evaluated = _evaluate(config, init, data, prepared, records, todo.adapter, recorder, steps)
+
+            def report() -> dict[str, Any]:
+                metrics = assemble(config, init, finetuned, evaluated, data.task.table)
+                manifest.write_listed(folder / "metrics.json", as_json(metrics))
+                recorder.report(metrics, init, steps)
+                return metrics
+
+            metrics = ranks.from_main(report)
+            failed = False
         finally:
-            recorder.close()
-
-        def report() -> dict[str, Any]:
-            metrics = assemble(config, init, finetuned, evaluated, data.task.table)
-            manifest.write_listed(folder / "metrics.json", as_json(metrics))
-            return metrics
-
-        metrics = ranks.from_main(report)
+            recorder.close(failed)
     if ranks.is_main():
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
@@ -341,7 +344,7 @@ def _adapter_key(config: RunConfig, data: _Data, records: Records) -> str:
 
 
 def _initialised(
-    place: Source | Initialised, config: RunConfig, recorder: Recorder, key: str, is_read: bool
+    place: Source | Initialised, config: RunConfig, recorder: Loggers, key: str, is_read: bool
 ) -> Initialised:
     """Return the initialised checkpoint with this `key`. Raises UserError if the source's files changed during the run.
 
@@ -355,19 +358,16 @@ def _initialised(
     return init
 
 
-def _quantize(source: Source, config: RunConfig, recorder: Recorder) -> Initialised:
+def _quantize(source: Source, config: RunConfig, recorder: Loggers) -> Initialised:
     init = (take if config.quant.method == "off-the-shelf" else initialise)(source, config)
-    if not recorder.holds(START):
-        with recorder.section(START):
-            recorder.config(config)
-            recorder.errors(init)
+    recorder.started(init)
     if config.hub.push:
         push(init, config)
     return init
 
 
 def _finetune(
-    config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Recorder
+    config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Loggers
 ) -> Record | None:
     if "finetune" not in config.stages:
         return records.finetuned()
@@ -381,7 +381,6 @@ def _finetune(
         validation = _validation(config, data, prepared) if data.validation else None
         log_from, log_step = recorder.begin_training, recorder.training
         result = finetune(init, prepared, data.task, config, records.folder, origin, log_from, log_step, validation)
-        recorder.close()
         return result | {"rows": len(data.train), "data": {"train": data.task.digest("train"), **_validated(data)}}
 
     record = _once("finetune", records, key, records.finetuned(key), work)
@@ -415,7 +414,8 @@ def _validated(data: _Data) -> dict[str, str]:
 
 def _steps_of(finetuned: Record) -> int:
     """Return the number of training steps of the saved adapter."""
-    return int((finetuned.get("validation") or {}).get("adapter_step", finetuned["steps"]))
+    validated = finetuned.get("validation")
+    return int(validated["adapter_step"] if validated else finetuned["steps"])
 
 
 def _evaluate(
@@ -425,7 +425,7 @@ def _evaluate(
     prepared: Prepared | None,
     records: Records,
     adapter: Path | None,
-    recorder: Recorder,
+    recorder: Loggers,
     steps: int,
 ) -> Record | None:
     """Return the record of the scores. `steps` is the number of training steps of the scored adapter, 0 without one."""
@@ -440,9 +440,7 @@ def _evaluate(
         digest = adapter_digest(adapter) if adapter else None
         result = score(init, adapter, data.eval, prepared, data.task, config, records.samples(key))
         if ranks.is_main():
-            with recorder.section(f"{SCORES}-{key[:16]}"):
-                recorder.scores(config, init, result["scores"], steps)
-                recorder.samples(records.samples(key), steps)
+            recorder.scores(key, init, result["scores"], records.samples(key), steps)
         result |= {"adapter": "fine-tuned" if adapter else "initial", "adapter_digest": digest}
         return result | {"data": {"eval": data.task.digest("eval")}}
 

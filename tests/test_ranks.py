@@ -25,8 +25,9 @@ from loftq_exp.evaluation import evaluate as evaluation
 from loftq_exp.tasks.base import Nll, Request
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2")
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-              "--mixed_precision=no", "--dynamo_backend=no")  # fmt: skip
+CONFIGS = Path(__file__).parents[1] / "conf" / "accelerate"
+ACCELERATE = ("accelerate.commands.launch", f"--config_file={CONFIGS / 'ddp.yaml'}")
+FSDP2 = ("accelerate.commands.launch", f"--config_file={CONFIGS / 'fsdp2.yaml'}")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -115,6 +116,68 @@ def test_accelerate_starts_two_ranks_on_cpus(alone: RunResult, launch: Launch, t
     done = launch(ACCELERATE)
     assert done.returncode == 0, done.stderr
     check_same(alone, folder_of(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_scores_of_an_odd_number_of_rows_are_those_of_one_process(
+    settings: tuple[str, ...], launch: Launch, tmp_path: Path
+) -> None:
+    """7 rows in batches of 2 and 3 over 2 ranks: no row is padded, and none counts twice. Exactly equal, digit by digit."""
+    for size in (2, 3):
+        given = ("stages=[quantize,evaluate]", f"train.per_device_eval_batch_size={size}")
+        one = loftq_exp.run(loftq_exp.compose([*settings, *given, f"output_dir={tmp_path / f'one{size}'}"]))
+        done = launch(TORCHRUN, *given, f"output_dir={tmp_path / f'two{size}'}")
+        assert done.returncode == 0, done.stderr
+        folder = folder_of(tmp_path / f"two{size}")
+        assert json.loads((folder / "metrics.json").read_text())["scores"] == one.scores
+        assert (folder / "samples.jsonl").read_text() == (one.run_dir / "samples.jsonl").read_text()
+        assert len((folder / "samples.jsonl").read_text().splitlines()) == 7
+
+
+@pytest.mark.slow
+def test_validation_of_an_odd_number_of_rows_is_that_of_one_process(
+    settings: tuple[str, ...], launch: Launch, tmp_path: Path
+) -> None:
+    """5 rows over 2 ranks, on 4-bit layers. The best step is the same."""
+    given = ("train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true", "train.max_steps=2",
+             "task.validation_size=5", "train.backbone=bnb4")  # fmt: skip
+    one = loftq_exp.run(
+        loftq_exp.compose([*settings, *given, "train.per_device_train_batch_size=4", f"output_dir={tmp_path / 'one'}"])
+    )
+    done = launch(TORCHRUN, *given)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder_of(tmp_path / "out") / "metrics.json").read_text())
+    assert found["finetune"]["ranks"] == 2
+    ours, theirs = found["validation"], one.metrics["validation"]
+    assert (ours["rows"], ours["adapter_step"]) == (theirs["rows"], theirs["adapter_step"]) == (5, ours["adapter_step"])
+    for (_, mine), (_, other) in zip(ours["values"], theirs["values"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert found["scores"] == pytest.approx(one.scores, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ["launch", "setting"])
+def test_fsdp_on_cpus_is_refused_because_nothing_would_be_spread(launch: Launch, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "fsdp.json").write_text("{}")
+    done = launch(FSDP2) if asked == "launch" else launch(TORCHRUN, "train.fsdp=fsdp.json")
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1, done.stderr
+    shown = "accelerate launch (ACCELERATE_USE_FSDP=true)" if asked == "launch" else "train.fsdp=fsdp.json"
+    assert ours[0].startswith(f"error: {shown}: accelerate spreads no parameters on CPUs")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_on_cpus_says_why_it_does_not_start_two(launch: Launch, tmp_path: Path) -> None:
+    done = launch(("accelerate.commands.launch", "--num_processes=2", "--cpu"))
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1, done.stderr
+    assert ours[0].startswith(
+        "error: accelerate launch: starts one process on CPUs, whatever --num_processes says; use torchrun"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -57,8 +57,7 @@ KNOWN_ELSEWHERE = {
     "train.lr": "did you mean 'train.learning_rate'?",
     "train.fp16": "choose train.bf16=true, or false for float32",
     "train.packing": "task=instruct has task.packing",
-    "train.report_to": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
-    "logger": "every run logs to TensorBoard in its folder, and metrics.json has all numbers",
+    "logger": "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder, and metrics.json has all numbers",
 }
 """What replaces a setting that other tools have."""
 

@@ -86,6 +86,12 @@ class TrainConfig:
         ge=1,
         shapes=(ADAPTER,),
     )
+    report_to: tuple[str, ...] = setting(
+        "loggers of the run, each but TensorBoard installed by the extra of its name; []: none",
+        ("tensorboard",),
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+        shapes=(),
+    )
     torch_compile: bool = setting("compile the model with torch.compile for training", False, shapes=(ADAPTER,))
     fsdp: str | None = setting(
         "JSON file with the settings of FSDP, as fsdp_config of TrainingArguments; for several processes",

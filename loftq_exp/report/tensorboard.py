@@ -17,6 +17,7 @@ from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
 from loftq_exp.config.naming import shown
 from loftq_exp.report.plot import error_map
+from loftq_exp.report.values import score_tag, training_tag
 from loftq_exp.report.weights import averaged
 from loftq_exp.whole import workspace_beside
 
@@ -44,6 +45,7 @@ class Recorder:
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Write what the block writes as one section. It appears when the block ends, in the place of an earlier one."""
+        self.close()
         with workspace_beside(self._folder) as partial:
             self._writer = SummaryWriter(str(partial))
             try:
@@ -94,7 +96,7 @@ class Recorder:
     def training(self, step: int, values: dict[str, float]) -> None:
         """Write what the trainer logs: loss, learning rate, gradient norm."""
         for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(training_tag(name), value, step)
         self._writer.flush()
 
     def scores(self, config: RunConfig, init: Initialised, scores: dict[str, float], step: int) -> None:
@@ -108,7 +110,7 @@ class Recorder:
             "quant.bits": float(plan.get("code_bits", quant.bits)), "quant.rank": quant.rank, "quant.iter": quant.iter,
         }  # fmt: skip
         hparams |= shown(config) | {"quant.alpha": init.report["quant"]["scaling"] * quant.rank}
-        metrics = {f"score/{name}": score for name, score in scores.items()}
+        metrics = {score_tag(name): score for name, score in scores.items()}
         self._writer.add_hparams(hparams, metrics, run_name=".", global_step=step)
 
     def samples(self, path: Path, step: int) -> None:

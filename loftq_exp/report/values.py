@@ -38,3 +38,13 @@ def _finite(values: Mapping[str, Any]) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
+
+
+def training_tag(name: str) -> str:
+    """Return the name that loggers show for a value of the trainer's log: `train/loss`, or `validation/loss`."""
+    return f"validation/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def score_tag(name: str) -> str:
+    """Return the name that loggers show for a score."""
+    return f"score/{name}"

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 
@@ -39,7 +40,9 @@ class FiniteTrainer(Trainer):
             assert self.model is not None
             # The mean over the ranks, so that all stop at the same step. Gradients are already equal on all ranks.
             losses, self._losses = float(self.accelerator.reduce(torch.stack(self._losses).sum(), "mean")), []
-            norm = float(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
+            norm = float(
+                _whole(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
+            )
             if not (math.isfinite(losses) and math.isfinite(norm)):
                 raise _diverged(self._blamed, self.state.global_step + 1, f"loss {losses:g}, gradient norm {norm:g}")
         return loss
@@ -51,9 +54,16 @@ class _FiniteParameters(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Raise UserError if the step made a trained parameter NaN or infinite."""
-        largest = [value.detach().abs().max() for value in model.parameters() if value.requires_grad and value.numel()]
+        largest = [
+            _whole(value.detach().abs().max()) for value in model.parameters() if value.requires_grad and value.numel()
+        ]
         if not bool(torch.stack(largest).isfinite().all()):
             raise _diverged(self._blamed, state.global_step, "a trained parameter is NaN or infinite after it")
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Return a value that FSDP has spread over the ranks as one tensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _diverged(blamed: tuple[str, str], step: int, what: str) -> UserError:

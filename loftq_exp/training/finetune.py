@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
@@ -30,7 +29,7 @@ from loftq_exp.tasks.base import Task
 from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.padding import settle_padding
-from loftq_exp.training.sharding import settings_of_one_training, sharding
+from loftq_exp.training.sharding import is_sharded, sharding
 from loftq_exp.training.validation import (
     KeepCheckpoints,
     Patience,
@@ -88,20 +87,20 @@ def finetune(
         begin(_history(resumed) if resumed else ())
     trainer = None
     if found is None or not (found.is_last or (patience and patience.ran_out(found.history))):
-        callbacks = (
-            [KeepCheckpoints(config.train.save_steps, checkpoints)] if config.train.load_best_model_at_end else []
-        )
-        callbacks += [patience] if patience else []
+        keep = KeepCheckpoints(config.train.save_steps, checkpoints) if config.train.load_best_model_at_end else None
         with progress("finetune") as advance:
-            shown = [_Report(advance, scalars), _Listed(checkpoints, origin), *callbacks]
+            shown = [_Report(advance, scalars), _Listed(checkpoints, origin), *filter(None, (keep, patience))]
             trainer = _trained(init, prepared, task, config, checkpoints, shown, validation, resumed)
         found = Reached(trainer.state.global_step, True, trainer.state.log_history)
     validated = record_of(found, config.train, validation) if validation else None
     _check_best(checkpoints, config, validated)
 
+    # Every rank takes part in putting the parameters together.
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer and is_sharded(config) else None
+
     def save() -> None:
         if trainer:
-            _save_adapter(trainer.model, folder / "adapter", origin)
+            _save_adapter(trainer.model, folder / "adapter", origin, whole)
         else:  # the run was killed after the last step
             assert resumed
             best = checkpoint(checkpoints, validated["adapter_step"]) if validated else resumed
@@ -143,15 +142,14 @@ def _trained(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     collator = task.collator(prepared.tokenizer)
     check_isolation(model, prepared.train, collator)
-    with settings_of_one_training():
-        trainer = ValidatingTrainer(
-            model=model,
-            args=training_arguments(config, checkpoints, device, dtype, validation),
-            train_dataset=prepared.train,
-            data_collator=collator,
-            callbacks=callbacks,
-            validation=validation,
-        )
+    trainer = ValidatingTrainer(
+        model=model,
+        args=training_arguments(config, checkpoints, device, dtype, validation),
+        train_dataset=prepared.train,
+        data_collator=collator,
+        callbacks=callbacks,
+        validation=validation,
+    )
     if task.model_kind != "causal":
         # In transformers only decoders divide the loss by the tokens of all accumulated batches. The other classes
         # return the mean of each batch, which the trainer must divide by the number of batches.
@@ -196,7 +194,7 @@ def training_arguments(
         # transformers wants a checkpoint at each validation. `KeepCheckpoints` saves the others.
         checkpoints = {"save_strategy": train.eval_strategy, "save_steps": train.eval_steps or train.save_steps}
     lower = validation is None or validation.lower_is_better
-    chosen = (
+    chosen: dict[str, Any] = (
         {"metric_for_best_model": train.metric_for_best_model, "greater_is_better": not lower}
         if train.validates
         else {}
@@ -292,9 +290,10 @@ def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
     origin.write(checkpoints)
 
 
-def _save_adapter(model: PeftModel, place: Path, origin: Origin) -> None:
+def _save_adapter(model: Any, place: Path, origin: Origin, values: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter of `model`, with the `values` of its parameters if they are spread over the ranks."""
     with whole_folder(place) as partial:
-        model.save_pretrained(str(partial))
+        model.save_pretrained(str(partial), state_dict=values)
         origin.write(partial)
         manifest.complete(partial)
 

@@ -25,6 +25,7 @@ from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton
 from loftq_exp.source.locate import Source
 from loftq_exp.storage.format import storage_format
 from loftq_exp.training.loaded_adapter import put_adapter, read_adapter
+from loftq_exp.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,9 @@ def load_model(
         options["quantization_config"] = form.quantization_config(
             config.quant.scheme, bits, init.report["other_linears"], dtype
         )
+        if is_sharded(config) and hasattr(options["quantization_config"], "bnb_4bit_quant_storage"):
+            # FSDP spreads parameters of one floating type only. The bytes of the codes are the same.
+            options["quantization_config"].bnb_4bit_quant_storage = dtype
     with without_bars():
         backbone = _load_backbone(init, config, device, dtype, options)
     if written:

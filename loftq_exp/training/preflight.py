@@ -36,7 +36,7 @@ from loftq_exp.training.finetune import training_arguments
 from loftq_exp.training.load import load_tokenizer
 from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.positions import positions_of
-from loftq_exp.training.sharding import check_sharding, settings_of_one_training
+from loftq_exp.training.sharding import check_sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,10 +122,7 @@ def check_optimiser(config: RunConfig, device: torch.device, dtype: torch.dtype)
         near = get_close_matches(name, known) or ["adamw_torch", "adafactor", "sgd"]
         raise UserError(f"train.optim={name}: transformers has no such optimiser; choose one of its OptimizerNames, such as {', '.join(near)}")  # fmt: skip
     layer = nn.Linear(64, 64).to(device)  # 8-bit optimisers keep smaller weights in 32 bits
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        settings_of_one_training(),
-    ):  # a trainer creates its folder immediately
+    with tempfile.TemporaryDirectory() as folder:  # a trainer creates its folder immediately
         arguments = training_arguments(config, Path(folder), device, dtype)
         trainer = FiniteTrainer(model=layer, args=arguments, eval_dataset=[] if config.train.validates else None)
         with _refused(f"train.optim={name}", "install what it needs, or use train.optim=adamw_torch"):
