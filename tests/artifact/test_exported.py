@@ -345,7 +345,7 @@ def refused(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_options_that_there_are_not(models: Models, tmp_path: Path, refused: Callable[..., str]) -> None:
     init, out = models.made("llama", "dense", bits=2), tmp_path / "out"
-    assert "--to: invalid choice: 'gguf'" in refused(init.folder, out, "--to", "gguf")
+    assert "--to: invalid choice: 'awq'" in refused(init.folder, out, "--to", "awq")
     assert refused(init.folder, out, "--dtype", "int8").endswith("see python -m loftq_exp.export --help")
     assert "required: OUT" in refused(init.folder)
     assert refused(init.folder, out, "--to", "packed", "--dtype", "float32").startswith(
