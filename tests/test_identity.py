@@ -409,6 +409,7 @@ SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
 INSTRUCT = {"task.kind": "instruct", "task.train_file": "chat.jsonl"}
 HARNESS = {"task.kind": "lm_eval", "task.name": ["gsm8k"]}
+COMMONSENSE = {"task.kind": "commonsense"}
 CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
 SHARED = {"stages": ["quantize"], "initialise.shards": 2}
@@ -425,7 +426,7 @@ BASES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("task.max_length", "task.packing", "task.eval_share", "task.score"), INSTRUCT),
     "task.reference": INSTRUCT | {"task.score": "exact"},
     **dict.fromkeys(("task.include_path", "task.num_fewshot", "task.apply_chat_template"), HARNESS),
-    **dict.fromkeys(("task.sets", "task.eval_folder"), {"task.kind": "commonsense"}),
+    **dict.fromkeys(("task.sets", "task.eval_folder"), COMMONSENSE),
     "score_run": {"stages": ["evaluate"]},
     "quant.rank_choices": {"quant.allocation": "error+rank"},
     "hub.push": {"hub.repo_id": "me/model"},
