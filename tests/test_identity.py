@@ -410,6 +410,7 @@ SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
 INSTRUCT = {"task.kind": "instruct", "task.train_file": "chat.jsonl"}
 COMMONSENSE = {"task.kind": "commonsense"}
 HARNESS = {"task.kind": "lm_eval", "task.name": ["gsm8k"]}
+COMMONSENSE = {"task.kind": "commonsense"}
 CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
 SHARED = {"stages": ["quantize"], "initialise.shards": 2}
