@@ -123,7 +123,9 @@ def test_what_the_framework_lacks_is_said_in_one_line(script: Script) -> None:
     assert (outcome.code, outcome.err.count("\n")) == (1, 1)
     assert outcome.err.startswith("error: quant.bits=8: type nf has 2, 3, 4 bits")
     outcome = script("train_gsm8k_llama", *model, "--report_to", "neptune")
-    assert outcome.err.startswith("error: train.report_to=neptune: not a choice; choose from: tensorboard, wandb, mlflow")
+    assert outcome.err.startswith(
+        "error: train.report_to=neptune: not a choice; choose from: tensorboard, wandb, mlflow"
+    )
     outcome = script("train_gsm8k_llama", *model, "--lr_scheduler_type", "cosine_with_restarts")
     assert outcome.err.startswith("error: train.lr_scheduler_type=cosine_with_restarts: not a choice")
     outcome = script("quantize_save_load", "--model_name_or_path", "EleutherAI/gpt-j")

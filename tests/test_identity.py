@@ -433,10 +433,19 @@ BASES: dict[str, dict[str, Any]] = {
     ),
     "quant.polish_learning_rate": {"quant.polish_steps": 2},
     **dict.fromkeys(("calibration.dataset_config", "calibration.split"), HUB_TEXT),
-    **dict.fromkeys(("train.load_best_model_at_end", "train.early_stopping_patience", "train.metric_for_best_model",
-                     "train.eval_strategy"), CHOSEN),
+    **dict.fromkeys(
+        (
+            "train.load_best_model_at_end",
+            "train.early_stopping_patience",
+            "train.metric_for_best_model",
+            "train.eval_strategy",
+        ),
+        CHOSEN,
+    ),
     "train.eval_steps": CHOSEN | {"train.eval_strategy": "steps", "train.eval_steps": 1},
-    **dict.fromkeys(("task.validation_file", "task.validation_split", "task.validation_size", "task.validation_seed"), CHOSEN),
+    **dict.fromkeys(
+        ("task.validation_file", "task.validation_split", "task.validation_size", "task.validation_seed"), CHOSEN
+    ),
     **dict.fromkeys(("initialise.shards", "initialise.shard", "initialise.engine"), SHARED),
 }
 """What a setting needs to be of use, where that is not the plain run."""

@@ -141,7 +141,9 @@ def test_validation_of_an_odd_number_of_rows_is_that_of_one_process(
     """5 rows over 2 ranks, on 4-bit layers. The best step is the same."""
     given = ("train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true", "train.max_steps=2",
              "task.validation_size=5", "train.backbone=bnb4")  # fmt: skip
-    one = loftq_exp.run(loftq_exp.compose([*settings, *given, "train.per_device_train_batch_size=4", f"output_dir={tmp_path / 'one'}"]))
+    one = loftq_exp.run(
+        loftq_exp.compose([*settings, *given, "train.per_device_train_batch_size=4", f"output_dir={tmp_path / 'one'}"])
+    )
     done = launch(TORCHRUN, *given)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder_of(tmp_path / "out") / "metrics.json").read_text())
@@ -172,7 +174,9 @@ def test_accelerate_on_cpus_says_why_it_does_not_start_two(launch: Launch, tmp_p
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(ours) == 1, done.stderr
-    assert ours[0].startswith("error: accelerate launch: starts one process on CPUs, whatever --num_processes says; use torchrun")
+    assert ours[0].startswith(
+        "error: accelerate launch: starts one process on CPUs, whatever --num_processes says; use torchrun"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,9 @@ def read_wandb(output: Path, metrics: dict[str, Any]) -> Any:
         if record.WhichOneof("record_type") == "history":
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             values |= {
-                (name, row["step"]): value for name, value in row.items() if isinstance(value, (int, float)) and name[0] != "_"
+                (name, row["step"]): value
+                for name, value in row.items()
+                if isinstance(value, (int, float)) and name[0] != "_"
             }
             if path := row.get("init_error.path") or (row.get("init_error") or {}).get("path"):
                 table = json.loads((file.parent / "files" / path).read_text())["data"]
