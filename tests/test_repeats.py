@@ -39,4 +39,3 @@ def test_twice_and_with_two_threads(cli: Command) -> None:
         [loss for _, loss in one["losses"]], rel=THREADS_BOUND
     )
     assert other["scores"] == pytest.approx(one["scores"], rel=THREADS_BOUND)
-    assert other["init"] == pytest.approx(one["init"], rel=THREADS_BOUND)
