@@ -204,7 +204,7 @@ def _checked(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         limit = metadata.get(bound)
         if limit is not None and not holds(limit):
             raise UserError(f"{path}={value}: out of range; give a value {words} {limit}")
-    if isinstance(value, int) and abs(value) >= 2**63:
+    if isinstance(value, int) and abs(value) >= 2**64:
         raise UserError(f"{path}={value}: out of range; give a value that fits 64 bits")
     return value
 

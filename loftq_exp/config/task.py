@@ -96,12 +96,14 @@ class TaskConfig:
         "maximum number of training rows per split or file (wikitext: blocks in total), taken from the start; null: all",
         None,
         ge=1,
+        lt=2**63,
         shapes=(ADAPTER,),
     )
     max_eval_samples: int | None = setting(
         "maximum number of evaluation rows per split or file (wikitext: blocks in total), taken from the start; null: all",
         None,
         ge=1,
+        lt=2**63,
         shapes=(SCORES,),
     )
     pad_to_max_length: bool = setting(
