@@ -8,6 +8,7 @@ quantizes with calibration, fine-tunes with a checkpoint after each step, evalua
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import logging
@@ -35,8 +36,8 @@ OVERRIDES = (
     "task.max_train_samples=4", "task.max_eval_samples=2", "task.max_source_length=32", "task.max_target_length=2",
     "train.per_device_train_batch_size=2", "train.logging_steps=1", "train.save_steps=1", "train.num_train_epochs=2",
 )  # fmt: skip
-TIMES = {"seconds", "compile_seconds", "peak_memory", "phases", "created", "train_runtime"}
-"""Fields that say how long something took, or when it was done."""
+TIMES = {"seconds", "compile_seconds", "peak_memory", "phases", "created", "commit"}
+"""Fields that say how long something took, or when it was done. (A commit may be made meanwhile.)"""
 PATHS_TAKEN = {"cache_hit", "cache_hits", "computed", "steps_computed", "resumed_from"}
 """Fields that say where a result came from: after a kill from the cache or a checkpoint."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -68,18 +69,21 @@ def make_model(folder: Path) -> None:
     with_tokenizer(lambda: llama(**sizes, bos_token_id=0, eos_token_id=1), tokenizer, folder)
 
 
-def whole_run(*overrides: str) -> None:
-    """Run all stages, export and report in the current folder, as a script of a user would."""
+def whole_run(*overrides: str, more: bool = True) -> None:
+    """Run all stages in the current folder, and `more`: export and report, as a script of a user would."""
     import loftq_exp
     from loftq_exp.artifact.exported import export
     from loftq_exp.commands import write_report
 
     result = loftq_exp.run(CONFIGS[overrides] if overrides in CONFIGS else configured(*overrides))
+    if not more:
+        return
     exported = Path(f"exported-{result.run_dir.name}")
     if not exported.exists():
         export(result.init_dir, exported, result.adapter_dir)
-    if write_report.main(["out", "--format", "html", "--output", "report.html"]):
-        raise RuntimeError("no report")
+    for form in ("markdown", "csv"):  # html draws figures, which takes as long as all else
+        if write_report.main(["out", "--format", form, "--output", f"report.{form}"]):
+            raise RuntimeError("no report")
 
 
 CONFIGS: dict[tuple[str, ...], Any] = {}
@@ -109,6 +113,7 @@ class Start:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
         with _in(self.root), _quiet(self.log):
             whole_run()
+        gc.freeze()  # so that a collection in a fork does not copy all pages
         self.fresh()
         self.operations = self.count()
         self.expected = snapshot(self.root)
@@ -127,7 +132,11 @@ class Start:
         return int(report.read_text())
 
     def fork(
-        self, before: Callable[[], Any] | None = None, overrides: Sequence[str] = (), log: Path | None = None
+        self,
+        before: Callable[[], Any] | None = None,
+        overrides: Sequence[str] = (),
+        log: Path | None = None,
+        more: bool = True,
     ) -> int:
         """Start a whole run in a fork, which first calls `before`. Return its process id."""
         import torch
@@ -143,7 +152,7 @@ class Start:
                     1
                 )  # torch makes the threads that a fork lacks again, but not in two threads at a time
                 done = before() if before else None
-                whole_run(*overrides)
+                whole_run(*overrides, more=more)
                 if callable(done):
                     done()
             code = 0
@@ -266,7 +275,7 @@ def snapshot(root: Path) -> dict[str, Any]:
             found[f"{name.rpartition('/')[0]}/{path.suffix}"] = logged(path)
         elif path.name == "manifest.json":
             found[name] = list(faults(path.parent))
-        elif path.name == "report.html" or not path.is_file():
+        elif path.stem == "report" or not path.is_file():  # a report has times
             found[name] = "present"
         elif path.suffix == ".safetensors" and "/cache/" in name:
             found[name] = content(path)
@@ -344,20 +353,18 @@ def plan(operations: int, cases: int, seed: int, seconds: float) -> Iterator[lis
         yield [first, *([("operation", draw.randint(1, operations))] if again else [])]
 
 
-def kill_all(cases: int, seed: int, workers: int) -> dict[str, Any]:
+def kill_all(start: Start, cases: int, seed: int, workers: int) -> dict[str, Any]:
     """Run the cases in `workers` processes at a time. Return the counts and the failures."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="killing-") as place:
-        folder = Path(place)
-        start = Start(folder)
-        took = (time.monotonic() - began) / 4
-        planned = list(plan(start.operations, cases, seed, took))
-        pids = [_worker(start, folder / f"worker{number}", planned[number::workers]) for number in range(workers)]
-        codes = [start.wait(pid) for pid in pids]
-        results = [json.loads((folder / f"worker{number}.json").read_text()) for number in range(workers)]
+    began, folder = time.monotonic(), start.folder
+    start.fresh()
+    assert start.wait(start.fork()) == 0, last_lines(start.log)
+    planned = list(plan(start.operations, cases, seed, time.monotonic() - began))
+    pids = [_worker(start, folder / f"worker{number}", planned[number::workers]) for number in range(workers)]
+    codes = [start.wait(pid) for pid in pids]
     assert codes == [0] * workers
+    results = [json.loads(line) for path in sorted(folder.glob("worker*.jsonl")) for line in path.read_text().splitlines()]
     return {
-        "cases": len(planned), "kills": sum(result["kills"] for result in results), "operations": start.operations,
+        "cases": len(results), "kills": sum(result["kills"] for result in results), "operations": start.operations,
         "failures": [failure for result in results for failure in result["failures"]],
         "seconds": round(time.monotonic() - began),
     }  # fmt: skip
@@ -375,12 +382,10 @@ def _worker(start: Start, folder: Path, planned: Sequence[list[tuple[str, float]
         start.fresh()
         assert start.wait(start.fork()) == 0, last_lines(start.log)
         start.expected = snapshot(start.root)
-        result: dict[str, Any] = {"kills": 0, "failures": []}
-        for kills in planned:
-            killed, wrong = start.case(kills)
-            result["kills"] += killed
-            result["failures"] += [f"{kills}: {line}" for line in wrong]
-        folder.with_suffix(".json").write_text(json.dumps(result))
+        with folder.with_suffix(".jsonl").open("w", buffering=1) as file:
+            for kills in planned:
+                killed, wrong = start.case(kills)
+                file.write(json.dumps({"kills": killed, "failures": [f"{kills}: {line}" for line in wrong]}) + "\n")
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -394,8 +399,17 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=0, help="then a round of tests/together.py with so many")
     options = parser.parse_args()
-    print(json.dumps(kill_all(options.cases, options.seed, options.workers), indent=1))  # noqa: T201
+    with tempfile.TemporaryDirectory(prefix="killing-") as folder:
+        start = Start(Path(folder))
+        found = {"killed": kill_all(start, options.cases, options.seed, options.workers)}
+        if options.processes:
+            import together  # here, because it imports this module, whose `Start` is __main__'s
+
+            together.CONFIGS = CONFIGS
+            found["together"] = together.rounds(start, options.processes, 1)
+    print(json.dumps(found, indent=1))  # noqa: T201
 
 
 if __name__ == "__main__":

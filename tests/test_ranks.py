@@ -22,6 +22,7 @@ from torch.distributed import TCPStore
 import loftq_exp
 from loftq_exp import RunResult, UserError, ranks
 from loftq_exp.evaluation import evaluate as evaluation
+from loftq_exp.manifest import faults
 from loftq_exp.tasks.base import Nll, Request
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2")
@@ -54,10 +55,12 @@ def alone(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 def launch(settings: tuple[str, ...], tmp_path: Path) -> Launch:
     """Two processes with half the batch each, under a launcher."""
 
-    def start(launcher: tuple[str, ...], *overrides: str) -> subprocess.CompletedProcess[str]:
+    def start(
+        launcher: tuple[str, ...], *overrides: str, program: tuple[str, ...] = ("-m", "loftq_exp")
+    ) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(loftq_exp.__file__).parents[1])}
-        run = ("-m", "loftq_exp", *settings, "train.per_device_train_batch_size=2", f"output_dir={tmp_path / 'out'}")
+        run = (*program, *settings, "train.per_device_train_batch_size=2", f"output_dir={tmp_path / 'out'}")
         return subprocess.run([sys.executable, "-m", *launcher, *run, *overrides], env=environment, cwd=tmp_path,
                               capture_output=True, text=True, timeout=300)  # fmt: skip
 
@@ -109,6 +112,40 @@ def test_two_ranks_equal_one_process(alone: RunResult, launch: Launch, tmp_path:
     assert "finetune: 4/4" in done.stdout
     assert len(re.findall(r"^evaluate: 4/4 .*greedy generation", done.stdout, re.MULTILINE)) == 1  # its share of 7
     assert not re.search("warning|error", done.stderr, re.IGNORECASE), done.stderr
+
+
+SLOW = """
+import sys, time
+from loftq_exp import ranks
+from loftq_exp.commands.run import main
+from loftq_exp.records import Records
+from loftq_exp.training import finetune
+
+def slow(function):
+    def call(*args):
+        time.sleep(3)
+        return function(*args)
+    return call
+
+if ranks.is_main():
+    finetune._save_adapter = slow(finetune._save_adapter)
+    finetune._Listed._list = slow(finetune._Listed._list)
+    Records.keep = slow(Records.keep)
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_the_other_rank_scores_the_adapter_that_a_slow_rank_0_saved(
+    alone: RunResult, launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    done = launch(TORCHRUN, "train.save_steps=2", program=(str(tmp_path / "slow.py"),))
+    assert done.returncode == 0, done.stderr
+    folder = folder_of(tmp_path / "out")
+    check_same(alone, folder)
+    assert json.loads((folder / "evaluate.json").read_text())["adapter"] == "fine-tuned"
+    assert list(faults(folder / "adapter")) == []
 
 
 @pytest.mark.slow

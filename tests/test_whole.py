@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from loftq_exp.whole import is_abandoned, put_folder, whole_file, whole_folder, workspace_beside, write_whole
+from loftq_exp.errors import UserError
+from loftq_exp.whole import is_abandoned, locked, put_folder, whole_file, whole_folder, workspace_beside, write_whole
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -84,3 +92,54 @@ def test_a_file_is_not_abandoned_while_its_writer_lives(tmp_path: Path) -> None:
         assert not is_abandoned(beside)
         os.utime(beside, (0, 0))
         assert is_abandoned(beside), "more than a day old"
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from loftq_exp.whole import locked
+with locked(Path(sys.argv[1]), "holding on", "output_dir"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_who_waits_says_for_what_and_a_dead_holder_blocks_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(1.0, holder.kill).start()
+    with caplog.at_level(logging.INFO), locked(tmp_path / "lock", "running a job", "output_dir"):
+        assert holder.wait() == -signal.SIGKILL
+    (line,) = [line for line in caplog.messages if line.startswith("waiting")]
+    assert line == f"waiting for another process that is running a job (it holds {tmp_path / 'lock'})"
+
+
+@pytest.mark.parametrize(("number", "works"), [(errno.ENOSYS, True), (errno.ENOTSUP, False), (errno.ENOLCK, False)])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, works: bool) -> None:
+    def none(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    if works:  # filelock then uses the existence of the file
+        with locked(tmp_path / "lock", "running a job", "output_dir"):
+            pass
+        return
+    told = rf"^output_dir={tmp_path}: cannot be written or locked \(.*\); set another output_dir, on a file system with file locks$"
+    with pytest.raises(UserError, match=told), locked(tmp_path / "lock", "running a job", "output_dir"):
+        pass
+
+
+def test_abandoned_temporary_files_of_a_target_go_with_its_next_write(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".entry.{socket.gethostname()}.{pid}.0123abcd.tmp" for pid in (dead.pid, os.getpid())]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    with whole_file(tmp_path / "entry", shared=True) as beside:
+        beside.write_text("whole")
+    assert sorted(content(tmp_path)) == [names[1], "entry"]

@@ -96,7 +96,10 @@ def raw(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The files by name, without the manifest: it has the digest of the report, and so of its times."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert files.pop("manifest.json")
+    return files
 
 
 def copied(model: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
