@@ -41,18 +41,21 @@ def expert_targets(
     An empty `stored` stands for the parameters themselves. Raises UserError if the files hold the experts in a form in which
     one cannot be read alone.
     """
+    holding: dict[str, list[str]] = {}
+    for tensor, parameter in stored.items():
+        holding.setdefault(parameter, []).append(tensor)
     found: list[Target] = []
     for name, (module, block) in expert_parameters(model, stacks).items():
         shape = tuple(model.get_parameter(name).shape)
         transposed = bool(module.is_transposed)
         size = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
-        names = [tensor for tensor, parameter in stored.items() if parameter == name] if stored else [name]
-        for expert in range(shape[0]):
-            pieces = _pieces(model, name, names, expert, shape[0], size, transposed)
-            if pieces is None:
-                raise UserError(f"model.path={folder}: {type(model).__name__} keeps its experts in {name}, which the files hold in a "
-                                "form that cannot be read expert by expert; save the model again with save_pretrained")  # fmt: skip
-            found.append(Target(f"{name}.{expert}", name, size, block, pieces, expert, shape[0]))
+        pieces = _pieces(model, name, holding.get(name, []) if stored else [name], shape[0], size, transposed)
+        if pieces is None:
+            raise UserError(f"model.path={folder}: {type(model).__name__} keeps its experts in {name}, which the files hold in a "
+                            "form that cannot be read expert by expert; save the model again with save_pretrained")  # fmt: skip
+        found += [
+            Target(f"{name}.{expert}", name, size, block, own, expert, shape[0]) for expert, own in enumerate(pieces)
+        ]
     return tuple(found)
 
 
@@ -68,24 +71,23 @@ def _pieces(
     model: transformers.PreTrainedModel,
     name: str,
     tensors: list[str],
-    expert: int,
     experts: int,
     size: tuple[int, int],
     transposed: bool,
-) -> tuple[Piece, ...] | None:
-    """Where the rows of an expert's matrix are stored; None if unknown."""
+) -> list[tuple[Piece, ...]] | None:
+    """Where the rows of each expert's matrix are stored; None if unknown."""
     if len(tensors) == 1:
-        return (Piece(tensors[0], size[0], expert, transposed),)
+        return [(Piece(tensors[0], size[0], expert, transposed),) for expert in range(experts)]
     sources = _merged_from(model, name)
     if transposed or not sources or size[0] % len(sources) or len(tensors) != experts * len(sources):
         return None
-    pieces = []
-    for source in sources:
-        matches = [tensor for tensor in tensors if (found := source.search(tensor)) and int(found[1]) == expert]
-        if len(matches) != 1:
-            return None
-        pieces.append(Piece(matches[0], size[0] // len(sources)))
-    return tuple(pieces)
+    places = {
+        (source, int(found[1])): tensor for tensor in tensors for source in sources if (found := source.search(tensor))
+    }
+    if places.keys() != {(source, expert) for source in sources for expert in range(experts)}:
+        return None
+    rows = size[0] // len(sources)
+    return [tuple(Piece(places[source, expert], rows) for source in sources) for expert in range(experts)]
 
 
 def _merged_from(model: transformers.PreTrainedModel, name: str) -> list[re.Pattern[str]]:
