@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 
 from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.artifact.origin import Origin, adapter_digest, rows_digest
+from loftq_exp.artifact.origin import Origin, adapter_digest
 from loftq_exp.artifact.push import check_push, push
-from loftq_exp.calibration.samples import calibration_origin
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.train import LOSS
 from loftq_exp.device import compute_device, compute_dtype
@@ -37,13 +36,11 @@ from loftq_exp.report.loggers import Loggers, check_loggers
 from loftq_exp.report.record import as_json, assemble
 from loftq_exp.report.scored import lower_is_better
 from loftq_exp.report.table import LEAST, cells, columns
+from loftq_exp.run_data import RunData, log_data, read_data
 from loftq_exp.source.kind import with_kind
 from loftq_exp.source.locate import Source
 from loftq_exp.source.wheel import UNWRITABLE
-from loftq_exp.tasks import load_task, pairs_that_fit
-from loftq_exp.tasks.base import Task
-from loftq_exp.tasks.data import Row
-from loftq_exp.tasks.held_out import USUAL_VALIDATION, hold_out, without_parts
+from loftq_exp.tasks import load_task
 from loftq_exp.whole import locked
 
 if TYPE_CHECKING:
@@ -120,9 +117,8 @@ def _run(config: RunConfig) -> RunResult:
     check_published(config)
     asked = config
     config = ranks.from_main(lambda: settled(asked))
-    data = ranks.main_first(lambda: _read_data(config))  # rank 0 downloads from the Hub
-    _check_scores(config, data.task)
-    _log_validation(config, data)
+    data = ranks.main_first(lambda: read_data(config))  # rank 0 downloads from the Hub
+    log_data(config, data)
     place = ranks.from_main(lambda: _place(config))
     identity = ranks.from_main(lambda: identify(config, place))
     folder = identity.run_dir
@@ -216,88 +212,6 @@ def _check_machine(config: RunConfig) -> None:
         check_optimiser(config, device, compute_dtype(device, config.train.bf16))
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The task and the rows that the run's stages need, read before any other work."""
-
-    task: Task
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    eval: list[dict[str, Any]]
-
-
-def _read_data(config: RunConfig) -> _Data:
-    task = load_task(config.task)
-    _check_objective(config, task)
-    _check_metric(config, task)
-    stages = set(config.stages)
-    if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
-        raise UserError(f"task={config.task.kind}: needs a {task.model_kind} model, model.kind is {config.model.kind}; "
-                        f"these fit: {pairs_that_fit()}; choose another model or task, or for an encoder another model.kind")  # fmt: skip
-    if "quantize" in stages and config.quant.needs_text:
-        calibration_origin(config)  # refuses a text that is not there before a model is downloaded or converted
-    train = task.rows("train") if "finetune" in stages else []
-    scored = task.rows("eval") if "evaluate" in stages else []
-    train, validation = _validation_rows(config, task, train) if train and config.train.validates else (train, [])
-    _check_not_scored(config, validation, scored)
-    return _Data(task, train, validation, scored)
-
-
-def _validation_rows(config: RunConfig, task: Task, train: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and those to validate on, of a source of their own or held out of the training rows."""
-    if task.source("validation").is_given:
-        return train, task.rows("validation")
-    size, seed = config.task.validation_size or USUAL_VALIDATION, config.task.validation_seed
-    return hold_out(train, task.units(train), size, seed)
-
-
-def _check_not_scored(config: RunConfig, validation: Sequence[Row], scored: Sequence[Row]) -> None:
-    """Raise UserError if rows are both validated on and scored: a score of the best step would be biased."""
-    common = without_parts(validation) & without_parts(scored)
-    given = next((f"task.{name}={value}" for name in ("validation_file", "validation_split")
-                  if (value := getattr(config.task, name))), None)  # fmt: skip
-    if common and given:
-        raise UserError(f"{given}: {len(common)} of its rows are scored too, by which the scores would be chosen; give rows of "
-                        "their own, or leave it out to hold out training rows")  # fmt: skip
-    if common:
-        log.warning(
-            "task.validation_size: %d of the training rows that are held out are also scored; mend the data",
-            len(common),
-        )
-
-
-def _log_validation(config: RunConfig, data: _Data) -> None:
-    if data.validation and ranks.is_main():
-        source = data.task.source("validation")
-        where = source.label if source.is_given else "held out of the training rows"
-        log.info("validation: %d rows, %s; %d rows to train on", len(data.validation), where, len(data.train))
-
-
-def _check_objective(config: RunConfig, task: Task) -> None:
-    """Raise UserError if the task has no score that is named `objective`."""
-    names = [name for column in task.table for name in column.scores]
-    if config.objective and config.objective not in names:
-        raise UserError(
-            f"objective={config.objective}: {config.task.label} has no such score; choose from: {', '.join(names)}"
-        )
-
-
-def _check_metric(config: RunConfig, task: Task) -> None:
-    """Raise UserError if train.metric_for_best_model is no score of the task, or one without a known better direction."""
-    metric = config.train.metric_for_best_model
-    names = [name for column in task.table for name in column.scores if lower_is_better(name) is not None]
-    if metric not in (LOSS, *names):
-        raise UserError(f"train.metric_for_best_model={metric}: not known; choose from: {', '.join((LOSS, *names))}")
-
-
-def _check_scores(config: RunConfig, task: Task) -> None:
-    """Warn about published scores without a column in the table: the name is wrong, or its split is not scored."""
-    shown = [name for column in task.table for name in column.scores]
-    for name in config.published or ():
-        if name not in shown:
-            log.warning("published.%s: not shown, this run's scores are %s", name, ", ".join(shown))
-
-
 def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:
     """The adapter that the evaluate stage scores; None: the initial factors."""
     if "evaluate" not in config.stages:
@@ -320,7 +234,7 @@ class _Todo:
         return self.train or self.score
 
 
-def _todo(config: RunConfig, data: _Data, records: Records) -> _Todo:
+def _todo(config: RunConfig, data: RunData, records: Records) -> _Todo:
     adapter = _adapter_to_score(config, records)
     train = "finetune" in config.stages and not records.finetuned(_adapter_key(config, data, records))
     score = "evaluate" in config.stages and (
@@ -329,7 +243,7 @@ def _todo(config: RunConfig, data: _Data, records: Records) -> _Todo:
     return _Todo(adapter, train, score)
 
 
-def _prepare(place: Source | Initialised, config: RunConfig, data: _Data, todo: _Todo) -> Prepared | None:
+def _prepare(place: Source | Initialised, config: RunConfig, data: RunData, todo: _Todo) -> Prepared | None:
     """Encode the rows of the remaining stages and check them against the model. None if no stage remains."""
     if not todo.any:
         return None
@@ -339,7 +253,7 @@ def _prepare(place: Source | Initialised, config: RunConfig, data: _Data, todo: 
     return prepare(place, data.task, train, data.eval if todo.score else (), config, validation)
 
 
-def _adapter_key(config: RunConfig, data: _Data, records: Records) -> str:
+def _adapter_key(config: RunConfig, data: RunData, records: Records) -> str:
     return adapter_key(records.init_key, data.train, config, data.validation)
 
 
@@ -367,7 +281,7 @@ def _quantize(source: Source, config: RunConfig, recorder: Loggers) -> Initialis
 
 
 def _finetune(
-    config: RunConfig, init: Initialised, data: _Data, prepared: Prepared | None, records: Records, recorder: Loggers
+    config: RunConfig, init: Initialised, data: RunData, prepared: Prepared | None, records: Records, recorder: Loggers
 ) -> Record | None:
     if "finetune" not in config.stages:
         return records.finetuned()
@@ -381,14 +295,14 @@ def _finetune(
         validation = _validation(config, data, prepared) if data.validation else None
         log_from, log_step = recorder.begin_training, recorder.training
         result = finetune(init, prepared, data.task, config, records.folder, origin, log_from, log_step, validation)
-        return result | {"rows": len(data.train), "data": {"train": data.task.digest("train"), **_validated(data)}}
+        return result | {"rows": len(data.train), "data": data.digests}
 
     record = _once("finetune", records, key, records.finetuned(key), work)
     ranks.from_main(lambda: records.drop_checkpoints(key))  # only now: the record says that the training is done
     return record
 
 
-def _validation(config: RunConfig, data: _Data, prepared: Prepared) -> Validation:
+def _validation(config: RunConfig, data: RunData, prepared: Prepared) -> Validation:
     """Return what the trainer validates: the loss, and the task's scores if one of them chooses the best step."""
     from loftq_exp.evaluation.evaluate import evaluate
     from loftq_exp.training.validation import Validation
@@ -407,11 +321,6 @@ def _validation(config: RunConfig, data: _Data, prepared: Prepared) -> Validatio
     return Validation(prepared.validation, len(data.validation), score, bool(lower_is_better(metric)))
 
 
-def _validated(data: _Data) -> dict[str, str]:
-    """Return the digest of the rows that were validated on, by their name in the record; nothing without any."""
-    return {"validation": f"rows:{rows_digest(data.validation)}"} if data.validation else {}
-
-
 def _steps_of(finetuned: Record) -> int:
     """Return the number of training steps of the saved adapter."""
     validated = finetuned.get("validation")
@@ -421,7 +330,7 @@ def _steps_of(finetuned: Record) -> int:
 def _evaluate(
     config: RunConfig,
     init: Initialised,
-    data: _Data,
+    data: RunData,
     prepared: Prepared | None,
     records: Records,
     adapter: Path | None,
