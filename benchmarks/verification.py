@@ -71,7 +71,12 @@ def main() -> None:
                 seconds(lambda: load_model(init, None, config, torch.device("cpu"), torch.bfloat16, written=False))
             )
         size = init.backbone_bytes + init.adapter_bytes
-    found = {"megabytes": round(size / 1e6), "check": min(checks), "load": min(loads), "share": min(checks) / min(loads)}
+    found = {
+        "megabytes": round(size / 1e6),
+        "check": min(checks),
+        "load": min(loads),
+        "share": min(checks) / min(loads),
+    }
     print(json.dumps(found, indent=1))
 
 

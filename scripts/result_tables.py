@@ -27,7 +27,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "low-bit", "performance", "calibration", "gpu", "reliability")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("results", "low-bit", "performance", "calibration", "gpu", "reliability")
+    ),
 ]
 NAME = "scripts/result_tables.py"
 

@@ -362,7 +362,9 @@ def kill_all(start: Start, cases: int, seed: int, workers: int) -> dict[str, Any
     pids = [_worker(start, folder / f"worker{number}", planned[number::workers]) for number in range(workers)]
     codes = [start.wait(pid) for pid in pids]
     assert codes == [0] * workers
-    results = [json.loads(line) for path in sorted(folder.glob("worker*.jsonl")) for line in path.read_text().splitlines()]
+    results = [
+        json.loads(line) for path in sorted(folder.glob("worker*.jsonl")) for line in path.read_text().splitlines()
+    ]
     return {
         "cases": len(results), "kills": sum(result["kills"] for result in results), "operations": start.operations,
         "failures": [failure for result in results for failure in result["failures"]],
