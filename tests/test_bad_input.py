@@ -43,8 +43,9 @@ def files(folder: Path) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What is half written, or would be taken for a result, below `folder`; a run's settings are neither."""
-    return [name for name in files(folder) if not name.startswith("cache/") and Path(name).name != "config.json"]
+    """What is half written, or would be taken for a result, below `folder`; a run's settings and manifest are neither."""
+    neither = ("config.json", "manifest.json")
+    return [name for name in files(folder) if not name.startswith("cache/") and Path(name).name not in neither]
 
 
 def half_written(folder: Path) -> list[Path]:
