@@ -7,6 +7,7 @@ protects against a killed process, not against a power failure.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import logging
@@ -136,8 +137,11 @@ def locked(place: Path, doing: str, setting: str) -> Iterator[None]:
             log.info("waiting for another process that is %s (it holds %s)", doing, place)
             lock.acquire()
     except OSError as error:
-        raise UserError(f"{setting}={place.parent}: cannot be written or locked ({error.strerror}); set another {setting}, "
-                        "on a file system with file locks") from None  # fmt: skip
+        locks = error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+        what, where = ("locked", ", on a file system with file locks") if locks else ("written", "")
+        raise UserError(
+            f"{setting}={place.parent}: cannot be {what} ({error.strerror}); set another {setting}{where}"
+        ) from None
     try:
         yield
     finally:

@@ -192,7 +192,7 @@ def test_an_unknown_device(cli: Any, device: str) -> None:
 def test_a_task_that_does_not_fit_the_model(cli: Any) -> None:
     message = cli.refused("model=bert", "task=gsm8k")
     assert message.startswith("task=gsm8k: needs a causal model, model.kind is classification; these fit: ")
-    assert "causal with gsm8k, arithmetic, instruct, metamath, wikitext; " in message
+    assert "causal with gsm8k, arithmetic, commonsense, " in message
     assert "classification with anli, glue; question-answering with squad; choose another" in message
     message = cli.refused("model=llama-2", "task=glue", "task.name=rte")
     assert message.startswith("task=glue: needs a classification model, model.kind is causal; these fit: ")

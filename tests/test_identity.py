@@ -409,9 +409,9 @@ SETTINGS = dict(fields_of(RunConfig))
 SUMMARY = {"model.kind": "seq2seq", "task.kind": "summarization", "task.name": "xsum"}
 SQUAD = {"model.kind": "question-answering", "task.kind": "squad"}
 INSTRUCT = {"task.kind": "instruct", "task.train_file": "chat.jsonl"}
-COMMONSENSE = {"task.kind": "commonsense"}
 HARNESS = {"task.kind": "lm_eval", "task.name": ["gsm8k"]}
 COMMONSENSE = {"task.kind": "commonsense"}
+WIKITEXT = {"task.kind": "wikitext"}
 CALIBRATED = {"quant.calibration": "full"}
 HUB_TEXT = {"calibration.dataset": "me/text"}
 SHARED = {"stages": ["quantize"], "initialise.shards": 2}
@@ -426,7 +426,7 @@ BASES: dict[str, dict[str, Any]] = {
         SUMMARY,
     ),
     **dict.fromkeys(("task.doc_stride", "task.n_best_size", "task.max_answer_length"), SQUAD),
-    "task.block_size": {"task.kind": "wikitext"},
+    **dict.fromkeys(("task.block_size", "task.start_token"), WIKITEXT),
     **dict.fromkeys(("task.max_length", "task.packing", "task.eval_share", "task.score"), INSTRUCT),
     "task.reference": INSTRUCT | {"task.score": "exact"},
     **dict.fromkeys(("task.include_path", "task.num_fewshot", "task.apply_chat_template"), HARNESS),
@@ -468,6 +468,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "quant.block_size": {"quant.block_size": 32},
     "quant.alpha": {"quant.alpha": 8.0},
     "model.kind": {"model.kind": "classification"},
+    "model.parts": {"model.parts": ["other==1.0"]},
+    "train.report_to": {"train.report_to": []},
     "task.kind": {"task.kind": "gsm8k"},
     "task.name": {"task.name": "cnn_dailymail"},
     "task.module": {"task.module": "json"},

@@ -129,7 +129,9 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with locked(tmp_path / "lock", "running a job", "output_dir"):
             pass
         return
-    told = rf"^output_dir={tmp_path}: cannot be written or locked \(.*\); set another output_dir, on a file system with file locks$"
+    told = (
+        rf"^output_dir={tmp_path}: cannot be locked \(.*\); set another output_dir, on a file system with file locks$"
+    )
     with pytest.raises(UserError, match=told), locked(tmp_path / "lock", "running a job", "output_dir"):
         pass
 

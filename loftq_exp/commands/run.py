@@ -197,7 +197,7 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
 def _overrides(given: Sequence[str]) -> list[str]:
     """Return the overrides as Hydra accepts them. A model.path without a choice of model is of the group `auto`."""
     names = {re.split("[=@]", each.lstrip("+~"), maxsplit=1)[0]: each for each in given}
-    if "score_run" in names:
+    if names.get("score_run", "").partition("=")[2] not in ("", "null"):
         for name, each in names.items():
             if name.split(".")[0] in OF_THE_RUN:
                 raise UserError(

@@ -71,7 +71,7 @@ def test_help_is_a_page_for_a_newcomer(cli: Any) -> None:
     for group in set(command.GROUPS) - {"experiment"}:
         assert f"\n{group}: {', '.join(choices(group))}\n" in outcome.out
     assert "\nexperiment: demo-calibrated, demo-loftq, demo-lora, demo-qlora, and the paper's rows" in outcome.out
-    assert max(len(line) for line in outcome.out.splitlines()) < 600  # the models'
+    assert max(len(line) for line in outcome.out.splitlines()) < 700  # the models'
     assert "--cfg job" in outcome.out
     assert not list(Path.cwd().iterdir())
     section = outcome.out.partition("Common settings\n")[2].partition("\n\n")[0]
@@ -213,10 +213,10 @@ def test_python_composes_what_the_command_composes(cli: Any) -> None:
     (["+train.extra={a:1}"], "train.extra: there is no such setting"),
     (["~quant.bit"], "Could not delete"),
     (["quant=lofq"], "quant=lofq: there is no such choice; did you mean 'loftq'?"),
-    (["model=gpt-7"], "model=gpt-7: there is no such choice; choose from: auto, bart, "),
+    (["model=no-model"], "model=no-model: there is no such choice; choose from: auto, bart, "),
     (["model="], "model=: there is no such choice; choose from: auto, bart, "),
     (["model=null"], "model=null: there is no such choice; choose from: auto, bart, "),
-    (["task=7"], "task=7: there is no such choice; choose from: anli, arithmetic, glue, gsm8k, instruct, metamath, squad, "),
+    (["task=7"], "task=7: there is no such choice; choose from: anli, arithmetic, commonsense, "),
     (["experiment=demo-loft"], "experiment=demo-loft: there is no such choice; did you mean 'demo-loftq'?"),
     (["~model"], "model.path: no value is set and there is no default; give model.path=VALUE"),
     (["~task"], "task.kind: no value is set and there is no default; give task=NAME"),

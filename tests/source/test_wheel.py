@@ -452,7 +452,7 @@ def test_minilm_from_its_wheel_loads(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_gemma_from_its_four_wheels_reads_text(shared_data: Path, tmp_path: Path) -> None:
     """Scaled embeddings, norms, sliding windows and both rotary bases: a wrong one multiplies the perplexity."""
-    model = compose(["model=gemma3-270m", "quant=lora", "task=wikitext"]).model
+    model = compose(["model=gemma-3-270m-pypi", "quant=lora", "task=wikitext"]).model
     folder = packaged(model, tmp_path)
     config = AutoConfig.from_pretrained(folder)
     assert (config.model_type, config.query_pre_attn_scalar, config.sliding_window) == ("gemma3_text", 256, 512)
