@@ -229,7 +229,7 @@ SHORT_WINDOWS = ("task.max_source_length=64", "task.doc_stride=16")
 def test_squad(cli: Any, encoder: Path) -> None:
     metrics, samples, out = finished(
         cli, "model=bert", "model.kind=question-answering", f"model.path={encoder}", "task=squad", *SHORT_WINDOWS,
-        *files(write_rows("rows.jsonl", squad_rows())), "train.max_steps=150", "train.learning_rate=5e-3",
+        *files(write_rows("rows.jsonl", squad_rows())), "train.max_steps=300", "train.learning_rate=5e-3",
         "train.lr_scheduler_type=constant", "quant.dropout=0",
     )  # fmt: skip
     assert set(metrics["scores"]) == {"exact_match", "f1"}

@@ -35,7 +35,7 @@ LENGTHS = {
     "squad": {"max_source_length", "doc_stride", "n_best_size", "max_answer_length"},
     "summarization": {"max_source_length", "max_target_length", "source_prefix", "num_beams", "length_penalty",
                       "no_repeat_ngram_size"},
-    "wikitext": {"block_size"},
+    "wikitext": {"block_size", "start_token"},
 }  # fmt: skip
 NAMES = {"lm_eval": {"name": ("gsm8k",)}, "glue": {"name": "rte"}, "summarization": {"name": "xsum"}}
 
