@@ -58,6 +58,7 @@ def test_every_shared_name_is_handed_on(tmp_path: Path) -> None:
         "bf16",
         "warmup_ratio",
         "early_stopping_patience",
+        "report_to",
         "fsdp",
         "deepspeed",
     }
