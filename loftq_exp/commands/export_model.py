@@ -1,4 +1,4 @@
-"""Exporting a fine-tuned model: `python -m loftq_exp.export DIR OUT [--adapter FOLDER] [--to dense|bnb4|packed|adapter|gguf]`."""
+"""Exporting a fine-tuned model: `python -m loftq_exp.export DIR OUT [--adapter FOLDER] [--to merged|bnb4|packed|adapter|gguf]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from loftq_exp.commands.terminal import OneLineParser, exit_code, quiet_librarie
 from loftq_exp.config import local_path
 from loftq_exp.schemes import FORMATS
 
-FORMS = (*FORMATS, "adapter", "gguf")
+MERGED = "merged"
+"""Another name of `dense`, for what it is beside `adapter` and `gguf`."""
+FORMS = (MERGED, *FORMATS, "adapter", "gguf")
 DTYPES = ("bfloat16", "float16", "float32", "q8_0")
 
 
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet_libraries()
         from loftq_exp.artifact.exported import export  # imported late: torch takes seconds
 
-        sys.stdout.write(f"{export(folder, out, adapter, options.to, options.dtype)}\n")
+        to = "dense" if options.to == MERGED else options.to
+        sys.stdout.write(f"{export(folder, out, adapter, to, options.dtype)}\n")
         return 0
 
     return exit_code(work, "nothing was exported")
@@ -42,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", metavar="FOLDER", help="the adapter, such as a run's adapter/ (default: DIR/loftq_init)"
     )
     parser.add_argument("--to", choices=FORMS, default="dense",
-                        help="dense: a plain transformers checkpoint (default). bnb4: bitsandbytes NF4; Q + s B A is quantized "
+                        help="dense, or merged: a plain transformers checkpoint (default). bnb4: bitsandbytes NF4; Q + s B A is quantized "
                         "again, which changes its values. packed: the unchanged packed backbone with a separate adapter; only "
                         "for a checkpoint of save_format=packed. adapter: nothing is merged: OUT/base is Q, dense, and OUT/adapter the adapter, "
                         "as vLLM and PEFT load them. gguf: one merged file for llama.cpp")  # fmt: skip

@@ -620,6 +620,14 @@ def test_python_gets_the_same_refusal(models: Models, tmp_path: Path) -> None:
         work.export(models.made("llama", "dense", bits=2).folder, tmp_path / "out", to="packed")
 
 
+def test_merged_is_another_name_of_dense(models: Models, tmp_path: Path) -> None:
+    init = models.made("llama", "dense", bits=2)
+    for form in ("dense", "merged"):
+        assert command.main([str(init.folder), str(tmp_path / form), "--to", form]) == 0
+    one, two = (tmp_path / form / "model.safetensors" for form in ("dense", "merged"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_as_a_module(models: Models, tmp_path: Path) -> None:
     init = models.made("llama", "packed", "bfloat16", bits=2)
     call = [sys.executable, "-m", "loftq_exp.export", str(init.folder), str(tmp_path / "out")]

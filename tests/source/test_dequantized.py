@@ -167,14 +167,14 @@ def test_bitsandbytes_layers_become_values(settings: dict[str, Any], tmp_path: P
         assert torch.equal(expected[name].bfloat16(), value), name
 
 
-@pytest.mark.parametrize("make", [fp8, lambda folder: bitsandbytes(folder, load_in_4bit=True)])
+@pytest.mark.parametrize("make", [fp8, mxfp4, lambda folder: bitsandbytes(folder, load_in_4bit=True)])
 def test_an_initialisation_starts_from_the_values_and_says_so(
     make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The result is that of a plain checkpoint with the same values."""
     make(tmp_path / "quantized")
     with caplog.at_level(logging.WARNING):
-        init = made(tmp_path / "quantized", tmp_path / "one")
+        init = made(tmp_path / "quantized", tmp_path / "one", quant__dropout=0)
     said = init.report["model"]["dequantized"]
     assert said["dtype"] == "bfloat16"
     assert (
@@ -182,7 +182,7 @@ def test_an_initialisation_starts_from_the_values_and_says_so(
         in caplog.text
     )
     assert "quantization_config" not in json.loads((init.folder / "config.json").read_text())
-    other = made(as_plain(tmp_path / "quantized", tmp_path / "plain"), tmp_path / "two")
+    other = made(as_plain(tmp_path / "quantized", tmp_path / "plain"), tmp_path / "two", quant__dropout=0)
     assert "dequantized" not in other.report["model"]
     for file in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
         one, two = load_file(init.folder / file), load_file(other.folder / file)
