@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,9 @@ def _run(config: RunConfig) -> RunResult:
     if ranks.is_main():
         headings = columns([metrics])
         print_table(config.label, headings, [cells(metrics, headings)], drop=LEAST, elsewhere="metrics.json has all")
-        log.info("run: %s   checkpoint: %s\ntensorboard --logdir %s", folder, init.folder, folder.parent)
+        log.info("run: %s   checkpoint: %s", folder, init.folder)
+        if "tensorboard" in config.train.report_to:
+            log.info("tensorboard --logdir %s", folder.parent)
     return RunResult(folder, init.folder, records.trained_adapter, metrics["scores"], metrics)
 
 
@@ -293,7 +296,7 @@ def _finetune(
         assert prepared
         origin = Origin(key, records.init_key)
         validation = _validation(config, data, prepared) if data.validation else None
-        log_from, log_step = recorder.begin_training, recorder.training
+        log_from, log_step = partial(recorder.begin_training, key), recorder.training
         result = finetune(init, prepared, data.task, config, records.folder, origin, log_from, log_step, validation)
         return result | {"rows": len(data.train), "data": data.digests}
 

@@ -31,6 +31,8 @@ SUBMITTED = ".submitit"
 """The folder in a multirun's with a folder for each job that submitit submitted, named by its number."""
 _SECONDS = 2.0
 """Between two looks at the jobs."""
+_GRACE = 8.0
+"""Seconds in which a job of submitit_local may end by itself after Ctrl-C."""
 
 
 def chosen(overrides: Iterable[str]) -> str | None:
@@ -118,7 +120,11 @@ class _Child:
         self._processes = [child for child in psutil.Process().children() if child.pid == number]
 
     def cancel(self, check: bool) -> None:
-        for process in self._processes:
+        import psutil
+
+        # Ctrl-C of a terminal reaches it too. A second signal would keep it from ending the job.
+        _, running = psutil.wait_procs(self._processes, timeout=_GRACE)
+        for process in running:
             process.send_signal(signal.SIGINT)  # it passes this on to the job; both ignore SIGTERM
 
     def wait(self) -> None:

@@ -117,6 +117,8 @@ class TrainConfig:
         if self.max_steps == 0:
             raise UserError("train.max_steps=0: nothing would be trained; give a number of steps, -1 for all epochs, "
                             "or leave finetune out of stages")  # fmt: skip
+        if len(set(self.report_to)) < len(self.report_to):
+            raise UserError(f"train.report_to=[{','.join(self.report_to)}]: a logger is named twice; name each once")
         self._check_validation()
 
     def _check_validation(self) -> None:

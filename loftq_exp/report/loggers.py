@@ -42,10 +42,12 @@ class Loggers:
                 self._board.config(self._config)
                 self._board.errors(init)
 
-    def begin_training(self, history: Iterable[tuple[int, dict[str, float]]]) -> None:
-        """Start the log of a training, with what it had logged before the checkpoint that it resumes from."""
+    def begin_training(self, key: str, history: Iterable[tuple[int, dict[str, float]]]) -> None:
+        """Start the log of the training with this `key`, with what it had logged before the checkpoint that it resumes from."""
         if self._board:
             self._board.begin_training(history)
+        for tracker in self._trackers:
+            tracker.begin_training(key)
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """Write what the trainer logs."""

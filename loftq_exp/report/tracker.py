@@ -29,8 +29,9 @@ _COSTS = ("seconds", "compile_seconds", "peak_memory", "provenance")
 class Tracker(ABC):
     """A run in an experiment tracker. It is opened at the first write, so that a run with nothing to do adds none.
 
-    A file named after the tracker in the run's folder has the run's `id` there and the digest of what was logged. An error of the
-    library ends the tracking with a warning, and not the run.
+    A file named after the tracker in the run's folder, the marker, has the run's `id` there and what was logged: of the training
+    the last step by name, of the rest a digest. A resumed run therefore logs nothing twice. An error of the library ends the
+    tracking with a warning, and not the run.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,7 @@ class Tracker(ABC):
         self.config, self.folder = config, folder
         self._marker = folder / f"{self.name}.json"
         self._opened = self._broken = False
+        self._training: str | None = None
 
     # Its own library --------------------------------------------------------------------------------------------------
 
@@ -64,38 +66,50 @@ class Tracker(ABC):
 
     # A run ------------------------------------------------------------------------------------------------------------
 
+    def begin_training(self, key: str) -> None:
+        """Start to log the training with this `key`, or go on with it."""
+        known = read_object(self._marker)
+        if known and known.get("training") != key:
+            write_json(self._marker, known | {"training": key, "steps": {}})
+        self._training = key
+
     def training(self, step: int, values: Mapping[str, float]) -> None:
-        """Write what the trainer logs: loss, learning rate, gradient norm, and the values of the validation."""
-        self._guarded(lambda: self.scalars(step, {training_tag(name): value for name, value in values.items()}))
+        """Write what the trainer logs: loss, learning rate, gradient norm, and the values of the validation.
+
+        Values up to the last step that was logged are left out: a training that resumes from a checkpoint repeats them.
+        """
+        steps = read_object(self._marker).get("steps", {})
+        new = {name: value for name, value in values.items() if step > steps.get(name, -1)}
+        if new:
+            self._guarded(lambda: self.scalars(step, {training_tag(name): value for name, value in new.items()}))
+            self._mark(steps=steps | dict.fromkeys(new, step))
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:
         """Write the scores after `step` training steps."""
-        self._guarded(lambda: self.scalars(step, {score_tag(name): value for name, value in scores.items()}))
+        self._once("scores", [dict(scores), step],
+                   lambda: self.scalars(step, {score_tag(name): value for name, value in scores.items()}))  # fmt: skip
 
     def report(self, metrics: Mapping[str, Any], init: Initialised, step: int) -> None:
         """Write the errors of the weights, metrics.json, the report of the initialisation and the samples.
 
-        If nothing was written before by this process, write losses and scores too, unless they were logged by an earlier one.
+        Losses and scores that were not logged yet are written too, such as when the tracker was added later.
         """
-        logged = digest_of([{name: value for name, value in metrics.items() if name not in _COSTS}])
-        if not self._opened and read_object(self._marker).get("logged") == logged:
-            return
-        if not self._opened:
-            for at, values in _logged(metrics):
-                self.training(at, values)
-            if metrics["scores"]:
-                self.scores(metrics["scores"], step)
-        self._guarded(lambda: self._report(init))
-        if not self._broken:
-            write_json(self._marker, read_object(self._marker) | {"logged": logged})
+        for at, values in _logged(metrics):
+            self.training(at, values)
+        if metrics["scores"]:
+            self.scores(metrics["scores"], step)
+        weights = [weight for weight in init.report["weights"] if weight["errors"]]
+        self._once("errors", [[weight["name"], weight["errors"]] for weight in weights], lambda: self._errors(weights))
+        files = (self.folder / "metrics.json", init.folder / "init_report.json", self.folder / "samples.jsonl")
+        self._once("logged", {name: value for name, value in metrics.items() if name not in _COSTS},
+                   lambda: self.artifact([file for file in files if file.is_file()]))  # fmt: skip
 
     def close(self, failed: bool) -> None:
         """Close the run if it was opened."""
         if self._opened:
             self._guarded(lambda: self.end(failed))
 
-    def _report(self, init: Initialised) -> None:
-        weights = [weight for weight in init.report["weights"] if weight["errors"]]
+    def _errors(self, weights: Sequence[Mapping[str, Any]]) -> None:
         for step in range(max((len(weight["errors"]) for weight in weights), default=0)):
             errors = [weight["errors"][step] for weight in weights if step < len(weight["errors"])]
             self.scalars(step, {"init_error_mean": sum(errors) / len(errors)})
@@ -103,16 +117,27 @@ class Tracker(ABC):
                 for weight in weights for step, error in enumerate(weight["errors"])]  # fmt: skip
         if rows:
             self.table("init_error", COLUMNS, rows)
-        files = (self.folder / "metrics.json", init.folder / "init_report.json", self.folder / "samples.jsonl")
-        self.artifact([file for file in files if file.is_file()])
+
+    def _once(self, name: str, content: Any, work: Callable[[], None]) -> None:
+        """Do the work unless it was done with this content, and mark it as done."""
+        digest = digest_of([content])
+        if read_object(self._marker).get(name) != digest:
+            self._guarded(work)
+            self._mark(**{name: digest})
+
+    def _mark(self, **done: Any) -> None:
+        if not self._broken:
+            write_json(self._marker, read_object(self._marker) | done)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         if self._broken:
             return
         try:
             if not self._opened:
-                known = read_object(self._marker).get("id")
-                write_json(self._marker, {"id": self.open(str(known) if known else None)})
+                known = read_object(self._marker)
+                found = self.open(str(known["id"]) if known.get("id") else None)
+                if found != known.get("id"):  # a new run there, in which nothing was logged
+                    write_json(self._marker, {"id": found, "training": self._training})
                 self._opened = True
             work()
         except Exception as error:

@@ -78,7 +78,7 @@ def finetune(
     watch = StageWatch()
     device = compute_device(config.device)
     checkpoints = folder / "checkpoints"
-    resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin))
+    resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin, config.train.load_best_model_at_end))
     if resumed:
         log.info("finetune: resumes from %s", resumed.name)
     patience = _patience(config, validation)
@@ -227,14 +227,16 @@ def training_arguments(
         raise UserError(f"train.*: transformers rejects these arguments: {error}") from None
 
 
-def last_whole_checkpoint(folder: Path, origin: Origin | None = None) -> Path | None:
-    """Return the complete checkpoint of this `origin` with the most steps. Others, such as damaged ones, are removed.
+def last_whole_checkpoint(folder: Path, origin: Origin | None = None, keeps_best: bool = False) -> Path | None:
+    """Return the complete checkpoint of this `origin` with the most steps. Later ones, such as damaged ones, are removed.
 
-    The trainer writes trainer_state.json last, and the manifest is written after it.
+    If the training `keeps_best`, the best step's checkpoint must be whole too: its adapter may be the one that is saved. The trainer writes trainer_state.json last, and the manifest is written after it.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
         fault = _fault(path, origin)
+        if fault is None and keeps_best and (best := _best_of(path)) not in (None, path):
+            fault = _fault(best, origin) and f"the best step's {best.name} is missing or damaged"
         if fault is None:
             return path
         log.warning("finetune: %s is passed over: %s", path, fault)
@@ -263,6 +265,12 @@ def _fault(checkpoint: Path, origin: Origin | None) -> str | None:
     return None
 
 
+def _best_of(place: Path) -> Path | None:
+    """Return the checkpoint of the best step when this one was written; None if nothing was validated before."""
+    best = json.loads((place / "trainer_state.json").read_text()).get("best_global_step")
+    return checkpoint(place.parent, best) if best else None
+
+
 def _history(checkpoint: Path) -> History:
     """Return what the trainer had logged when it wrote this checkpoint."""
     entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
@@ -273,10 +281,10 @@ def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in logs.items() if name != "step" and isinstance(value, (int, float))}
 
 
-def _resume_from(checkpoints: Path, origin: Origin) -> Path | None:
+def _resume_from(checkpoints: Path, origin: Origin, keeps_best: bool) -> Path | None:
     """Return the checkpoint of this `origin` to resume from. Checkpoints of another origin are removed."""
     _start_over_from_another(checkpoints, origin)
-    return last_whole_checkpoint(checkpoints, origin)
+    return last_whole_checkpoint(checkpoints, origin, keeps_best)
 
 
 def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:

@@ -57,8 +57,7 @@ def test_the_dashboards_show_a_sweep(cli: Any, tmp_path: Path, monkeypatch: pyte
         text = shown(tab, "init_error_by_layer", "init_error_mean", "score 2 cards", "train 4 cards")
         assert "q_proj" not in text  # no chart of one weight
         tab.open(f"{address}/?hparams#hparams")
-        text = shown(tab, "train.learning_rate", "quant.rank", "score/nll")
-        assert all(run in text for run in runs)
+        shown(tab, "train.learning_rate", "quant.rank", "score/nll", *runs)
         tab.open(f"{address}/?histograms#histograms")
         shown(tab, "init_error")
         tab.open(f"{address}/?text#text")

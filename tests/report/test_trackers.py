@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import Command
@@ -189,11 +189,88 @@ def test_an_unknown_logger_is_refused_with_the_known_ones(cli: Command) -> None:
     )
 
 
+def test_a_logger_named_twice_is_refused(cli: Command) -> None:
+    """It would log everything twice."""
+    assert cli.refused(*cli.tiny, "train.report_to=[mlflow,mlflow]") == (
+        "train.report_to=[mlflow,mlflow]: a logger is named twice; name each once"
+    )
+
+
 def test_no_logger_leaves_no_log(cli: Command) -> None:
-    assert cli(*cli.tiny, "train.report_to=[]", "stages=[quantize,finetune]").code == 0
+    outcome = cli(*cli.tiny, "train.report_to=[]", "stages=[quantize,finetune]")
+    assert outcome.code == 0
+    assert "tensorboard" not in outcome.out
     (folder,) = Path("outputs/runs").iterdir()
     assert not (folder / "tensorboard").exists()
     assert (folder / "metrics.json").is_file()
+
+
+class Keeps(loggers.Tracker):
+    """Keeps what it is given, over all runs."""
+
+    name = "keeps"
+    kept: ClassVar[list[tuple[int, str]]] = []
+    artifacts = 0
+
+    def open(self, known: str | None) -> str:
+        return known or "id"
+
+    def scalars(self, step: int, values: Any) -> None:
+        self.kept.extend((step, name) for name in values)
+
+    def table(self, name: str, columns: Any, rows: Any) -> None:
+        self.kept.append((0, name))
+
+    def artifact(self, files: Any) -> None:
+        Keeps.artifacts += 1
+
+    def end(self, failed: bool) -> None:
+        pass
+
+
+def use(monkeypatch: pytest.MonkeyPatch, tracker: type[loggers.Tracker]) -> None:
+    """Put a tracker in the place of wandb."""
+    monkeypatch.setattr(loggers, "_TRACKERS", {"wandb": ""})
+    monkeypatch.setattr(loggers, "_tracker", lambda _: tracker)
+    monkeypatch.setattr("loftq_exp.pipeline.check_loggers", lambda _: None)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", ["training", "report"])
+def test_a_killed_and_resumed_run_is_logged_once(cli: Command, monkeypatch: pytest.MonkeyPatch, killed_at: str) -> None:
+    """Killed at step 3, after the checkpoint of step 2; or between the scores and the report."""
+    use(monkeypatch, Keeps)
+    monkeypatch.setattr(Keeps, "kept", [])
+    monkeypatch.setattr(Keeps, "artifacts", 0)
+    overrides = (*cli.tiny, "train.report_to=[wandb]", "train.max_steps=4", "train.save_steps=2", "train.logging_steps=1",
+                 "train.eval_strategy=steps", "train.eval_steps=1")  # fmt: skip
+    with monkeypatch.context() as patched:
+        real = getattr(loggers.Loggers, killed_at)
+
+        def dies(self: Any, *given: Any) -> None:
+            if killed_at == "training":
+                real(self, *given)
+                if given[0] < 3 or "eval_loss" not in given[1]:
+                    return
+            raise Killed
+
+        patched.setattr(loggers.Loggers, killed_at, dies)
+        with pytest.raises(Killed):
+            cli(*overrides)
+    assert (3, "train/loss") in Keeps.kept
+    assert cli(*overrides).code == 0
+    assert len(Keeps.kept) == len(set(Keeps.kept))
+    for name, steps in {"train/loss": (1, 2, 3, 4), "validation/loss": (1, 2, 3, 4), "score/nll": (4,)}.items():
+        assert {step for step, found in Keeps.kept if found == name} == set(steps)
+    assert (0, "init_error") in Keeps.kept
+    assert Keeps.artifacts == 1
+    # A finished run adds nothing.
+    before = list(Keeps.kept)
+    assert cli(*overrides).code == 0
+    assert (Keeps.kept, Keeps.artifacts) == (before, 1)
 
 
 class Fails(loggers.Tracker):
@@ -209,10 +286,7 @@ class Fails(loggers.Tracker):
 
 
 def test_a_failing_tracker_does_not_end_the_run(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers, "_TRACKERS", {"wandb": ""})
-    monkeypatch.setattr(loggers, "_tracker", lambda _: Fails)
-    monkeypatch.setattr(loggers, "check_loggers", lambda _: None)
-    monkeypatch.setattr("loftq_exp.pipeline.check_loggers", lambda _: None)
+    use(monkeypatch, Fails)
     outcome = cli(*cli.tiny, "train.report_to=[wandb]")
     assert outcome.code == 0, outcome
     assert (
