@@ -33,8 +33,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 OVERRIDES = (
     "model=llama-2", "model.path=model", "output_dir=out", "device=cpu", "quant.rank=4", "quant.iter=1", "quant.dropout=0",
     "quant.calibration=diagonal", "calibration.samples=4", "calibration.length=32", "task=arithmetic",
-    "task.max_train_samples=4", "task.max_eval_samples=2", "task.max_source_length=32", "task.max_target_length=2",
+    "task.max_train_samples=6", "task.max_eval_samples=2", "task.max_source_length=32", "task.max_target_length=2",
     "train.per_device_train_batch_size=2", "train.logging_steps=1", "train.save_steps=1", "train.num_train_epochs=2",
+    "task.validation_size=2", "train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true",
 )  # fmt: skip
 TIMES = {"seconds", "compile_seconds", "peak_memory", "phases", "created", "commit"}
 """Fields that say how long something took, or when it was done. (A commit may be made meanwhile.)"""
@@ -280,7 +281,7 @@ def snapshot(root: Path) -> dict[str, Any]:
         elif path.suffix == ".safetensors" and "/cache/" in name:
             found[name] = content(path)
         elif path.suffix == ".json":
-            found[name] = timeless(json.loads(path.read_text()))
+            found[name] = timeless(_parsed(path))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
@@ -288,11 +289,24 @@ def snapshot(root: Path) -> dict[str, Any]:
 
 def content(path: Path) -> list[Any]:
     """The tensors and metadata of an entry of the cache. safetensors writes metadata in any order."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: hashlib.sha256(file.get_tensor(name).numpy().tobytes()).hexdigest() for name in file.keys()}  # noqa: SIM118
-        return [file.metadata(), tensors]
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return [
+                file.metadata(),
+                {name: hashlib.sha256(file.get_tensor(name).numpy().tobytes()).hexdigest() for name in names},
+            ]
+    except SafetensorError as error:  # of a test of damaged files
+        return [str(error)]
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        return str(error)
 
 
 def timeless(value: Any) -> Any:
@@ -423,6 +437,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=0, help="then a round of tests/together.py with so many")
+    parser.add_argument("--damaged", type=int, default=0, help="then so many cases of tests/corruption.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="killing-") as folder:
         start = Start(Path(folder))
@@ -432,6 +447,11 @@ def main() -> None:
 
             together.CONFIGS = CONFIGS
             found["together"] = together.rounds(start, options.processes, 1)
+        if options.damaged:
+            import corruption
+
+            corruption.CONFIGS = CONFIGS
+            found["damaged"] = corruption.damage_all(corruption.Damage(start), options.damaged, options.seed)
     if options.write:
         killed = found["killed"]
         how = (f"`python tests/killing.py --cases {options.cases} --seed {options.seed}`: {killed['kills']} SIGKILLs, before each "
