@@ -36,6 +36,7 @@ OVERRIDES = (
     "task.max_train_samples=6", "task.max_eval_samples=2", "task.max_source_length=32", "task.max_target_length=2",
     "train.per_device_train_batch_size=2", "train.logging_steps=1", "train.save_steps=1", "train.num_train_epochs=2",
     "task.validation_size=2", "train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true",
+    "train.warmup_ratio=0", "train.learning_rate=1e-3",
 )  # fmt: skip
 TIMES = {"seconds", "compile_seconds", "peak_memory", "phases", "created", "commit"}
 """Fields that say how long something took, or when it was done. (A commit may be made meanwhile.)"""
