@@ -14,6 +14,7 @@ from typing import Any
 
 from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised, read_artifact
+from loftq_exp.artifact.origin import FILE as ORIGIN
 from loftq_exp.artifact.origin import adapter_digest, file_digest, read_origin
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.errors import UserError
@@ -78,7 +79,7 @@ class Records:
     def finetuned(self, key: str | None = None) -> Record | None:
         """Return the record of the fine-tuning that produced the current adapter. None if it is missing or has another `key`."""
         found = self._read("finetune", key)
-        if found and found.get("adapter") != (adapter_digest(self.adapter) or "missing"):
+        if found and (self._origin_fault() or found.get("adapter") != (adapter_digest(self.adapter) or "missing")):
             if key:
                 log.info(
                     "finetune: the adapter in %s was deleted or changed since it was trained; it is trained again",
@@ -110,10 +111,14 @@ class Records:
     def adapter_to_score(self) -> Path | None:
         """Return the adapter of an earlier fine-tuning of the initialisation. None: its initial factors are scored.
 
-        Raises UserError if the initialisation was fine-tuned and its adapter is missing or was changed.
+        Raises UserError if the initialisation was fine-tuned and its adapter is missing or was changed, or if that cannot be
+        read because a record is damaged.
         """
         if self.trained_in:
             return Records(self.trained_in, self.init_key).adapter_to_score()
+        record = self.folder / "finetune.json"
+        if fault := (manifest.fault_of(record) if record.exists() else None) or self._origin_fault():
+            raise UserError(f"{fault}; add finetune to stages to train again")
         if self._read("finetune") and self.finetuned() is None:
             raise UserError(f"stages: the adapter in {self.adapter} was deleted or changed since it was trained; add finetune to "
                             f"stages, or delete {self.folder / 'finetune.json'} and adapter to score the initial factors")  # fmt: skip
@@ -121,6 +126,10 @@ class Records:
             log.warning("evaluate: the adapter in %s was not trained from this initialisation; the initial factors are scored; "
                         "add finetune to stages to train again", self.adapter)  # fmt: skip
         return self.trained_adapter
+
+    def _origin_fault(self) -> str | None:
+        """Return what is wrong with the file that says what the adapter was trained from."""
+        return manifest.fault_of(self.adapter / ORIGIN)
 
     @property
     def trained_adapter(self) -> Path | None:

@@ -33,8 +33,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 OVERRIDES = (
     "model=llama-2", "model.path=model", "output_dir=out", "device=cpu", "quant.rank=4", "quant.iter=1", "quant.dropout=0",
     "quant.calibration=diagonal", "calibration.samples=4", "calibration.length=32", "task=arithmetic",
-    "task.max_train_samples=4", "task.max_eval_samples=2", "task.max_source_length=32", "task.max_target_length=2",
+    "task.max_train_samples=6", "task.max_eval_samples=2", "task.max_source_length=32", "task.max_target_length=2",
     "train.per_device_train_batch_size=2", "train.logging_steps=1", "train.save_steps=1", "train.num_train_epochs=2",
+    "task.validation_size=2", "train.eval_strategy=steps", "train.eval_steps=1", "train.load_best_model_at_end=true",
+    "train.warmup_ratio=0", "train.learning_rate=1e-3",
 )  # fmt: skip
 TIMES = {"seconds", "compile_seconds", "peak_memory", "phases", "created", "commit"}
 """Fields that say how long something took, or when it was done. (A commit may be made meanwhile.)"""
@@ -280,7 +282,7 @@ def snapshot(root: Path) -> dict[str, Any]:
         elif path.suffix == ".safetensors" and "/cache/" in name:
             found[name] = content(path)
         elif path.suffix == ".json":
-            found[name] = timeless(json.loads(path.read_text()))
+            found[name] = timeless(_parsed(path))
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
@@ -288,11 +290,24 @@ def snapshot(root: Path) -> dict[str, Any]:
 
 def content(path: Path) -> list[Any]:
     """The tensors and metadata of an entry of the cache. safetensors writes metadata in any order."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: hashlib.sha256(file.get_tensor(name).numpy().tobytes()).hexdigest() for name in file.keys()}  # noqa: SIM118
-        return [file.metadata(), tensors]
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return [
+                file.metadata(),
+                {name: hashlib.sha256(file.get_tensor(name).numpy().tobytes()).hexdigest() for name in names},
+            ]
+    except SafetensorError as error:  # of a test of damaged files
+        return [str(error)]
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        return str(error)
 
 
 def timeless(value: Any) -> Any:
@@ -395,13 +410,35 @@ def _worker(start: Start, folder: Path, planned: Sequence[list[tuple[str, float]
         os._exit(code)
 
 
+COLUMNS = ("promise", "how it is tried", "cases", "failures")
+
+
+def write_row(place: Path, promise: str, how: str, found: dict[str, Any]) -> None:
+    """Put the counts of one harness into docs/results/reliability.json. The rows of other promises stay."""
+    rows = json.loads(place.read_text())["rows"] if place.exists() else []
+    row = {"promise": promise, "how it is tried": how, "cases": found["cases"], "failures": len(found["failures"])}
+    places = [number for number, other in enumerate(rows) if other["promise"] == promise]
+    rows[places[0] if places else len(rows) :] = [row, *rows[places[0] + 1 :]] if places else [row]
+    facts = {"model": "a random llama of one block, 32 wide"}
+    columns = [{"name": name, "key": name} for name in COLUMNS]
+    place.write_text(json.dumps({"facts": facts, "columns": columns, "rows": rows}, indent=1) + "\n")
+
+
+PROMISE = (
+    "a killed run leaves, after the next run, the bytes of an undisturbed one (but times), each step logged once, "
+    "and nothing else"
+)
+
+
 def main() -> None:
     """Print the counts, and each failure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--write", type=Path, help="JSON file for the counts: docs/results/reliability.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=0, help="then a round of tests/together.py with so many")
+    parser.add_argument("--damaged", type=int, default=0, help="then so many cases of tests/corruption.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="killing-") as folder:
         start = Start(Path(folder))
@@ -411,6 +448,17 @@ def main() -> None:
 
             together.CONFIGS = CONFIGS
             found["together"] = together.rounds(start, options.processes, 1)
+        if options.damaged:
+            import corruption
+
+            corruption.CONFIGS = CONFIGS
+            found["damaged"] = corruption.damage_all(corruption.Damage(start), options.damaged, options.seed)
+    if options.write:
+        killed = found["killed"]
+        how = (f"`python tests/killing.py --cases {options.cases} --seed {options.seed}`: {killed['kills']} SIGKILLs, before each "
+               f"of {killed['operations']} file operations where the cases suffice, and at random times, over quantize, calibrate, "
+               "fine-tune, evaluate, export, report")  # fmt: skip
+        write_row(options.write, PROMISE, how, killed)
     print(json.dumps(found, indent=1))  # noqa: T201
 
 

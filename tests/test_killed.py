@@ -1,4 +1,4 @@
-"""Runs that are killed, and runs beside each other: nothing is lost, torn, done twice or left behind."""
+"""Runs that are killed, runs beside each other and files that are damaged: nothing is lost, torn, done twice or left behind."""
 
 from __future__ import annotations
 
@@ -28,10 +28,18 @@ def tried(script: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the cases are forks")
 def test_a_killed_run_loses_nothing() -> None:
-    found = tried("killing.py", "--cases=10", "--seed=1", "--workers=1", "--processes=3")
+    found = tried("killing.py", "--cases=10", "--seed=1", "--workers=1", "--processes=3", "--damaged=10")
     assert found["killed"]["failures"] == []
     assert found["killed"]["kills"] >= 8
     assert found["together"]["failures"] == []
+    assert found["damaged"]["failures"] == []
+
+
+@pytest.mark.slow
+def test_300_damaged_files_change_no_result() -> None:
+    found = tried("corruption.py", "--cases=300", f"--seed={os.environ.get('SEED', '0')}")
+    assert found["failures"] == []
+    assert found["cases"] == 300
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from statistics import median
 
 import pytest
 from conftest import Command
+from omegaconf import DictConfig
 
 JOBS, SETTLED, GROWTH = 200, 10, 1.05
 
@@ -31,6 +33,20 @@ def counted(*args):
 run._outcome = counted
 sys.exit(run.main(sys.argv[2:]))
 """
+
+
+def test_a_job_leaves_no_settings_in_memory(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra keeps the result of each job of a multirun, which holds two composed trees."""
+    alive = list[int]()
+
+    def counted(*_: object) -> None:
+        gc.collect()
+        alive.append(sum(isinstance(each, DictConfig) for each in gc.get_objects()))
+
+    monkeypatch.setattr("loftq_exp.commands.run._outcome", counted)
+    cli(*cli.tiny, "-m", "seed=range(6)")
+    assert len(alive) == 6
+    assert alive[-1] == alive[1]
 
 
 @pytest.mark.slow

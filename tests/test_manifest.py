@@ -235,6 +235,28 @@ def test_adapters_of_two_runs_that_changed_places_are_noticed(
     assert (adapters[0] / "adapter_model.safetensors").read_bytes() == weights[0]
 
 
+@pytest.mark.parametrize("name", ["finetune.json", "adapter/made_from.json"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_damaged_record_of_the_training_never_scores_the_initial_factors(
+    again: Callable[..., RunResult], first: RunResult, tmp_path: Path, name: str, change: str
+) -> None:
+    if (name, change) == ("finetune.json", "missing"):
+        pytest.skip("then the adapter's own files say what it was trained from")
+    path = one(tmp_path / "out", f"runs/*/{name}")
+    CHANGES[change](path)
+    with pytest.raises(UserError, match=re.escape(str(path.parent)) + ".*add finetune to stages"):
+        again(MORE, "stages=[evaluate]")
+
+
+def test_an_adapter_whose_origin_is_damaged_is_trained_again(
+    again: Callable[..., RunResult], first: RunResult, tmp_path: Path
+) -> None:
+    path = one(tmp_path / "out", "runs/*/adapter/made_from.json")
+    flipped(path)
+    assert again().scores == first.scores
+    assert list(manifest.faults(path.parent)) == []
+
+
 @pytest.mark.parametrize("name", ["finetune.json", "evaluate.json", "samples.jsonl", "evaluations/*/evaluate.json",
                                   "evaluations/*/samples.jsonl", "metrics.json", "config.json"])  # fmt: skip
 def test_a_damaged_record_is_made_again(

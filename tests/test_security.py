@@ -85,11 +85,12 @@ def test_a_pickle_for_the_factors_of_a_published_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.bin"])
-def test_a_pickle_beside_a_trained_adapter_is_never_read(cli: Command, marker: Path, name: str) -> None:
+def test_a_pickle_beside_a_trained_adapter_is_refused_by_name(cli: Command, marker: Path, name: str) -> None:
     assert cli(*cli.tiny).code == 0
     (run,) = Path("outputs/runs").iterdir()
     plant(run / "adapter" / name, marker, True)
-    assert cli(*cli.tiny, "task.max_eval_samples=3").code == 0
+    message = cli.refused(*cli.tiny, "task.max_eval_samples=3")
+    assert f"{name} was added" in message
     (run / "adapter" / "adapter_model.safetensors").unlink()
     outcome = cli(*cli.tiny, "stages=[evaluate]")
     assert outcome.err.count("\n") == 1

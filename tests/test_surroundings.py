@@ -103,11 +103,11 @@ def test_the_locale_c(cli: Command, tmp_path: Path, tiny_llama_dir: Path) -> Non
     plain = called(*cli.tiny, **c)
     assert (plain.returncode, plain.stderr) == (0, "")
     (tmp_path / "modèle").symlink_to(tiny_llama_dir)
-    told = called(*cli.tiny, f"model.path={tmp_path}/modèle", QUANTIZE, **c)
+    told = called(*cli.tiny, f'model.path="{tmp_path}/modèle"', QUANTIZE, **c)
     assert told.returncode == 1
     assert told.stderr.count("\n") == 1
     assert "not readable in this locale; set LC_ALL=C.UTF-8" in told.stderr
-    assert called(*cli.tiny, f"model.path={tmp_path}/modèle", QUANTIZE, **c | {"PYTHONUTF8": "1"}).returncode == 0
+    assert called(*cli.tiny, f'model.path="{tmp_path}/modèle"', QUANTIZE, **c | {"PYTHONUTF8": "1"}).returncode == 0
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, log_to, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
-from loftq_exp.config.schema import check_secret, defaults, dotted_names, nearest
+from loftq_exp.config.schema import check_encoding, check_secret, defaults, dotted_names, nearest
 from loftq_exp.errors import UserError
 from loftq_exp.masking import mask_output
 from loftq_exp.report.places import JOB
@@ -190,6 +190,7 @@ def _parsed(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     check_launcher(options.overrides)
     for name, _, value in (override.partition("=") for override in options.overrides):
         check_secret(name.lstrip("+"), value)  # a multirun records its overrides before it composes them
+        check_encoding(name.lstrip("+"), value)  # Hydra's grammar has no such characters
     options.overrides = _overrides(options.overrides)
     return parser, options
 

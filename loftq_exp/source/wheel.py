@@ -38,7 +38,16 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+
 _CONVERSION = 1
 """Increment it when conversion changes, so that a folder converted by older code is not reused."""
 _UNREACHABLE = ("connection broken", "Failed to establish", "ConnectTimeout", "Read timed out", "ProxyError")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 """Error numbers of an unwritable location, which the user can fix."""
 
 

@@ -39,6 +39,7 @@ from loftq_exp.training.validation import (
     checkpoint,
     read_state,
     record_of,
+    validations,
 )
 from loftq_exp.whole import remove_folder, whole_folder
 
@@ -278,7 +279,9 @@ def _history(checkpoint: Path) -> History:
 
 
 def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in logs.items() if name != "step" and isinstance(value, (int, float))}
+    """The values that are logged of a step. A validation repeats the epoch, which its step may have logged already."""
+    left_out = {"step", "epoch"} if validations([{"step": 0, **logs}]) else {"step"}
+    return {name: value for name, value in logs.items() if name not in left_out and isinstance(value, (int, float))}
 
 
 def _resume_from(checkpoints: Path, origin: Origin, keeps_best: bool) -> Path | None:

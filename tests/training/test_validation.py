@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Command
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import TrainerCallback
 
 import loftq_exp
@@ -89,6 +90,10 @@ def test_the_best_steps_adapter_is_saved_and_recorded(configure: Configure, caps
     assert found["adapter_step"] == best
     assert found["rows"] == 4
     assert result.metrics["finetune"]["rows"] == 20
+    (events,) = result.run_dir.glob("tensorboard/*.training")
+    logged = [(value.tag, event.step) for event in EventFileLoader(str(events)).Load() for value in event.summary.value]
+    assert {("train/loss", 6), ("train/epoch", 6), ("validation/loss", 6)} <= set(logged)
+    assert len(logged) == len(set(logged)), "a value of a step is logged twice"
     # A run on the same rows that ends at that step has the same adapter.
     short = loftq_exp.run(configure("train.eval_strategy=epoch", *RISING, f"train.max_steps={best}", output="short"))
     assert same(result, short)
