@@ -61,7 +61,6 @@ def test_every_shared_name_is_handed_on(tmp_path: Path) -> None:
         "report_to",
         "fsdp",
         "deepspeed",
-        "report_to",
     }
     assert {field.name for field in dataclasses.fields(TrainConfig)} == set(changed) | elsewhere
 
