@@ -19,7 +19,7 @@ from loftq_exp.errors import UserError
     ("train.lr=1e-4", "did you mean 'train.learning_rate'?"),
     ("train.fp16=true", "choose train.bf16=true, or false for float32"),
     ("train.packing=true", "task=instruct has task.packing"),
-    ("logger=wandb", "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder"),
+    ("logger=wandb", "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder, and metrics.json has all numbers"),
 ])  # fmt: skip
 def test_a_name_of_another_tool(given: str, advice: str) -> None:
     with pytest.raises(UserError) as refused:
