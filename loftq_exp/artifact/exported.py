@@ -94,7 +94,9 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
                     _keep_adapter(partial, out, backbone, opened)
     weights, name = len(backbone.weights), AUTO_CLASSES[backbone.init.report["model"]["kind"]].__name__
     if to == PAIR:
-        return f"{out}: {weights} weights of Q in {kept} in {BASE}, the adapter in {PAIR}; PEFT and vLLM load both"
+        of_parameters = backbone.init.report.get("target_parameters")
+        loads = "PEFT loads both, vLLM no target_parameters" if of_parameters else "PEFT and vLLM load both"
+        return f"{out}: {weights} weights of Q in {kept} in {BASE}, the adapter in {PAIR}; {loads}"
     if not form.takes_values:
         return f"{out}: {weights} {to} weights unchanged, the adapter in {ADAPTER}"
     types = f"{form.export_note}, all else in {kept}" if form.export_note else f"in {kept}"

@@ -161,7 +161,8 @@ def test_exports_hold_each_matrix(
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     for key, value in expected(model).items():
         torch.testing.assert_close(merged.get_parameter(key).detach(), value, rtol=1e-4, atol=1e-5)
-    export(init.folder, tmp_path / "pair", to="adapter")
+    said = export(init.folder, tmp_path / "pair", to="adapter")
+    assert said.endswith("PEFT and vLLM load both" if name == "gpt2" else "PEFT loads both, vLLM no target_parameters")
     base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "pair/base", dtype=torch.float32)
     check_merged(PeftModel.from_pretrained(base, str(tmp_path / "pair/adapter")), model)
     if name != "gpt2":
