@@ -130,7 +130,7 @@ def log_to(stream: TextIO) -> None:
 
 def quiet_libraries() -> None:
     """Silence the libraries' output on the terminal. Call it before torch and transformers are imported."""
-    for name in ("hydra", "hydra_plugins", "httpx", "httpx2", "datasets", "absl"):
+    for name in ("hydra", "hydra_plugins", "httpx", "httpx2", "datasets", "absl", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of each missing optional package
