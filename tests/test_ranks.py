@@ -119,7 +119,7 @@ import sys, time
 from loftq_exp import ranks
 from loftq_exp.commands.run import main
 from loftq_exp.records import Records
-from loftq_exp.training import finetune
+from loftq_exp.training import checkpoints, finetune
 
 def slow(function):
     def call(*args):
@@ -129,7 +129,7 @@ def slow(function):
 
 if ranks.is_main():
     finetune._save_adapter = slow(finetune._save_adapter)
-    finetune._Listed._list = slow(finetune._Listed._list)
+    checkpoints.ListCheckpoints._list = slow(checkpoints.ListCheckpoints._list)
     Records.keep = slow(Records.keep)
 sys.exit(main())
 """

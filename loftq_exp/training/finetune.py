@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from loftq_exp import manifest, ranks
 from loftq_exp.artifact.folder import Initialised
-from loftq_exp.artifact.origin import Origin, adapter_digest, read_origin
+from loftq_exp.artifact.origin import Origin, adapter_digest
 from loftq_exp.config import RunConfig
 from loftq_exp.costs import StageWatch
 from loftq_exp.device import compute_device, compute_dtype
@@ -26,22 +23,20 @@ from loftq_exp.errors import UserError
 from loftq_exp.foreign import reason_of
 from loftq_exp.progress import Advance, progress
 from loftq_exp.tasks.base import Task
+from loftq_exp.training.checkpoints import (
+    KeepCheckpoints,
+    ListCheckpoints,
+    Reached,
+    checkpoint,
+    read_state,
+    resume_from,
+)
 from loftq_exp.training.isolation import check_isolation
 from loftq_exp.training.load import backbone_form, load_model
 from loftq_exp.training.padding import settle_padding
 from loftq_exp.training.sharding import is_sharded, sharding
-from loftq_exp.training.validation import (
-    KeepCheckpoints,
-    Patience,
-    Reached,
-    ValidatingTrainer,
-    Validation,
-    checkpoint,
-    read_state,
-    record_of,
-    validations,
-)
-from loftq_exp.whole import remove_folder, whole_folder
+from loftq_exp.training.validation import Patience, ValidatingTrainer, Validation, record_of, validations
+from loftq_exp.whole import whole_folder
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -78,19 +73,20 @@ def finetune(
     """
     watch = StageWatch()
     device = compute_device(config.device)
+    dtype = compute_dtype(device, config.train.bf16)
     checkpoints = folder / "checkpoints"
-    resumed = ranks.from_main(lambda: _resume_from(checkpoints, origin, config.train.load_best_model_at_end))
+    resumed = ranks.from_main(lambda: resume_from(checkpoints, origin, config.train.load_best_model_at_end))
     if resumed:
         log.info("finetune: resumes from %s", resumed.name)
     patience = _patience(config, validation)
     found = read_state(resumed) if resumed else None
     if ranks.is_main():
-        begin(_history(resumed) if resumed else ())
+        begin(_logged(found.history) if found else ())
     trainer = None
     if found is None or not (found.is_last or (patience and patience.ran_out(found.history))):
         keep = KeepCheckpoints(config.train.save_steps, checkpoints) if config.train.load_best_model_at_end else None
         with progress("finetune") as advance:
-            shown = [_Report(advance, scalars), _Listed(checkpoints, origin), *filter(None, (keep, patience))]
+            shown = [_Report(advance, scalars), ListCheckpoints(checkpoints, origin), *filter(None, (keep, patience))]
             trainer = _trained(init, prepared, task, config, checkpoints, shown, validation, resumed)
         found = Reached(trainer.state.global_step, True, trainer.state.log_history)
     validated = record_of(found, config.train, validation) if validation else None
@@ -105,7 +101,6 @@ def finetune(
         else:  # the run was killed after the last step
             assert resumed
             best = checkpoint(checkpoints, validated["adapter_step"]) if validated else resumed
-            dtype = compute_dtype(device, config.train.bf16)
             _save_adapter(load_model(init, best, config, device, dtype, task.num_labels), folder / "adapter", origin)
 
     ranks.from_main(save)
@@ -116,7 +111,7 @@ def finetune(
         "adapter": adapter_digest(folder / "adapter"),
         "backbone": backbone_form(init, config, device),
         "ranks": ranks.count(),
-        "dtype": str(compute_dtype(device, config.train.bf16)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "resumed_from": resumed.name if resumed else None,
         **watch.costs(),
     }
@@ -228,77 +223,15 @@ def training_arguments(
         raise UserError(f"train.*: transformers rejects these arguments: {error}") from None
 
 
-def last_whole_checkpoint(folder: Path, origin: Origin | None = None, keeps_best: bool = False) -> Path | None:
-    """Return the complete checkpoint of this `origin` with the most steps. Later ones, such as damaged ones, are removed.
-
-    If the training `keeps_best`, the best step's checkpoint must be whole too: its adapter may be the one that is saved. The trainer writes trainer_state.json last, and the manifest is written after it.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        fault = _fault(path, origin)
-        if fault is None and keeps_best and (best := _best_of(path)) not in (None, path):
-            fault = _fault(best, origin) and f"the best step's {best.name} is missing or damaged"
-        if fault is None:
-            return path
-        log.warning("finetune: %s is passed over: %s", path, fault)
-        shutil.rmtree(path)
-    return None
-
-
-def _fault(checkpoint: Path, origin: Origin | None) -> str | None:
-    """Return why training cannot resume from a checkpoint. One without a manifest, of an older version, is loaded to know."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return "it is incomplete"
-    if (checkpoint / manifest.FILE).exists():
-        if origin not in (None, read_origin(checkpoint)):
-            return "it has other rows, weights or settings"
-        return next(manifest.faults(checkpoint), None)
-    try:
-        for path in sorted(checkpoint.glob("*.safetensors")):
-            load_file(path)
-        for name in ("optimizer.pt", "scheduler.pt"):
-            if (checkpoint / name).exists():
-                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except Exception as error:  # any type: a damaged pickle raises whatever its bytes say
-        return f"it does not load ({type(error).__name__})"
-    return None
-
-
-def _best_of(place: Path) -> Path | None:
-    """Return the checkpoint of the best step when this one was written; None if nothing was validated before."""
-    best = json.loads((place / "trainer_state.json").read_text()).get("best_global_step")
-    return checkpoint(place.parent, best) if best else None
-
-
-def _history(checkpoint: Path) -> History:
-    """Return what the trainer had logged when it wrote this checkpoint."""
-    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], _numbers(entry)) for entry in entries]
+def _logged(history: Sequence[Mapping[str, Any]]) -> History:
+    """Return what the trainer logged, by step."""
+    return [(entry["step"], _numbers(entry)) for entry in history]
 
 
 def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
     """The values that are logged of a step. A validation repeats the epoch, which its step may have logged already."""
     left_out = {"step", "epoch"} if validations([{"step": 0, **logs}]) else {"step"}
     return {name: value for name, value in logs.items() if name not in left_out and isinstance(value, (int, float))}
-
-
-def _resume_from(checkpoints: Path, origin: Origin, keeps_best: bool) -> Path | None:
-    """Return the checkpoint of this `origin` to resume from. Checkpoints of another origin are removed."""
-    _start_over_from_another(checkpoints, origin)
-    return last_whole_checkpoint(checkpoints, origin, keeps_best)
-
-
-def _start_over_from_another(checkpoints: Path, origin: Origin) -> None:
-    """Remove checkpoints that were not made from `origin`, and write the keys of `origin` for those to come."""
-    if any(checkpoints.glob("checkpoint-*")) and read_origin(checkpoints) != origin:
-        log.info(
-            "finetune: starts over, because the checkpoints in %s have other rows, weights or settings", checkpoints
-        )
-        remove_folder(checkpoints)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    origin.write(checkpoints)
 
 
 def _save_adapter(model: Any, place: Path, origin: Origin, values: dict[str, torch.Tensor] | None = None) -> None:
@@ -330,19 +263,3 @@ class _Report(TrainerCallback):
         control.should_log = control.should_log or state.global_step >= state.max_steps
         if state.is_world_process_zero:
             self.advance(state.global_step, state.max_steps, self.loss)
-
-
-class _Listed(TrainerCallback):
-    """Writes the origin and the manifest of each checkpoint, once all ranks have written their part."""
-
-    def __init__(self, checkpoints: Path, origin: Origin) -> None:
-        self.checkpoints, self.origin = checkpoints, origin
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """List the files of the checkpoint that was just written."""
-        ranks.gather(None)
-        ranks.from_main(lambda: self._list(self.checkpoints / f"checkpoint-{state.global_step}"))
-
-    def _list(self, checkpoint: Path) -> None:
-        self.origin.write(checkpoint)
-        manifest.complete(checkpoint)

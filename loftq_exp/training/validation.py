@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from loftq_exp.config import TrainConfig
 from loftq_exp.config.train import LOSS
 from loftq_exp.errors import UserError
 from loftq_exp.tasks.encode import IGNORED, Features
+from loftq_exp.training.checkpoints import Reached
 from loftq_exp.training.divergence import FiniteTrainer
 
 _PREFIX = "eval_"
@@ -133,46 +132,10 @@ class Patience(TrainerCallback):
         return len(values) - 1 - values.index(best) >= self._patience
 
 
-class KeepCheckpoints(TrainerCallback):
-    """Saves a checkpoint every `save_steps` steps, and finds the best one again if the run's folder was moved."""
-
-    def __init__(self, save_steps: int, folder: Path) -> None:
-        self._steps, self._folder = save_steps, folder
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the path of the best checkpoint."""
-        if state.best_global_step:
-            state.best_model_checkpoint = str(checkpoint(self._folder, state.best_global_step))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save if the step is a multiple of `save_steps`."""
-        control.should_save = control.should_save or state.global_step % self._steps == 0
-
-
-def checkpoint(folder: Path, step: int) -> Path:
-    """Return the folder of the trainer's checkpoint of a step."""
-    return folder / f"checkpoint-{step}"
-
-
 def validations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
     """Return the step and the values of each validation in a trainer's log."""
     return [(int(entry["step"]), {name.removeprefix(_PREFIX): value for name, value in entry.items() if name.startswith(_PREFIX)})
             for entry in history if _PREFIX + LOSS in entry]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Reached:
-    """How far a training came: its step, whether no step is left, and the trainer's log."""
-
-    step: int
-    is_last: bool
-    history: list[dict[str, Any]]
-
-
-def read_state(place: Path) -> Reached:
-    """Return how far the training of the trainer's checkpoint in `place` came."""
-    state = json.loads((place / "trainer_state.json").read_text())
-    return Reached(int(state["global_step"]), state["global_step"] >= state["max_steps"], list(state["log_history"]))
 
 
 def record_of(reached: Reached, train: TrainConfig, validation: Validation) -> dict[str, Any]:

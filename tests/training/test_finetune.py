@@ -17,7 +17,8 @@ import loftq_exp
 from loftq_exp.config import ModelConfig, RunConfig, TrainConfig
 from loftq_exp.config.quant import QuantConfig
 from loftq_exp.tasks import task_settings
-from loftq_exp.training.finetune import last_whole_checkpoint, training_arguments
+from loftq_exp.training.checkpoints import last_whole_checkpoint
+from loftq_exp.training.finetune import training_arguments
 from loftq_exp.training.validation import ValidatingTrainer
 
 
