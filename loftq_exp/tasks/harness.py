@@ -129,17 +129,7 @@ class Harness(Task):
         """
         if split == "train":
             self._only_scores()
-        rows: list[Row] = [{"configs": {name: task.dump_config() for name, task in self._tasks.items()}}]
-        with quiet(), self._readable():
-            for name, task in self._tasks.items():
-                task.set_fewshot_seed(seed=FEWSHOT_SEED)
-                task.build_all_requests(limit=self.config.max_eval_samples)
-                documents: dict[int, Row] = {}
-                for one in task.instances:
-                    row = documents.setdefault(one.doc_id, {"task": name, "document": one.doc, "requests": []})
-                    row["requests"].append([one.request_type, one.arguments])
-                rows += documents.values()
-        return [plain(row) for row in rows]
+        return list(self._documents)
 
     def digest(self, split: Split) -> str:
         """As `Task.digest`, of the documents and requests that are scored."""
@@ -202,6 +192,21 @@ class Harness(Task):
         return shown
 
     # The harness's tasks ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _documents(self) -> list[Row]:
+        """The rows. The harness takes long to build its requests, and both the scores' key and the digest need them."""
+        rows: list[Row] = [{"configs": {name: task.dump_config() for name, task in self._tasks.items()}}]
+        with quiet(), self._readable():
+            for name, task in self._tasks.items():
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+                task.build_all_requests(limit=self.config.max_eval_samples)
+                documents: dict[int, Row] = {}
+                for one in task.instances:
+                    row = documents.setdefault(one.doc_id, {"task": name, "document": one.doc, "requests": []})
+                    row["requests"].append([one.request_type, one.arguments])
+                rows += documents.values()
+        return [plain(row) for row in rows]
 
     @property
     def _tasks(self) -> dict[str, Any]:
