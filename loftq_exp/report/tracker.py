@@ -39,6 +39,7 @@ class Tracker(ABC):
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self._marker = folder / f"{self.name}.json"
+        self._known = read_object(self._marker)  # no other process changes it: the run holds the folder's lock
         self._opened = self._broken = False
         self._training: str | None = None
 
@@ -68,9 +69,8 @@ class Tracker(ABC):
 
     def begin_training(self, key: str) -> None:
         """Start to log the training with this `key`, or go on with it."""
-        known = read_object(self._marker)
-        if known and known.get("training") != key:
-            write_json(self._marker, known | {"training": key, "steps": {}})
+        if self._known and self._known.get("training") != key:
+            self._write(self._known | {"training": key, "steps": {}})
         self._training = key
 
     def training(self, step: int, values: Mapping[str, float]) -> None:
@@ -78,7 +78,7 @@ class Tracker(ABC):
 
         Values up to the last step that was logged are left out: a training that resumes from a checkpoint repeats them.
         """
-        steps = read_object(self._marker).get("steps", {})
+        steps = self._known.get("steps", {})
         new = {name: value for name, value in values.items() if step > steps.get(name, -1)}
         if new:
             self._guarded(lambda: self.scalars(step, {training_tag(name): value for name, value in new.items()}))
@@ -121,23 +121,27 @@ class Tracker(ABC):
     def _once(self, name: str, content: Any, work: Callable[[], None]) -> None:
         """Do the work unless it was done with this content, and mark it as done."""
         digest = digest_of([content])
-        if read_object(self._marker).get(name) != digest:
+        if self._known.get(name) != digest:
             self._guarded(work)
             self._mark(**{name: digest})
 
     def _mark(self, **done: Any) -> None:
         if not self._broken:
-            write_json(self._marker, read_object(self._marker) | done)
+            self._write(self._known | done)
+
+    def _write(self, known: dict[str, Any]) -> None:
+        self._known = known
+        write_json(self._marker, known)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         if self._broken:
             return
         try:
             if not self._opened:
-                known = read_object(self._marker)
-                found = self.open(str(known["id"]) if known.get("id") else None)
-                if found != known.get("id"):  # a new run there, in which nothing was logged
-                    write_json(self._marker, {"id": found, "training": self._training})
+                known = self._known.get("id")
+                found = self.open(str(known) if known else None)
+                if found != known:  # a new run there, in which nothing was logged
+                    self._write({"id": found, "training": self._training})
                 self._opened = True
             work()
         except Exception as error:
