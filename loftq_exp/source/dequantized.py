@@ -186,6 +186,11 @@ def _mxfp4_values(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
 def _find_bitsandbytes(tensors: CheckpointTensors, settings: Mapping[str, Any], folder: Path) -> _Found:
     """Weights of bitsandbytes' 4-bit or 8-bit layers."""
     names, found, used = set(tensors.names), {}, set()
+    parts_of: dict[str, dict[str, str]] = {}
+    for part in tensors.names:
+        name, inside, role = part.partition(".weight.")
+        if inside:
+            parts_of.setdefault(f"{name}.weight", {})[role] = part
     for name in tensors.names:
         if not name.endswith(".weight"):
             continue
@@ -194,7 +199,7 @@ def _find_bitsandbytes(tensors: CheckpointTensors, settings: Mapping[str, Any], 
             found[name] = _Packed(tensors.shape(name), {"codes": name, "scale": scale}, _int8_values)
             used |= {name, scale, name.removesuffix("weight") + "weight_format"}
             continue
-        parts = {part.removeprefix(f"{name}."): part for part in tensors.names if part.startswith(f"{name}.")}
+        parts = parts_of.get(name, {})
         state = next((part for role, part in parts.items() if role.startswith("quant_state.bitsandbytes__")), None)
         if state is not None:
             said = json.loads(bytes(tensors.read(state).tolist()))
