@@ -31,7 +31,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.integrations.loads import check_report
 from loftq_exp.progress import progress
 from loftq_exp.schemes import FORMATS
-from loftq_exp.source.files import carry_files
+from loftq_exp.source.files import LICENCES, carry_files
 from loftq_exp.source.layout import AUTO_CLASSES, left_dense, load_config
 from loftq_exp.source.loading import load_report
 from loftq_exp.storage.format import StorageFormat, storage_format
@@ -214,7 +214,7 @@ def _write_gguf(
     base = init.folder.resolve().name
     place = folder / f"{base}-{kind}.gguf"
     write_gguf(place, config, init.folder, shapes, values, kind, base)
-    for path in [*init.folder.glob("LICENSE*"), *init.folder.glob("NOTICE*")]:
+    for path in (path for pattern in LICENCES for path in init.folder.glob(pattern)):
         shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(f"""# {place.name}
 

@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Part of the initialised checkpoint's key. Increment it when the set of copied files changes."""
+LICENCES = ("LICENSE*", "NOTICE*")
 _KNOWN = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-          "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", "LICENSE*", "NOTICE*")  # fmt: skip
+          "spiece.model", "sentencepiece*", "spm.model", "chat_template*", "*.tiktoken", *LICENCES)  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _QUOTED = re.compile(r"""["']([\w.-]+\.\w+)["']""")
 """A quoted file name in Python code."""
