@@ -26,7 +26,7 @@ from regions import filled  # noqa: E402
 from zoo import CONFIGS, quantize_config  # noqa: E402
 
 from loftq_exp.errors import UserError  # noqa: E402
-from loftq_exp.initialise.stage import check_fit  # noqa: E402
+from loftq_exp.initialise.fit import check_fit  # noqa: E402
 from loftq_exp.source.layout import Layout, find_layout  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"

@@ -17,8 +17,9 @@ from loftq_exp.config.schema import build
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.decomposer import quantizers_of, recipe_of, solve
 from loftq_exp.initialise.decomposition_cache import Kept, Recipe
+from loftq_exp.initialise.fit import check_shapes
 from loftq_exp.initialise.plan import Errors, candidates, is_measured, make_plan
-from loftq_exp.initialise.stage import check_shapes, random_A
+from loftq_exp.initialise.stage import random_A
 from loftq_exp.initialise.workers import side_by_side
 from loftq_exp.integrations.loads import ranks_of_parameters
 from loftq_exp.loftq import Metric, Workspace, metric_of

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.initialise.calibrate import calibrate
 from loftq_exp.initialise.decomposer import Decomposed, Decomposer
+from loftq_exp.initialise.fit import check_fit
 from loftq_exp.initialise.key import MadeFrom, done_before, init_dir, made_from
 from loftq_exp.initialise.plan import candidates, is_measured, make_plan
 from loftq_exp.initialise.prequantized import check_types
-from loftq_exp.initialise.stage import check_fit
 from loftq_exp.initialise.workers import side_by_side
 from loftq_exp.loftq.allocation import Precision
 from loftq_exp.progress import progress

@@ -28,13 +28,14 @@ from loftq_exp.artifact.folder import (
     written_whole,
 )
 from loftq_exp.artifact.writer import SafetensorsWriter
-from loftq_exp.config import QuantConfig, RunConfig, digest_of
+from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.costs import StageWatch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.calibrate import Calibration, calibrate
 from loftq_exp.initialise.coverage import bits_per_weight, coverage, written_names
 from loftq_exp.initialise.decomposer import Decomposer
 from loftq_exp.initialise.decomposition_cache import Kept, weight_digest
+from loftq_exp.initialise.fit import check_fit
 from loftq_exp.initialise.kept import remove_damaged
 from loftq_exp.initialise.key import REPORT_FORMAT, MadeFrom, check_unchanged, done_before, init_dir, made_from
 from loftq_exp.initialise.measure import measuring
@@ -49,7 +50,6 @@ from loftq_exp.loftq.allocation import Precision
 from loftq_exp.manifest import SMALL
 from loftq_exp.progress import Advance, progress
 from loftq_exp.provenance import provenance
-from loftq_exp.schemes import FORMATS
 from loftq_exp.source.dequantized import open_values
 from loftq_exp.source.finite import check_finite, is_finite
 from loftq_exp.source.head import PREFIX, head_tensors
@@ -158,49 +158,6 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
              final, len(weights), totals["computed"], totals["cache_hits"], totals["mean_error"],
              totals["mean_error_quantized"])  # fmt: skip
     return Initialised(final, report)
-
-
-def check_fit(layout: Layout, config: RunConfig) -> None:
-    """Raise UserError if rank, block size or storage do not fit a target's shape or class, or a setting its adapter."""
-    check_shapes(layout, config.quant)
-    wrapped = next(filter(layout.as_parameter, layout.targets), None)
-    for option, form in (("save_format", config.save_format), ("train.backbone", config.train.backbone)):
-        if wrapped and form in FORMATS and not storage_format(form).plain:
-            raise UserError(f"{option}={form}: {FORMATS[form].layers} replace linear layers alone, and PEFT adapts {wrapped.parameter} "
-                            f"as a parameter; use {option}=dense")  # fmt: skip
-    if layout.left_dense and storage_format(config.save_format).needs_plain_linears:
-        raise UserError(f"save_format={config.save_format}: transformers loads {layout.left_dense[0]} only as a dense layer; "
-                        "use save_format=dense")  # fmt: skip
-
-
-def check_shapes(layout: Layout, quant: QuantConfig) -> None:
-    """Raise UserError if rank or block size do not fit a target's shape, or dropout, ranks or calibration its adapter."""
-    if wrapped := next(filter(layout.as_parameter, layout.targets), None):
-        _check_parameter(wrapped.parameter, quant)
-    if (
-        expert := next((target for target in layout.targets if target.expert is not None), None)
-    ) and quant.calibration != "none":
-        raise UserError(f"quant.calibration={quant.calibration}: the inputs of each expert of {expert.parameter} are not collected; "
-                        "use quant.calibration=none")  # fmt: skip
-    largest = max(layout.targets, key=lambda target: min(target.shape))
-    if quant.rank > min(largest.shape):  # a smaller weight gets its largest possible rank, see `make_plan`
-        raise UserError(f"quant.rank={quant.rank}: no weight has such a rank, {largest.module} is {largest.shape[0]} x "
-                        f"{largest.shape[1]}; choose a rank of at most {min(largest.shape)}")  # fmt: skip
-    for target in layout.targets:
-        if quant.type.startswith(("nf", "uniform")) and math.prod(target.shape) % quant.block_size:
-            raise UserError(f"quant.block_size={quant.block_size}: does not divide the {math.prod(target.shape)} values of "
-                            f"{target.module} ({target.shape[0]} x {target.shape[1]}); choose a smaller power of two")  # fmt: skip
-
-
-def _check_parameter(name: str, quant: QuantConfig) -> None:
-    """Raise UserError for settings that PEFT does not have for the adapter of a parameter."""
-    if quant.dropout:
-        raise UserError(f"quant.dropout={quant.dropout:g}: PEFT has no dropout for {name}, which it adapts as a parameter; "
-                        "use quant.dropout=0")  # fmt: skip
-    if quant.rule == "error+rank":
-        raise UserError(
-            f"quant.allocation=error+rank: PEFT has one rank for all matrices of {name}; use quant.allocation=error"
-        )
 
 
 def _write_weights(
