@@ -123,6 +123,8 @@ def test_a_shard_that_is_killed_costs_the_weight_in_its_hand(
     with pytest.MonkeyPatch.context() as patched:
         dies_at(3, patched, before=lambda: time.sleep(1))  # it dies while the other one waits for it
         killed = place.start("initialise.shards=2", "initialise.shard=1")
+    while not place.log.exists() or len(place.log.read_text().splitlines()) < 2:
+        time.sleep(0.01)  # alone, so that a slow start leaves it its two weights
     other = place.start("initialise.shards=2", "initialise.shard=0")
     assert ended(killed, other) == [-signal.SIGKILL, 0]
     assert place.computed == {str(killed): 2, str(other): WEIGHTS - 2}
