@@ -19,7 +19,7 @@ import slurm
 import yaml
 from ray_cluster import two_nodes
 
-from loftq_exp.commands import launchers
+from loftq_exp.commands import dispatch, launchers
 from loftq_exp.commands.run import conf_dir
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,42 @@ def test_a_job_that_is_killed_is_named_and_the_others_go_on(cli: Any) -> None:
     assert "job 1 ended without a result; its process was killed or not started" in out
     assert [path.name for path in sorted(folder.glob("job-*.json"))] == ["job-0000.json", "job-0002.json"]
     assert f"to run them again: loftq-exp sweep resume {folder.resolve()} --failed" in err
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_joblib_ends_the_sweep_and_resume_runs_the_rest(cli: Any) -> None:
+    needs("joblib")
+    sweep = start(cli, "-m", "seed=range(8)", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    done = until(lambda: sorted(Path("outputs/sweeps").glob("*/job-*.json")))
+    workers = [child for child in psutil.Process(sweep.pid).children() if "loky" in " ".join(child.cmdline())]
+    next(worker for worker in workers if "resource_tracker" not in " ".join(worker.cmdline())).kill()
+    out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 1
+    assert "hydra/launcher=joblib: TerminatedWorkerError: " in out + err
+    assert "Traceback" not in err
+    folder = done[0].parent
+    assert f"loftq-exp sweep resume {folder.resolve()}" in err
+    assert len(list(folder.glob("job-*.json"))) < 8
+    resumed = cli.call(lambda: dispatch.main(["sweep", "resume", str(folder), "--failed"]))
+    assert resumed.code == 0, resumed.err
+    assert len(table(folder)) == 1  # one setting, eight seeds
+    assert "8 jobs" in resumed.out
+
+
+@pytest.mark.slow
+def test_ray_starts_a_killed_job_again(cli: Any) -> None:
+    needs("ray")
+    with two_nodes() as address:
+        sweep = start(cli, "-m", "seed=1,2,3,4", "hydra/launcher=ray", f"hydra.launcher.ray.init.address='{address}'")
+        until(lambda: list(Path("outputs/sweeps").glob("*/job-*.json")))
+        running = [
+            each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [""])[0] == "ray::_run_job"
+        ]
+        running[0].kill()
+        out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, err
+    assert "4 jobs" in out
+    assert len(list(Path("outputs/sweeps").glob("*/job-*.json"))) == 4
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
