@@ -24,9 +24,7 @@ PANEL = 128
 ROWS = 64
 """Rows that the compiled pass rounds together. The compiler vectorises loops over them; it does not with 16 or 32."""
 
-PanelPass = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, slice], None
-]
+PanelPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, slice], None]
 """f(values, image, anchors, codes, scales, root, panel): round these columns, see `FeedbackRounding`.
 
 On entry the panel's `image` has the errors of earlier columns times the root, on return those of its own columns too."""
@@ -40,9 +38,7 @@ def rounding_panel(quantizer: Quantizer, device: str) -> PanelPass:
     stored = torch.float32 if quantizer.double else quantizer.scale_dtype
     if device != "cpu" or numba is None or stored not in CPU_TYPES:
         on_device = levels.to(device), thresholds.to(device)
-        return functools.partial(
-            _in_torch, block=block, levels=on_device[0], thresholds=on_device[1], stored=stored
-        )
+        return functools.partial(_in_torch, block=block, levels=on_device[0], thresholds=on_device[1], stored=stored)
     run, tables = _panel(stored == torch.bfloat16), (levels.numpy(), thresholds.numpy())
 
     def call(values: torch.Tensor, image: torch.Tensor, anchors: torch.Tensor, codes: torch.Tensor,
@@ -75,7 +71,9 @@ def _in_torch(
         scale = scales[group, -1]
         at = values[:, j] + image[:, j] * inverse[j]
         x = torch.where(scale > 0, at - zero, 0.0) / torch.where(scale > 0, scale, 1.0)
-        code = torch.where(anchors[group] == starts + j, torch.where(x > 0, len(levels) - 1, 0), torch.bucketize(x, thresholds))
+        code = torch.where(
+            anchors[group] == starts + j, torch.where(x > 0, len(levels) - 1, 0), torch.bucketize(x, thresholds)
+        )
         error = values[:, j] - (zero + levels[code] * scale).to(stored).to(torch.float32)
         codes[:, j], values[:, j] = code.to(torch.uint8), error
         image[:, j : panel.stop] += error[:, None] * root[j, j : panel.stop]
