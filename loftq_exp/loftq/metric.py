@@ -16,7 +16,7 @@ DAMPING = 0.01
 METRIC_VERSION = 2
 """Part of the cache keys of calibrated results: increment it when damping, scaling, the root or a rounding change."""
 
-PANEL = 512
+PANEL = 256
 """Columns of the triangular root per piece of a product."""
 
 TILE_ROWS = 256
