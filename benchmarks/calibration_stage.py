@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["model", "block"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=4, help="of 512 tokens, for the block")
+    parser.add_argument("--samples", type=int, default=8, help="of 512 tokens, for the block")
     args = parser.parse_args()
     of_block = f"one block, {args.samples} x {LENGTH} tokens: CPU seconds"
     parts: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[dict[str, str]]]] = {

@@ -24,7 +24,7 @@ CHUNK = 2048
 """Tokens per float32 product. The products are summed in float64."""
 
 PANEL = 2048
-"""Columns of H per product."""
+"""Rows of H at a time."""
 
 BOUND = 8 * math.sqrt(CHUNK) * torch.finfo(torch.float32).eps
 """Bound on the difference of two collections of the same inputs, in other batches or on other threads, as a multiple of
@@ -73,7 +73,8 @@ def mean_of(moments: Sequence[Moment]) -> Statistics:
     tokens = sum(moment.tokens for moment in moments)
     total = functools.reduce(torch.add, (moment.sum for moment in moments))
     mean = torch.empty_like(total, dtype=torch.float32)
-    torch.div(total, tokens, out=mean)
+    for first in range(0, len(mean), PANEL):  # a quotient in float64 is as large as the sum
+        mean[first : first + PANEL] = total[first : first + PANEL] / tokens
     if mean.ndim == 2:
         for row in range(len(mean)):
             mean[row + 1 :, row] = mean[row, row + 1 :]
