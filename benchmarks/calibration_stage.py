@@ -1,9 +1,10 @@
 """What a calibrated quantize stage costs: of SmolLM2-135M, and of one block of Llama-2-7B's shape.
 
-    python benchmarks/calibration_stage.py model [--data DIR]       (minutes)
-    python benchmarks/calibration_stage.py block [--samples N]      (minutes; 2 GiB of disk in the temporary folder)
+    python benchmarks/calibration_stage.py model [--samples N] [--data DIR]     (minutes)
+    python benchmarks/calibration_stage.py block [--samples N]                  (minutes; 2 GiB of disk in the temporary folder)
 
-model: the whole stage on 128 x 512 tokens of GSM8K's training problems, against the forward passes in it that collect H.
+model: the whole stage on 128 x 512 tokens of GSM8K's training problems, against the forward passes in it that collect H. With
+fewer tokens the ratio is larger, since only collecting grows with them.
 block: one block of random weights with its embeddings and a tokenizer of words, from which all 32 blocks are computed.
 
 Seconds are CPU seconds of the process, of all threads, so that other processes of the machine do not count. Memory is the
@@ -96,12 +97,12 @@ def run_stage(folder: Path, text: str, samples: int, *overrides: str) -> tuple[W
     return watch, json.loads((result.init_dir / "init_report.json").read_text())
 
 
-def model(data: Path) -> list[dict[str, Any]]:
+def model(samples: int, data: Path) -> list[dict[str, Any]]:
     """The stage of SmolLM2-135M."""
     problems = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text().splitlines()]
     text = "\n\n".join(f"{row['question']}\n{row['answer']}" for row in problems)
     with tempfile.TemporaryDirectory() as folder:
-        watch, report = run_stage(Path(folder), text, SAMPLES, "model=smollm2")
+        watch, report = run_stage(Path(folder), text, samples, "model=smollm2")
     whole = watch.collecting + watch.rest
     return [{"model": "SmolLM2-135M", "tokens": report["calibration"]["tokens"], "collecting": watch.collecting,
              "whole": whole, "ratio": whole / watch.collecting, "wall_collecting": report["calibration"]["seconds"],
@@ -153,21 +154,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["model", "block"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--samples", type=int, default=8, help="of 512 tokens, for the block")
+    parser.add_argument("--samples", type=int, help="of 512 tokens; default: 128 for the model, 8 for the block")
     args = parser.parse_args()
-    of_block = f"one block, {args.samples} x {LENGTH} tokens: CPU seconds"
+    samples = args.samples or {"model": SAMPLES, "block": 8}[args.part]
+    of_block = f"one block, {samples} x {LENGTH} tokens: CPU seconds"
     parts: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[dict[str, str]]]] = {
-        "model": (lambda: model(args.data), columns(
+        "model": (lambda: model(samples, args.data), columns(
             ("model", "model", ""), ("tokens", "tokens", "{:,}"), ("collecting", "collecting H, CPU s", "{:.0f}"),
             ("whole", "whole quantize stage, CPU s", "{:.0f}"), ("ratio", "ratio", "{:.2f}"))),
-        "block": (lambda: block(args.samples), columns(
+        "block": (lambda: block(samples), columns(
             ("part", "part", ""), ("seconds", of_block, "{:.0f}"),
             ("hours", f"{LAYERS} blocks, {SAMPLES} x {LENGTH} tokens: hours of {CORES} cores", "{:.2f}"),
             ("memory", "peak anonymous memory, GiB", "{:.2f}"))),
     }  # fmt: skip
     measure, shown = parts[args.part]
     rows = measure()
-    facts = {"command": f"python benchmarks/calibration_stage.py {args.part}", "provenance": provenance()}
+    facts = {"command": f"python benchmarks/calibration_stage.py {args.part} --samples {samples}", "provenance": provenance()}
     file = RESULTS / f"calibration-cost-{args.part}.json"
     file.write_text(json.dumps({"facts": facts, "columns": shown, "rows": rows}, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
