@@ -169,7 +169,10 @@ def main() -> None:
     }  # fmt: skip
     measure, shown = parts[args.part]
     rows = measure()
-    facts = {"command": f"python benchmarks/calibration_stage.py {args.part} --samples {samples}", "provenance": provenance()}
+    facts = {
+        "command": f"python benchmarks/calibration_stage.py {args.part} --samples {samples}",
+        "provenance": provenance(),
+    }
     file = RESULTS / f"calibration-cost-{args.part}.json"
     file.write_text(json.dumps({"facts": facts, "columns": shown, "rows": rows}, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
