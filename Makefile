@@ -56,6 +56,8 @@ bench: $(STAMP) ## measure against PEFT's algorithm in one run; writes docs/perf
 	$(BIN)/python benchmarks/packed.py time
 	$(BIN)/python benchmarks/packed.py memory
 	$(BIN)/python benchmarks/calibration_cost.py
+	$(BIN)/python benchmarks/calibration_stage.py model
+	$(BIN)/python benchmarks/calibration_stage.py block
 	$(BIN)/python scripts/result_tables.py
 
 docs: $(STAMP) tables ## write what documents have from the code: the picture of the packages, the API page, the result tables

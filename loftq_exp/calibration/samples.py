@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Maximum number of tokens per batch, unless one sample has more."""
 
 IGNORED = -100

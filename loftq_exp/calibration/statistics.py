@@ -23,6 +23,9 @@ KINDS = ("full", "diagonal")
 CHUNK = 2048
 """Tokens per float32 product. The products are summed in float64."""
 
+PANEL = 2048
+"""Rows of H at a time."""
+
 BOUND = 8 * math.sqrt(CHUNK) * torch.finfo(torch.float32).eps
 """Bound on the difference of two collections of the same inputs, in other batches or on other threads, as a multiple of
 sqrt(h_ii h_jj). A product of at most CHUNK tokens rounds each sum like a random walk; the sums of products round in float64."""
@@ -46,7 +49,7 @@ class Statistics:
 
 
 class Moment:
-    """The running sum of x x' over tokens, in float64."""
+    """The running sum of x x' over tokens, in float64: panels of its upper triangle; what is below them is zero."""
 
     def __init__(self, kind: str, width: int, device: torch.device) -> None:
         self.kind, self.tokens = kind, 0
@@ -57,15 +60,25 @@ class Moment:
         """Add x x' of every row x of `inputs`, (tokens, in)."""
         for some in inputs.split(CHUNK):
             x = some.to(torch.float32)
-            self.sum += x.T @ x if self.kind == "full" else x.square().sum(dim=0)
+            if self.kind == "diagonal":
+                self.sum += x.square().sum(dim=0)
+                continue
+            for first in range(0, x.shape[1], PANEL):
+                self.sum[first : first + PANEL, first:] += x[:, first : first + PANEL].T @ x[:, first:]
         self.tokens += len(inputs)
 
 
 def mean_of(moments: Sequence[Moment]) -> Statistics:
     """Return the mean over the tokens of all these, float32, exactly symmetric."""
     tokens = sum(moment.tokens for moment in moments)
-    mean = (functools.reduce(torch.add, (moment.sum for moment in moments)) / tokens).to(torch.float32)
-    return Statistics(mean if mean.ndim == 1 else mean.triu() + mean.triu(1).T, tokens)
+    total = functools.reduce(torch.add, (moment.sum for moment in moments))
+    mean = torch.empty_like(total, dtype=torch.float32)
+    for first in range(0, len(mean), PANEL):  # a quotient in float64 is as large as the sum
+        mean[first : first + PANEL] = total[first : first + PANEL] / tokens
+    if mean.ndim == 2:
+        for row in range(len(mean)):
+            mean[row + 1 :, row] = mean[row, row + 1 :]
+    return Statistics(mean, tokens)
 
 
 _Read = tuple[str, int]

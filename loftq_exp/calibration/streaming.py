@@ -1,4 +1,4 @@
-"""A checkpoint that reads text one block at a time: in memory are one block's weights and the activations between blocks.
+"""A checkpoint that reads text one block at a time: in memory are one block's weights, and activations up to a bound.
 
 The model's own forward runs for every block, so masks, positions and cross-attention are its own. Blocks before the current
 one replay what the last of them returned; the forward ends after the current one.
@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loftq_exp.calibration.spill import Spill
 from loftq_exp.calibration.statistics import Collector, Statistics
 from loftq_exp.errors import UserError
 from loftq_exp.source.blocks import block_lists
@@ -53,8 +54,12 @@ class BlockRunner:
         tensors: CheckpointTensors,
         batches: Sequence[Batch],
         device: torch.device,
+        spill: Spill,
     ) -> None:
-        """Build the model and load what its blocks read that is outside of them, such as embeddings."""
+        """Build the model and load what its blocks read that is outside of them, such as embeddings.
+
+        `spill` keeps these values and the activations between blocks.
+        """
         config = load_config(source.folder, trust_remote_code, kind)
         with init_empty_weights(include_buffers=False):
             self._model = AUTO_CLASSES[kind].from_config(
@@ -68,7 +73,7 @@ class BlockRunner:
         self._experts: dict[str, list[Target]] = {}
         for target in expert_targets(self._model, block_lists(self._model), report.parameters, source.folder):
             self._experts.setdefault(target.parameter, []).append(target)
-        self._batches = batches
+        self._batches, self._spill = batches, spill
         self.blocks = layout.blocks
         """The names of the blocks, in the order in which they run."""
         self._outputs: list[_Replay] = [{} for _ in batches]
@@ -120,7 +125,8 @@ class BlockRunner:
             begin()
             output = self._forward(block, batch, self._outputs[number])
             if advance:
-                self._outputs[number][_stack(block)] = output  # frees that of the block before
+                stack = _stack(block)
+                self._outputs[number][stack] = self._spill.kept(output, number, stack)  # frees that of the block before
 
     @torch.no_grad()
     def _forward(self, block: str, batch: Batch, replayed: _Replay) -> Any:
@@ -153,14 +159,14 @@ class BlockRunner:
         for name, parameter in list(self._model.named_parameters(remove_duplicate=False)):
             if name.startswith(inside) or name.split(".")[0] in self._layout.head or (id(parameter) in last - first):
                 continue
-            self._put(name, required=False)
+            self._put(name, required=False, keep=True)
 
     def _load(self, module: nn.Module, block: str) -> None:
         for name, _ in list(module.named_parameters()):
             self._put(f"{block}.{name}", required=True)
 
-    def _put(self, name: str, required: bool) -> None:
-        """Give the model the value of the parameter `name`, in float32."""
+    def _put(self, name: str, required: bool, keep: bool = False) -> None:
+        """Give the model the value of the parameter `name`, in float32; `keep` it for as long as the runner lives."""
         owner, _, last = name.rpartition(".")
         tensor = self._names.get(name) or self._tied(name)
         if tensor is None:
@@ -171,7 +177,8 @@ class BlockRunner:
         experts = self._experts.get(name)
         stored = read_experts(experts, self._tensors.read) if experts else self._tensors.read(tensor)
         value = stored.to(self._device, torch.float32)
-        self._model.get_submodule(owner)._parameters[last] = nn.Parameter(value.contiguous(), requires_grad=False)
+        value = self._spill.kept(value.contiguous(), name) if keep else value.contiguous()
+        self._model.get_submodule(owner)._parameters[last] = nn.Parameter(value, requires_grad=False)
 
     def _tied(self, name: str) -> str | None:
         """The tensor of another parameter that is the same as the parameter `name`."""

@@ -13,6 +13,7 @@ import torch
 
 from loftq_exp.calibration.cache import StatisticsCache, StoredStatistics, statistics_key
 from loftq_exp.calibration.samples import batches_of, calibration_origin, calibration_samples, tokens_of
+from loftq_exp.calibration.spill import Spill
 from loftq_exp.calibration.streaming import BlockRunner
 from loftq_exp.config import RunConfig, digest_of
 from loftq_exp.device import compute_device
@@ -103,7 +104,7 @@ def calibrate(
     samples = calibration_samples(source, config)
     _warn_of_few(tokens_of(samples), layout)
     runner = BlockRunner(source, layout, config.model.kind, config.model.trust_remote_code, tensors, batches_of(samples),
-                         compute_device(config.device))  # fmt: skip
+                         compute_device(config.device), Spill(config.cache_path))  # fmt: skip
     with progress("calibrate") as advance:
         for number, block in enumerate(runner.blocks, start=1):
             with runner.loaded(block):

@@ -134,6 +134,7 @@ class Decomposition(Factors):
 class Tile(NamedTuple):
     """Some rows of a weight with their codes, scales and residual, few enough to fit a CPU's cache."""
 
+    rows: slice
     weight: torch.Tensor
     """In a dtype that the quantizer's passes accept."""
     product: torch.Tensor | None
@@ -310,7 +311,7 @@ class Alternation:
             yield slice(first, last), wide
 
     def _tile(self, rows: slice) -> Tile:
-        return Tile(self._weight(rows), self._product(rows), *self._quantized(rows), self.residual[rows])
+        return Tile(rows, self._weight(rows), self._product(rows), *self._quantized(rows), self.residual[rows])
 
     def _weight(self, rows: slice) -> torch.Tensor:
         """Return these rows of W, in a dtype that the quantizer's passes accept."""

@@ -62,6 +62,8 @@ class CalibratedAlternation(Alternation):
         self.output_errors: list[float] = []
         """||W - quantize(W)||_H / ||W||_H, then ||W - Q - B A||_H / ||W||_H after each step."""
         self._output_norm = 0.0
+        self._image_A: torch.Tensor | None = None
+        """A S, if GPTQ rounds; None without factors."""
 
     def start(self) -> None:
         """As `Alternation.start`; also measure ||W||_H."""
@@ -73,6 +75,12 @@ class CalibratedAlternation(Alternation):
         super().resume(start)
         self.output_errors = list(start.output_errors)
         self._measure_norm()
+
+    def quantize(self) -> None:
+        """As `Alternation.quantize`."""
+        if self._feedback is not None and self.lora_A is not None:
+            self._image_A = self.metric.times_root(self.lora_A)
+        super().quantize()
 
     def fit(self, rank: int, solver: str) -> None:
         """Compute the B A of rank r that minimises ||W - Q - B A||_H, starting from the current factors."""
@@ -104,14 +112,23 @@ class CalibratedAlternation(Alternation):
 
     def _requantize(self, tile: Tile) -> None:
         super()._requantize(tile)
-        if self._feedback is not None:
-            self._feedback.round(tile.weight, tile.product, tile.codes, tile.scales)
-            self.quantizer.leave(tile.weight, None, self.unit, tile.codes, tile.scales, tile.residual)
+        if self._feedback is None:
+            return
+        values, image = self._scratch(tile.codes.shape, "left"), self._image_buffer()[tile.rows]
+        values = values.copy_(tile.weight) if tile.product is None else torch.sub(tile.weight, tile.product, out=values)
+        self._feedback.round(values, tile.codes, tile.scales, image)
+        image.mul_(self.unit)  # now (W - B A - Q) S
+        if self._image_A is not None and self.lora_B is not None:
+            image.addmm_(self.lora_B[tile.rows], self._image_A, alpha=self.unit)
+        self.quantizer.leave(tile.weight, None, self.unit, tile.codes, tile.scales, tile.residual)
 
     def _image(self) -> torch.Tensor:
-        """Return (W - Q) S * unit, whose Frobenius norm is the output error of quantization."""
-        out = self._workspace.take("image", self.shape, torch.float32, self.weight.device)
-        return self.metric.times_root(self.residual, out)
+        """Return (W - Q) S * unit, whose Frobenius norm is the output error of quantization. GPTQ's rounding has computed it."""
+        image = self._image_buffer()
+        return image if self._feedback is not None else self.metric.times_root(self.residual, image)
+
+    def _image_buffer(self) -> torch.Tensor:
+        return self._workspace.take("image", self.shape, torch.float32, self.weight.device)
 
     def _measure_norm(self) -> None:
         def pass_over(rows: slice) -> torch.Tensor:

@@ -19,47 +19,46 @@ from loftq_exp.schemes import SEARCHED_TYPES
 class FeedbackRounding:
     """Rounds rows of a weight to given scales, in the norm of a `Metric`.
 
-    With H^-1 = U' U (U upper triangular), column j of X is rounded to q, and (x_j - q) U[j, k] / U[j, j] is subtracted from
-    each later column k.
+    The published form subtracts multiples of column j's error from later columns, with a factor of H^-1. Here is its equal
+    (arXiv 2307.13304, theorem 6) with the upper triangular root S of H = S S', which needs no inverse. Let E = X - Q be the
+    errors of the columns before j. Column j is the rounding of
+
+        x_j + (E S)_j / S[j, j]
+
+    E S, the errors in the norm of the outputs, is a result too.
     """
 
     def __init__(self, quantizer: Quantizer, metric: Metric) -> None:
-        """Compute U. Raise UserError for a quantizer type that GPTQ does not support."""
+        """Raise UserError for a quantizer type that GPTQ does not support."""
         if quantizer.type not in SEARCHED_TYPES:
             raise UserError(f"rounding=gptq: type {quantizer.type} has no levels per block to round to; "
                             f"choose one of {', '.join(SEARCHED_TYPES)}, or rounding=nearest")  # fmt: skip
         self.quantizer = quantizer
-        factor = metric.inverse_factor()
-        self._factor = (factor / factor.diagonal()[:, None]).contiguous()
+        self._root = metric.root if metric.full else torch.diag(metric.root)
 
-    def round(
-        self, weight: torch.Tensor, product: torch.Tensor | None, codes: torch.Tensor, scales: torch.Tensor
-    ) -> None:
-        """Replace the `codes` of W - P, rounded to the nearest, by GPTQ's. The scales stay.
+    def round(self, values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, image: torch.Tensor) -> None:
+        """Write the codes of X, and its errors. The scales stay.
 
         Args:
-            weight: W, rows of whole blocks.
-            product: P, of the same shape, or None for zero.
-            codes: uint8, W's shape; the nearest codes on entry.
+            values: X, rows of whole blocks, float32, contiguous. Replaced by X - Q.
+            codes: output, uint8, X's shape.
             scales: of the rows' blocks.
+            image: output, (X - Q) S, float32, X's shape, contiguous.
         """
-        values = weight.to(torch.float32) if product is None else weight.to(torch.float32) - product
-        values = values.clone() if values.data_ptr() == weight.data_ptr() else values
         run = rounding_panel(self.quantizer, values.device.type)
-        columns = values.shape[1]
-        fixed = self._fixed(values)
+        anchors, columns = self._anchors(values), values.shape[1]
         for first in range(0, columns, PANEL):
             last = min(first + PANEL, columns)
-            errors = values.new_empty(len(values), last - first)
-            run(values, fixed, codes, scales, self._factor, errors, first)
-            if last < columns:
-                values[:, last:] -= errors @ self._factor[first:last, last:]
+            before, panel = self._root[:first, first:last], image[:, first:last]
+            torch.mm(values[:, :first], before, out=panel)  # zeros for the first panel
+            run(values, image, anchors, codes, scales, self._root, slice(first, last))
 
-    def _fixed(self, values: torch.Tensor) -> torch.Tensor:
-        """Return 1 where a value is the largest magnitude of its block, else 0: uint8, the values' shape."""
-        flat, size = values.reshape(-1), self.quantizer.block_size
-        fixed = torch.zeros(flat.numel(), dtype=torch.uint8, device=values.device)
-        if self.quantizer.type != "uniform":
-            padded = torch.nn.functional.pad(flat.abs(), (0, -flat.numel() % size), value=-1.0).reshape(-1, size)
-            fixed[padded.argmax(dim=1) + torch.arange(0, len(padded) * size, size, device=values.device)] = 1
-        return fixed.reshape(values.shape)
+    def _anchors(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the place of each block's largest magnitude in the flattened values, int64; -1 for uniform levels."""
+        flat, size = values.view(-1), self.quantizer.block_size
+        whole = flat.numel() - flat.numel() % size
+        parts = [part.view(-1, min(size, len(part))) for part in (flat[:whole], flat[whole:]) if len(part)]
+        if self.quantizer.type == "uniform":
+            return torch.full((sum(map(len, parts)),), -1, device=values.device)
+        largest = torch.cat([part.abs().argmax(dim=1) for part in parts])
+        return largest.add_(torch.arange(0, flat.numel(), size, device=values.device))

@@ -13,10 +13,10 @@ from loftq_exp.loftq.pieces import in_thread_pool, slices, spread
 DAMPING = 0.01
 """Share of H's mean diagonal added to its diagonal. It keeps H definite, and directions without data from being free."""
 
-METRIC_VERSION = 1
-"""Part of the cache keys of calibrated results: increment it when damping or scaling change."""
+METRIC_VERSION = 2
+"""Part of the cache keys of calibrated results: increment it when damping, scaling, the root or a rounding change."""
 
-PANEL = 512
+PANEL = 256
 """Columns of the triangular root per piece of a product."""
 
 TILE_ROWS = 256
@@ -28,11 +28,12 @@ class Metric:
     """The norm ||D||_H = sqrt(tr(D H D')) of an error D (out, in), for a root S of H = S S'.
 
     H = E[x x'] is the second moment of the layer's inputs, so ||D||_H^2 = E||D x||^2. It is scaled to a mean diagonal of 1
-    and damped, see `metric_of`. S is lower triangular (a Cholesky factor), or a vector if H is diagonal.
+    and damped, see `metric_of`. S is the upper triangular root, or a vector if H is diagonal. Column j of D S thus depends on
+    the columns of D up to j alone, which GPTQ's rounding uses.
     """
 
     root: torch.Tensor
-    """S: float32 (in, in), lower triangular, or (in,) for a diagonal H."""
+    """S: float32 (in, in), upper triangular with a positive diagonal, or (in,) for a diagonal H."""
     importance: torch.Tensor
     """The diagonal of H: float32 (in,), positive."""
 
@@ -50,20 +51,10 @@ class Metric:
 
         def product(rows: slice) -> None:
             for panel in slices(columns, PANEL):
-                torch.mm(matrix[rows, panel.start :], root[panel.start :, panel], out=out[rows, panel])
+                torch.mm(matrix[rows, : panel.stop], root[: panel.stop, panel], out=out[rows, panel])
 
         spread(product, slices(len(matrix), TILE_ROWS if matrix.device.type == "cpu" else len(matrix)))
         return out
-
-    def inverse_factor(self) -> torch.Tensor:
-        """Return the upper triangular U with H^-1 = U' U: float32 (in, in), what GPTQ spreads errors with."""
-        if not self.full:
-            return torch.diag(1 / self.root)
-        hessian = (self.root.double() @ self.root.double().T).flip(0, 1)
-        flipped = torch.linalg.cholesky(hessian)
-        identity = torch.eye(len(flipped), dtype=flipped.dtype, device=flipped.device)
-        inverse = torch.linalg.solve_triangular(flipped, identity, upper=False)
-        return inverse.flip(0, 1).to(torch.float32)
 
 
 def metric_of(hessian: torch.Tensor, damping: float = DAMPING) -> Metric:
@@ -91,12 +82,15 @@ def _metric_of(hessian: torch.Tensor, damping: float) -> Metric:
     importance = (scaled + damping).to(torch.float32)
     if hessian.ndim == 1:
         return Metric((scaled + damping).sqrt().to(torch.float32), importance)
-    damped = hessian.double() / mean if mean else torch.zeros_like(hessian, dtype=torch.float64)
-    damped.diagonal().copy_(scaled + damping)
+    # With both axes reversed, a lower Cholesky factor is the upper triangular root.
+    damped = hessian.flip(0, 1).double()
+    damped = damped.div_(mean) if mean else damped.zero_()
+    damped.diagonal().copy_((scaled + damping).flip(0))
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise UserError("hessian: not positive semidefinite; pass E[x x'] of the layer's inputs")
-    return Metric(root.to(torch.float32), importance)
+    del damped  # as large as the root
+    return Metric(root.to(torch.float32).flip(0, 1).contiguous(), importance)
 
 
 def _check(hessian: torch.Tensor) -> None:

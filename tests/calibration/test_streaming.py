@@ -9,10 +9,12 @@ import torch
 import transformers
 from zoo import FAMILIES, MODELS, seeded
 
-from loftq_exp.calibration import Statistics, collect_statistics
+from loftq_exp.calibration import Statistics, collect_statistics, spill
+from loftq_exp.calibration.spill import Spill
 from loftq_exp.calibration.statistics import BOUND
 from loftq_exp.calibration.streaming import BlockRunner
 from loftq_exp.device import compute_device
+from loftq_exp.errors import UserError
 from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
 from loftq_exp.source.selection import Selection
@@ -69,7 +71,7 @@ def test_streamed_is_whole_beside_experts_and_in_conv1d(name: str, tmp_path: Pat
     with open_tensors(tmp_path) as tensors:
         selection = Selection(exclude=None if name == "gpt2" else ("mlp.experts.*",))
         layout = find_layout(tmp_path, "causal", tensors.shapes(), selection=selection)
-        runner = BlockRunner(source, layout, "causal", False, tensors, batches, CPU)
+        runner = BlockRunner(source, layout, "causal", False, tensors, batches, CPU, Spill(tmp_path))
         for block in runner.blocks:
             with runner.loaded(block):
                 found |= runner.collect(block, "full")
@@ -79,14 +81,41 @@ def test_streamed_is_whole_beside_experts_and_in_conv1d(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_is_whole(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [spill.HELD, 0], ids=["in memory", "in files"])
+def test_streamed_is_whole(family: str, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "HELD", held)
     place = Place(family, tmp_path)
     layout = place.layout()
     expected = collect_statistics(place.model, place.batches, modules=[target.module for target in layout.targets])
     found: dict[str, Statistics] = {}
     with open_tensors(tmp_path) as tensors:
-        runner = BlockRunner(place.source, layout, place.kind, False, tensors, place.batches, CPU)
+        runner = BlockRunner(place.source, layout, place.kind, False, tensors, place.batches, CPU, Spill(tmp_path))
         for block in runner.blocks:
             with runner.loaded(block):
                 found |= runner.collect(block, "full")
     assert_same(found, expected, 4)
+
+
+def test_what_is_held_beyond_the_bound_is_in_files_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "HELD", 100)
+    keeper = Spill(tmp_path / "cache")
+    small, large = torch.arange(20.0), torch.arange(30, dtype=torch.bfloat16).reshape(5, 6)
+    assert keeper.kept(small, "a") is small
+    kept, nothing = keeper.kept((large, None), "b")
+    assert nothing is None
+    assert kept.dtype == torch.bfloat16
+    assert torch.equal(kept, large)
+    assert kept.data_ptr() != large.data_ptr()
+    assert keeper.kept(small * 2, "a") is not None  # takes the place of the first
+    assert keeper.kept(large, "c") is not large
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_space_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "HELD", 0)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(UserError, match=r"^cache_dir=.*: 4 bytes .* free space there or set another cache_dir$"):
+        Spill(blocked / "cache").kept(torch.zeros(1), "a")

@@ -231,12 +231,26 @@ def test_what_does_not_fit_is_refused() -> None:
         decompose(weight, NF2, 4, 3, metric=metric_of(hessian_of(128)), start=start)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("type", ["nf", "uniform"])
-def test_gptq_in_torch_equals_the_compiled_one(type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantizer, weight, metric = make_quantizer(type, 2), weight_of(16, 192), metric_of(hessian_of(192))
+@pytest.mark.parametrize("shape", [(16, 192), (100, 160)])  # 100 rows: one whole group of the compiled pass and a part
+def test_gptq_in_torch_equals_the_compiled_one(
+    shape: tuple[int, int], type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizer = make_quantizer(type, 2, scale_dtype=dtype)
+    weight, metric = weight_of(*shape), metric_of(hessian_of(shape[1]))
     compiled = decompose(weight, quantizer, 4, 1, metric=metric, rounding="gptq")
     monkeypatch.setattr(feedback, "numba", None)
     feedback.rounding_panel.cache_clear()
     in_torch = decompose(weight, quantizer, 4, 1, metric=metric, rounding="gptq")
     feedback.rounding_panel.cache_clear()
     assert torch.equal(compiled.quantized.codes, in_torch.quantized.codes)
+
+
+@pytest.mark.parametrize("type", ["nf", "uniform"])
+def test_gptq_compensates_the_error_of_values_as_stored(type: str) -> None:
+    """With 4 bits and bfloat16, rounding a stored value is a part of its error. The image has it too."""
+    quantizer = make_quantizer(type, 4, scale_dtype=torch.bfloat16)
+    weight, metric = weight_of(96, 320), metric_of(hessian_of(320, 500))
+    result = decompose(weight, quantizer, 4, 0, metric=metric, rounding="gptq")
+    assert output_error(weight, result, quantizer, metric) == pytest.approx(result.output_errors[0], rel=1e-4)

@@ -42,13 +42,13 @@ def test_norm_is_that_of_the_outputs(tokens: int, width: int, seed: int) -> None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-def test_inverse_factor() -> None:
+def test_root_is_upper_triangular_with_a_positive_diagonal() -> None:
     hessian = second_moment(inputs(50, 24))
-    factor = metric_of(hessian).inverse_factor().double()
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(
-        factor.T @ factor @ damped(hessian), torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-3
-    )
+    root = metric_of(hessian).root.double()
+    assert torch.equal(root, root.triu())
+    assert bool((root.diagonal() > 0).all())
+    expected = damped(hessian)
+    torch.testing.assert_close(root @ root.T, expected, rtol=0, atol=1e-6 * float(expected.max()))
 
 
 def test_diagonal_is_the_full_form_of_a_diagonal_matrix() -> None:
@@ -57,7 +57,7 @@ def test_diagonal_is_the_full_form_of_a_diagonal_matrix() -> None:
     full, thin = metric_of(torch.diag(diagonal)), metric_of(diagonal)
     assert torch.equal(full.importance, thin.importance)
     torch.testing.assert_close(full.times_root(error), thin.times_root(error))
-    torch.testing.assert_close(full.inverse_factor(), thin.inverse_factor())
+    torch.testing.assert_close(full.root, torch.diag(thin.root))
 
 
 def test_scale_of_the_inputs_does_not_matter() -> None:
