@@ -117,7 +117,7 @@ def _share_of_answers(
             index = min(indices[position] for position in error.positions)
             row = getattr(request.notes[index], "row", index) if request.notes else index  # a window knows its row
             raise UserError(f"evaluate: the model's output for row {row + 1} is NaN or infinite ({request.what}); no score is "
-                            "kept: check the weights at model.path and the adapter, or use train.bf16=false") from None  # fmt: skip
+                            "kept: check the weights at model.path and the adapter, or leave out train.fp16, and use train.bf16=false") from None  # fmt: skip
         report(len(found), total, request.what)
     return found
 

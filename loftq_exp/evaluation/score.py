@@ -42,7 +42,7 @@ def score(
     """
     watch = StageWatch()
     device = compute_device(config.device)
-    dtype = compute_dtype(device, config.train.bf16)
+    dtype = compute_dtype(device, config.train.bf16, config.train.fp16)
     model = load_model(init, adapter, config, device, dtype, task.num_labels)
     batch_size = config.train.per_device_eval_batch_size
     with progress("evaluate") as advance:
