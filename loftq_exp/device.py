@@ -49,7 +49,9 @@ def compute_dtype(device: torch.device, bf16: bool | None, fp16: bool = False) -
     """
     if fp16:
         if device.type == "cpu":
-            raise UserError("train.fp16=true: float16 is trained and scored on a GPU only; use train.bf16=true, or leave both out")
+            raise UserError(
+                "train.fp16=true: float16 is trained and scored on a GPU only; use train.bf16=true, or leave both out"
+            )
         return torch.float16
     if bf16 is None:
         bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()

@@ -48,7 +48,9 @@ def nan_in_batch(number: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
     return lambda weight, calls: weight.sum() * (float("nan") if calls == number else 1.0)
 
 
-def train_scaled(folder: Path, of: Callable[[torch.Tensor, int], torch.Tensor], scale: float, steps: int) -> FiniteTrainer:
+def train_scaled(
+    folder: Path, of: Callable[[torch.Tensor, int], torch.Tensor], scale: float, steps: int
+) -> FiniteTrainer:
     """As float16 trains on a GPU: the loss is scaled, and a step whose gradients overflow is skipped."""
     trainer = FiniteTrainer(
         model=Loss(of), train_dataset=[{"x": torch.ones(1)}] * steps,
