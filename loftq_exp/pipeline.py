@@ -212,6 +212,10 @@ def _check_machine(config: RunConfig) -> None:
     if set(config.stages) == {"quantize"}:
         return
     dtype = compute_dtype(device, config.train.bf16, config.train.fp16)
+    if "evaluate" in config.stages:
+        from loftq_exp.training.placement import check_placement
+
+        check_placement(config)
     if "finetune" in config.stages:
         from loftq_exp.training.preflight import check_optimiser
 
