@@ -30,7 +30,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.max_memory is not None and self.device_map is None:
-            raise UserError("evaluate.max_memory: evaluate.device_map spreads the layers, and is not set; set it to auto")
+            raise UserError(
+                "evaluate.max_memory: evaluate.device_map spreads the layers, and is not set; set it to auto"
+            )
         for name, size in (self.max_memory or {}).items():
             if not (name == "cpu" or name.isdigit()):
                 raise UserError(f"evaluate.max_memory.{name}={size}: not a device; name a GPU by its number, or cpu")

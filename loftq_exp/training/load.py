@@ -152,9 +152,7 @@ def _misfit(init: Initialised, form: str, device: torch.device) -> str | None:
     return None
 
 
-def _load_backbone(
-    init: Initialised, config: RunConfig, dtype: torch.dtype, options: dict[str, Any]
-) -> Any:
+def _load_backbone(init: Initialised, config: RunConfig, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     again = f"the checkpoint is damaged: delete {init.folder} and quantize again"
     with explained(f"{init.folder}: the weights cannot be read", again):
         try:
@@ -166,6 +164,11 @@ def _load_backbone(
                 )  # fmt: skip
         except UserError as error:  # of packed weights
             raise UserError(f"{init.folder}: {error}") from error
+        except ValueError as error:
+            if "dispatched on the CPU" not in str(error):
+                raise
+            raise UserError(f"evaluate.device_map={config.evaluate.device_map}: not all layers fit on the GPUs, and bitsandbytes' "
+                            "cannot be offloaded; use train.backbone=dense, or save_format=packed") from error  # fmt: skip
         except RuntimeError as error:
             if name := failed_conversion(lines):
                 raise UserError(

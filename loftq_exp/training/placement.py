@@ -24,9 +24,13 @@ def check_placement(config: RunConfig) -> None:
     if config.evaluate.device_map is None or "evaluate" not in config.stages:
         return
     if ranks.count() > 1:
-        raise UserError(f"{given}: each of {ranks.count()} processes has a device of its own; start one, or leave it out")
+        raise UserError(
+            f"{given}: each of {ranks.count()} processes has a device of its own; start one, or leave it out"
+        )
     if config.model.kind not in ("causal", "seq2seq"):
-        raise UserError(f"{given}: model.kind={config.model.kind} has a trained head, which is not spread; leave it out")
+        raise UserError(
+            f"{given}: model.kind={config.model.kind} has a trained head, which is not spread; leave it out"
+        )
 
 
 @contextmanager
@@ -67,4 +71,4 @@ def input_device(model: Any) -> torch.device:
     if device.type != "meta":
         return device
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    return torch.device(next(hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None))
+    return torch.device(next(found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None))

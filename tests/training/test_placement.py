@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 
+from loftq_exp import compose
 from loftq_exp.config import EvaluateConfig
 from loftq_exp.errors import UserError
 from loftq_exp.training import placement
@@ -19,20 +20,25 @@ OFFLOAD = ("evaluate.device_map=auto", "evaluate.max_memory={cpu:130KB}")
 
 
 def scored(cli: Any, *overrides: str) -> dict[str, Any]:
-    outcome = cli(*cli.tiny, "train.bf16=false", *overrides)
+    outcome = cli(*overrides)
     assert outcome.code == 0, outcome
     (record,) = Path("out/runs").glob("*/metrics.json")
-    found = json.loads(record.read_text())
+    found = {
+        "scores": json.loads(record.read_text())["scores"],
+        "samples": (record.parent / "samples.jsonl").read_text(),
+    }
     record.parent.rename(f"scored-{len(list(Path().glob('scored-*')))}")
-    return {"scores": found["scores"], "samples": found["samples"]}
+    return found
 
 
-@pytest.mark.parametrize("storage", [("save_format=dense",), ("save_format=packed", "quant.bits=3")], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "storage", [("train.backbone=dense",), ("save_format=packed", "quant.bits=3")], ids=["dense", "packed"]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_offloaded_scores_are_the_same(
     cli: Any, monkeypatch: pytest.MonkeyPatch, storage: tuple[str, ...], dtype: str
 ) -> None:
-    settings = ("output_dir=out", "train.max_steps=1", "task.score=nll", f"save_dtype={dtype}", *storage)
+    settings = (*cli.tiny, "train.bf16=false", "output_dir=out", "train.max_steps=1", f"save_dtype={dtype}", *storage)
     base = scored(cli, *settings)
     offloaded, pre_forward = set(), AlignDevicesHook.pre_forward
 
@@ -47,9 +53,22 @@ def test_offloaded_scores_are_the_same(
     assert not list(Path("out/cache").glob(".offload-*"))
 
 
-def test_generation_is_the_same_too(cli: Any) -> None:
-    settings = ("output_dir=out", "train.max_steps=1")
-    assert scored(cli, *settings, *OFFLOAD) == scored(cli, *settings)
+@pytest.mark.slow
+def test_an_encoder_decoder_generates_the_same(cli: Any, checkpoint: Any) -> None:
+    file = Path("rows.jsonl")
+    file.write_text(4 * (json.dumps({"document": "Two and two are four.", "summary": "Four."}) + "\n"))
+    settings = (*checkpoint("bart"), "task=summarization", "task.name=xsum", f"task.train_file={file}", f"task.eval_file={file}",
+                "task.max_source_length=64", "task.max_target_length=16", "train.backbone=dense", "output_dir=out",
+                "train.max_steps=1", "quant.rank=4", "device=cpu", "train.bf16=false")  # fmt: skip
+    base = scored(cli, *settings)
+    assert scored(cli, *settings, *OFFLOAD) == base
+
+
+def test_bitsandbytes_layers_are_not_offloaded(cli: Any) -> None:
+    line = cli.refused(*cli.tiny, "output_dir=out", "train.max_steps=1", "train.backbone=bnb4", *OFFLOAD)
+    assert line.startswith(
+        "evaluate.device_map=auto: not all layers fit on the GPUs, and bitsandbytes' cannot be offloaded; use "
+    )
 
 
 @pytest.mark.parametrize(("given", "told"), [
@@ -63,10 +82,11 @@ def test_what_is_no_placement(given: dict[str, Any], told: str) -> None:
 
 
 def test_what_cannot_be_spread_is_refused_before_the_work(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = cli.refused(*cli.tiny, "evaluate.device_map=auto", "model.kind=classification", "task=glue", "task.name=qnli")
+    line = cli.refused(
+        *cli.tiny, "evaluate.device_map=auto", "model.kind=classification", "task=glue", "task.name=qnli"
+    )
     assert "evaluate.device_map=auto: model.kind=classification has a trained head" in line
     monkeypatch.setattr(placement.ranks, "count", lambda: 2)
+    spread = compose([*cli.tiny, "evaluate.device_map=auto"])
     with pytest.raises(UserError, match=r"^evaluate.device_map=auto: each of 2 processes has a device of its own"):
-        from loftq_exp import compose
-
-        placement.check_placement(compose([*cli.tiny, "evaluate.device_map=auto"]))
+        placement.check_placement(spread)
