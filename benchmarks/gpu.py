@@ -170,16 +170,18 @@ def tests(report: Path) -> Iterator[dict[str, Any]]:
            "names of failed tests": ", ".join(case.attrib["name"] for case in bad)}  # fmt: skip
 
 
-def run_part(part: str, rows: Iterator[dict[str, Any]], columns: list[dict[str, str]], place: Path) -> str | None:
-    """Measure a part within its limit, write what it yielded to `place`, and return why it did not end, or None."""
+def run_part(
+    part: str, rows: Iterator[dict[str, Any]], columns: list[dict[str, str]], limit: float, place: Path
+) -> str | None:
+    """Measure a part within its limit of seconds, write what it yielded to `place`, and return why it did not end, or None."""
     began, facts, found, problem = time.perf_counter(), card(), [], None
     try:
-        with limited(LIMITS[part]):
+        with limited(limit):
             for row in rows:
                 print(part, json.dumps(row), flush=True)
                 found.append(row)
     except OutOfTime:
-        problem = f"its limit of {LIMITS[part]} s was reached after {len(found)} rows"
+        problem = f"its limit of {limit:g} s was reached after {len(found)} rows"
     except Exception as error:  # a part that fails must not cost the others their results
         problem = f"{type(error).__name__}: {error}"
     facts |= {"seconds": round(time.perf_counter() - began, 1), "not_whole": problem}
@@ -196,6 +198,7 @@ def main() -> None:
     )
     parser.add_argument("--tests", type=Path, metavar="XML", help="JUnit report of pytest -m gpu, for gpu-tests.json")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, help="the limit of each part, in place of LIMITS")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     parts: dict[str, tuple[Callable[[], Iterator[dict[str, Any]]], list[dict[str, str]]]] = {
@@ -207,7 +210,8 @@ def main() -> None:
     failed = []
     for part in (["tests"] if args.tests else []) + args.part:
         work, columns = parts[part]
-        if problem := run_part(part, work(), columns, args.results / f"gpu-{part}.json"):
+        limit = args.seconds or LIMITS[part]
+        if problem := run_part(part, work(), columns, limit, args.results / f"gpu-{part}.json"):
             failed.append(problem)
     if failed:
         sys.exit("\n".join(failed))

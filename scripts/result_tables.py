@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_targets import targets
 from regions import filled, names_in, settle
 
 from loftq_exp.report.table import markdown
@@ -67,6 +68,8 @@ def cell(value: Any, form: str) -> str:
 
 def table(name: str) -> str:
     """A table as Markdown."""
+    if name == "gpu-targets":
+        return targets()
     columns = read(name)["columns"]
     rows = [[cell(row.get(column["key"]), column.get("format", "{}")) for column in columns] for row in rows_of(name)]
     return markdown([column["name"] for column in columns], rows)
