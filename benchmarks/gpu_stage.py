@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loftq_exp
-from loftq_exp.initialise.streaming import read_ahead, to_device, to_host
+from loftq_exp.initialise.transfer import read_ahead, to_device, to_host
 from loftq_exp.loftq import Workspace, decompose, make_quantizer
 from loftq_exp.source.tensors import open_tensors
 

@@ -520,6 +520,7 @@ def configured(settings: dict[str, Any]) -> RunConfig:
         "hub": {},
         "calibration": {},
         "report": {},
+        "evaluate": {},
         "initialise": {},
     }
     base = {

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from loftq_exp.artifact.writer import tensor_bytes
 from loftq_exp.errors import UserError
-from loftq_exp.initialise.streaming import to_host
+from loftq_exp.initialise.transfer import to_host
 from loftq_exp.loftq import METRIC_VERSION, SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
 from loftq_exp.storage.codes import pack_codes, packed_bytes, unpack_codes
 from loftq_exp.whole import is_abandoned, whole_file

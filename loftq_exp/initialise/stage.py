@@ -44,7 +44,7 @@ from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measure
 from loftq_exp.initialise.polish import polish, polish_samples
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
-from loftq_exp.initialise.streaming import Copied, read_ahead, to_device
+from loftq_exp.initialise.transfer import Copied, read_ahead, to_device
 from loftq_exp.initialise.verify import Forms, check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import kaiming_uniform_A

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from zoo import FAMILIES
 
-from loftq_exp.initialise.streaming import AHEAD
+from loftq_exp.initialise.transfer import AHEAD
 from loftq_exp.initialise.workers import WORKERS
 from loftq_exp.storage.bnb4 import bnb4_config
 from loftq_exp.tasks.arithmetic import generate

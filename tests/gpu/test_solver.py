@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from weights import weight_like
 
-from loftq_exp.initialise.streaming import read_ahead, to_device, to_host
+from loftq_exp.initialise.transfer import read_ahead, to_device, to_host
 from loftq_exp.loftq import decompose, loftq_init, make_quantizer
 from loftq_exp.loftq.memory import Workspace
 from loftq_exp.schemes import BITS_OF_TYPE, SCALES, SEARCHED_TYPES, TYPES_OF_LEVELS

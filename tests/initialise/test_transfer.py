@@ -13,7 +13,7 @@ import torch
 from loftq_exp.errors import UserError
 from loftq_exp.initialise import stage
 from loftq_exp.initialise.decomposer import Decomposer
-from loftq_exp.initialise.streaming import AHEAD, read_ahead, to_device, to_host
+from loftq_exp.initialise.transfer import AHEAD, read_ahead, to_device, to_host
 from loftq_exp.initialise.workers import WORKERS, side_by_side
 from loftq_exp.source.tensors import CheckpointTensors
 
