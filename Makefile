@@ -35,11 +35,13 @@ test: $(STAMP) ## the fast tests
 test-all: $(STAMP) ## all tests, also the slow ones that fetch real weights; draws new examples
 	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m 'not gpu'
 
-gpu: ## prove and measure the CUDA path with the machine's own packages (make gpu PYTHON=python3); writes docs/gpu.md
+gpu: ## prove and measure the CUDA path with the machine's own packages, in ten minutes (make gpu PYTHON=python3); writes docs/gpu.md
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here; run it on a machine with one")'
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -q --numprocesses 8 -m gpu tests/gpu
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) scripts/result_tables.py
+	@mkdir -p outputs; export PYTHONPATH=.:$$PYTHONPATH; failed=0; \
+	timeout --signal=INT 280 $(PYTHON) -m pytest -q -rfE --numprocesses 8 --junitxml outputs/gpu-tests.xml -m gpu tests/gpu || failed=1; \
+	$(PYTHON) benchmarks/gpu.py --tests outputs/gpu-tests.xml || failed=1; \
+	$(PYTHON) scripts/result_tables.py || failed=1; \
+	exit $$failed
 
 lint: $(STAMP) ## ruff, mypy, and which room may import which
 	$(BIN)/ruff check .

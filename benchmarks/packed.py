@@ -2,7 +2,6 @@
 
     python benchmarks/packed.py time      (ratios in one process, runs alternating; some minutes on two cores)
     python benchmarks/packed.py memory    (peak memory of a run of each form, each in a process of its own)
-    python benchmarks/packed.py computed  (what the forms of Llama-2's three sizes take, from their shapes)
 
 The model is SmolLM2-135M with adapters of rank 16, so that the backbone is not small beside them. Prints Markdown for
 docs/low-bit.md.
@@ -27,10 +26,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import loftq_exp
-from loftq_exp.loftq import make_quantizer
 from loftq_exp.report.table import markdown
-from loftq_exp.source.layout import find_layout
-from loftq_exp.storage.packed import part_specs
 
 RANK = 16
 SETTINGS = ["model=smollm2", f"quant.rank={RANK}", "quant.iter=1", "quant.dropout=0"]
@@ -147,49 +143,13 @@ def status(pid: int) -> dict[str, int]:
     return {}
 
 
-LLAMA = {
-    "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "Llama-2-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "Llama-2-70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-                    "num_key_value_heads": 8},
-}  # fmt: skip
-
-
-def computed(folder: Path) -> None:
-    """GB of the backbone with embeddings in 16 bits, and of float32 adapters of rank 64 with gradients and AdamW's moments."""
-    rows = []
-    for name, shape in LLAMA.items():
-        place = folder / name
-        transformers.LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **shape).save_pretrained(place)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(place))
-        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        targets = find_layout(place, "causal", shapes).targets
-        values = sum(rows * columns for rows, columns in (target.shape for target in targets))
-        rest = 2 * (sum(parameter.numel() for parameter in model.parameters()) - values)
-        adapter = sum(sum(target.shape) * 64 for target in targets) * 4 * 4
-        sizes = [2 * values + rest, values // 2 + values // 64 * 4 + rest]  # bitsandbytes: float32 scales
-        for bits, double in ((4, True), (3, True), (2, False), (2, True)):
-            quantizer = make_quantizer("nf", bits, 64, torch.bfloat16, double)
-            sizes.append(rest + sum(_packed_bytes(quantizer, target.shape) for target in targets))
-        rows.append([name, *(f"{size / 1e9:.2f}" for size in sizes), f"{adapter / 1e9:.2f}"])
-    heads = ("GB", "dense, 16 bits", "bitsandbytes NF4", "packed NF4, double", "packed NF3, double", "packed NF2", "packed NF2, double",
-             "adapter, rank 64, training")  # fmt: skip
-    print(markdown(heads, rows))
-
-
-def _packed_bytes(quantizer: Any, shape: tuple[int, int]) -> int:
-    specs = part_specs(quantizer, shape).values()
-    return sum(dtype.itemsize * int(torch.Size(size).numel()) for dtype, size in specs)
-
-
 def main() -> None:
     """Measures what is named, and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "memory", "computed"))
+    parser.add_argument("what", choices=("time", "memory"))
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench-packed"))
     options = parser.parse_args()
-    {"time": measure_time, "memory": measure_memory, "computed": computed}[options.what](options.folder)
+    {"time": measure_time, "memory": measure_memory}[options.what](options.folder)
 
 
 if __name__ == "__main__":

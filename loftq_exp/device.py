@@ -41,11 +41,18 @@ def _own_device(name: str, device: torch.device) -> torch.device:
     return torch.device("cuda", ranks.local_rank())
 
 
-def compute_dtype(device: torch.device, bf16: bool | None) -> torch.dtype:
-    """Return bfloat16 if `bf16` is true, or if it is None and the device supports bfloat16; else float32.
+def compute_dtype(device: torch.device, bf16: bool | None, fp16: bool = False) -> torch.dtype:
+    """Return float16 if `fp16`, bfloat16 if `bf16` or if it is None and the device supports bfloat16; else float32.
 
-    A CPU without bfloat16 instructions emulates it, about a hundred times slower than float32.
+    A CPU without bfloat16 instructions emulates it, about a hundred times slower than float32. Raises UserError for float16 on
+    a CPU: accelerate would neither compute in it nor scale the loss there, without a word.
     """
+    if fp16:
+        if device.type == "cpu":
+            raise UserError(
+                "train.fp16=true: float16 is trained and scored on a GPU only; use train.bf16=true, or leave both out"
+            )
+        return torch.float16
     if bf16 is None:
         bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
     return torch.bfloat16 if bf16 else torch.float32

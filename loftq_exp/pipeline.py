@@ -207,12 +207,19 @@ def _log_version_0_1(config: RunConfig, folder: Path) -> None:
 
 
 def _check_machine(config: RunConfig) -> None:
-    """Raise UserError if the device is not available, or the optimiser or training arguments do not work on it."""
+    """Raise UserError if the device is not available, or does not work with the type, optimiser or training arguments."""
     device = compute_device(config.device)
+    if set(config.stages) == {"quantize"}:
+        return
+    dtype = compute_dtype(device, config.train.bf16, config.train.fp16)
+    if "evaluate" in config.stages:
+        from loftq_exp.training.placement import check_placement
+
+        check_placement(config)
     if "finetune" in config.stages:
         from loftq_exp.training.preflight import check_optimiser
 
-        check_optimiser(config, device, compute_dtype(device, config.train.bf16))
+        check_optimiser(config, device, dtype)
 
 
 def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:

@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_targets import targets
 from regions import filled, names_in, settle
 
 from loftq_exp.report.table import markdown
@@ -33,6 +34,10 @@ PAGES = [
     ),
 ]
 NAME = "scripts/result_tables.py"
+FROM_A_CARD = ("gpu-tests", "gpu-stage")
+"""Tables that `make gpu` measures on a card, and that say so until it has."""
+MADE_HERE = ("gpu-targets",)
+"""Tables without a file of their own."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -67,6 +72,10 @@ def cell(value: Any, form: str) -> str:
 
 def table(name: str) -> str:
     """A table as Markdown."""
+    if name == "gpu-targets":
+        return targets()
+    if name in FROM_A_CARD and not (RESULTS / f"{name}.json").exists():
+        return "Not run."
     columns = read(name)["columns"]
     rows = [[cell(row.get(column["key"]), column.get("format", "{}")) for column in columns] for row in rows_of(name)]
     return markdown([column["name"] for column in columns], rows)

@@ -482,6 +482,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "train.bf16": {"train.bf16": False},
     "train.eval_strategy": {"train.eval_strategy": "steps", "train.eval_steps": 2},
     "train.early_stopping_patience": {"train.early_stopping_patience": 3},
+    "evaluate.max_memory": {"evaluate.device_map": "auto", "evaluate.max_memory": {"cpu": "1GiB"}},
     "train.optim": {"train.optim": "sgd"},
     "train.max_steps": {"train.max_steps": 7},
     "hub.private": {"hub.private": True},
@@ -519,6 +520,7 @@ def configured(settings: dict[str, Any]) -> RunConfig:
         "hub": {},
         "calibration": {},
         "report": {},
+        "evaluate": {},
         "initialise": {},
     }
     base = {

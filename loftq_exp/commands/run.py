@@ -55,7 +55,6 @@ OF_THE_RUN = ("model", "quant", "calibration", "initialise", "seed", "save_dtype
 """Groups and settings that `score_run` takes from that run."""
 KNOWN_ELSEWHERE = {
     "train.lr": "did you mean 'train.learning_rate'?",
-    "train.fp16": "choose train.bf16=true, or false for float32",
     "train.packing": "task=instruct has task.packing",
     "logger": "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder, and metrics.json has all numbers",
 }

@@ -5,6 +5,7 @@ Imports errors and schemes, nothing else of loftq_exp. It does not import torch,
 
 from loftq_exp.config.calibration import CalibrationConfig
 from loftq_exp.config.digest import digest_of
+from loftq_exp.config.evaluate import EvaluateConfig
 from loftq_exp.config.initialise import InitialiseConfig
 from loftq_exp.config.model import KINDS, ModelConfig
 from loftq_exp.config.paths import local_path
@@ -20,6 +21,7 @@ __all__ = [
     "KINDS",
     "STAGES",
     "CalibrationConfig",
+    "EvaluateConfig",
     "HubConfig",
     "InitialiseConfig",
     "ModelConfig",

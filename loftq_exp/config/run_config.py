@@ -14,6 +14,7 @@ from typing import Any
 
 from loftq_exp.config.calibration import CalibrationConfig
 from loftq_exp.config.digest import digest_of
+from loftq_exp.config.evaluate import EvaluateConfig
 from loftq_exp.config.initialise import InitialiseConfig
 from loftq_exp.config.model import ModelConfig
 from loftq_exp.config.naming import unusual
@@ -41,6 +42,7 @@ class RunConfig:
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     initialise: InitialiseConfig = dataclasses.field(default_factory=InitialiseConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     report: ReportConfig = dataclasses.field(default_factory=ReportConfig)
     stages: tuple[str, ...] = setting(
         "stages to run; the order is always quantize, finetune, evaluate", STAGES, choices=STAGES, shapes=()

@@ -50,6 +50,9 @@ class TrainConfig:
         "recompute activations in the backward pass to save memory", False, shapes=()
     )
     bf16: bool | None = setting("compute in bfloat16; null: if the device supports it", None, shapes=(ADAPTER, SCORES))
+    fp16: bool = setting(
+        "compute in float16 and scale the loss, for GPUs without bfloat16; not on CPUs", False, shapes=(ADAPTER, SCORES)
+    )
     logging_steps: int = setting("optimiser steps between two logged losses", 10, ge=1, shapes=())
     save_steps: int = setting(
         "optimiser steps between two checkpoints; a killed run resumes from the last", 100, ge=1, shapes=()
@@ -117,6 +120,8 @@ class TrainConfig:
         if self.max_steps == 0:
             raise UserError("train.max_steps=0: nothing would be trained; give a number of steps, -1 for all epochs, "
                             "or leave finetune out of stages")  # fmt: skip
+        if self.fp16 and self.bf16:
+            raise UserError("train.fp16=true: train.bf16=true is set too; choose one of the two")
         if len(set(self.report_to)) < len(self.report_to):
             raise UserError(f"train.report_to=[{','.join(self.report_to)}]: a logger is named twice; name each once")
         self._check_validation()

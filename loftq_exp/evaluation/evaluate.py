@@ -20,6 +20,7 @@ from loftq_exp.tasks.data import Row
 from loftq_exp.tasks.encode import IGNORED, Collator, Features, pad_token_id
 from loftq_exp.tasks.harness import HarnessResult, HarnessRun
 from loftq_exp.training.padding import settle_padding
+from loftq_exp.training.placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ def _share_of_answers(
             index = min(indices[position] for position in error.positions)
             row = getattr(request.notes[index], "row", index) if request.notes else index  # a window knows its row
             raise UserError(f"evaluate: the model's output for row {row + 1} is NaN or infinite ({request.what}); no score is "
-                            "kept: check the weights at model.path and the adapter, or use train.bf16=false") from None  # fmt: skip
+                            "kept: check the weights at model.path and the adapter, or leave out train.fp16, and use train.bf16=false") from None  # fmt: skip
         report(len(found), total, request.what)
     return found
 
@@ -150,7 +151,7 @@ def _batch_answers(
 
 def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
     """Return the likelihood of the labels of each feature in a right-padded batch of shape (features, length)."""
-    labels = batch["labels"].to(model.device)
+    labels = batch["labels"].to(input_device(model))
     if model.config.is_encoder_decoder:
         logits = model(**_placed(model, batch), use_cache=False).logits  # it shifts the labels into its inputs
     else:
@@ -161,7 +162,7 @@ def _likelihoods(model: Any, batch: dict[str, torch.Tensor]) -> list[Nll]:
             return [Nll(0.0, 0)] * len(labels)
         first = int(targets[0])  # the first target token of the batch
         # Logits are by far the largest tensor. Position first - 1 predicts token `first`; earlier ones are not needed.
-        kept = torch.arange(first - 1, labels.shape[1], device=model.device)  # indices: see `_generated`
+        kept = torch.arange(first - 1, labels.shape[1], device=labels.device)  # indices: see `_generated`
         logits = model(**_placed(model, batch), use_cache=False, logits_to_keep=kept).logits[:, :-1]
         labels = labels[:, first:]
     likelihoods: list[Nll] = []
@@ -193,7 +194,7 @@ def _generated(
     if not model.config.is_encoder_decoder:
         # The last position's logits only. An index gives a contiguous copy of the states. Of the slice that generate() would
         # take, torch's product copies the frozen head's weight once for each row of the batch: seconds and gigabytes.
-        inputs["logits_to_keep"] = torch.tensor([-1], device=model.device)
+        inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["input_ids"].device)
     with _without_defaults(model):
         sequences = model.generate(
             **inputs, generation_config=settings, logits_processor=[_RefuseNotFinite(request.num_beams)]
@@ -248,7 +249,8 @@ def _decoder_start(model: Any) -> int | None:
 
 
 def _placed(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    device = input_device(model)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -19,6 +19,7 @@ from loftq_exp.evaluation.evaluate import evaluate
 from loftq_exp.progress import progress
 from loftq_exp.tasks.base import Task
 from loftq_exp.training.load import load_model
+from loftq_exp.training.placement import placed
 
 if TYPE_CHECKING:
     from loftq_exp.training.preflight import Prepared
@@ -42,10 +43,10 @@ def score(
     """
     watch = StageWatch()
     device = compute_device(config.device)
-    dtype = compute_dtype(device, config.train.bf16)
-    model = load_model(init, adapter, config, device, dtype, task.num_labels)
+    dtype = compute_dtype(device, config.train.bf16, config.train.fp16)
     batch_size = config.train.per_device_eval_batch_size
-    with progress("evaluate") as advance:
+    with placed(config, device) as placement, progress("evaluate") as advance:
+        model = load_model(init, adapter, config, device, dtype, task.num_labels, placement=placement)
         result = evaluate(model, prepared.tokenizer, task, rows, batch_size, advance, prepared.requests)
     _check_finite(result.scores)
     lines = [_line(number, sample) for number, sample in enumerate(result.samples, start=1)]

@@ -96,6 +96,11 @@ class Decomposer:
         computed = recipe.steps - (found.steps if found else 0)
         return Decomposed(kept.truncated(recipe.rank) if solved.rank > recipe.rank else kept, False, computed)
 
+    def is_cached(self, target: Target, digest: str, precision: Precision) -> bool:
+        """Whether the cache has an entry of this weight's result. Only `decomposed` reads and checks it."""
+        recipe = self._recipe(target, precision)
+        return self.cache.path(recipe.after(recipe.steps, target.shape).key(digest)).is_file()
+
     def claimed(self, target: Target, weight: torch.Tensor, precision: Precision, wait: bool) -> Decomposed | None:
         """As `decomposed`, in one process at a time. None if another process is at it; with `wait`, wait for it instead."""
         digest = weight_digest(weight)

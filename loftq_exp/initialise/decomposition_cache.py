@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from loftq_exp.artifact.writer import tensor_bytes
 from loftq_exp.errors import UserError
+from loftq_exp.initialise.transfer import to_host
 from loftq_exp.loftq import METRIC_VERSION, SOLVER_VERSION, Decomposition, Factors, Quantized, Quantizer, first_rank
 from loftq_exp.storage.codes import pack_codes, packed_bytes, unpack_codes
 from loftq_exp.whole import is_abandoned, whole_file
@@ -69,12 +70,11 @@ class Kept(Factors):
 
     @classmethod
     def of(cls, result: Decomposition, bits: int) -> Kept:
-        """The same decomposition, packed and on the CPU."""
-        codes, scales, lora_A, lora_B = (
-            tensor.cpu().contiguous() for tensor in (*result.quantized, result.lora_A, result.lora_B)
-        )
+        """The same decomposition, packed where it was computed, then copied to the CPU."""
+        codes, scales = result.quantized
+        packed, scales, lora_A, lora_B = to_host([pack_codes(codes, bits), scales, result.lora_A, result.lora_B])
         return cls(lora_A, lora_B, result.errors, result.norm, result.unit, result.output_errors, result.kept_step,
-                   pack_codes(codes, bits), scales, bits)  # fmt: skip
+                   packed, scales, bits)  # fmt: skip
 
     @property
     def quantized(self) -> Quantized:

@@ -6,6 +6,7 @@ factors are written directly to the output files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,6 +44,7 @@ from loftq_exp.initialise.plan import Plan, code_bits, describe_plan, is_measure
 from loftq_exp.initialise.polish import polish, polish_samples
 from loftq_exp.initialise.prequantized import check_types
 from loftq_exp.initialise.proof import check_surroundings
+from loftq_exp.initialise.transfer import Copied, read_ahead, to_device
 from loftq_exp.initialise.verify import Forms, check_written
 from loftq_exp.initialise.workers import Phases, side_by_side
 from loftq_exp.loftq import kaiming_uniform_A
@@ -84,8 +86,8 @@ class WeightReport:
     cache_hit: bool
     steps_computed: int
     phases: dict[str, float]
-    """Seconds by phase: `digest` (which also reads the weight from its file), `cache`, `metric`, `decompose`, `decode`,
-    `write`."""
+    """Seconds by phase: `digest` (which also reads the weight from its file), `copy` (to pinned memory, for a GPU), `cache`,
+    `metric`, `decompose`, `decode`, `write`. The first two are those of a thread that reads ahead."""
     polished_error: float | None = None
     """The relative error with polished factors; None without a polish."""
     polished_output_error: float | None = None
@@ -180,22 +182,24 @@ def _write_weights(
             adapter.write(name, value)
         factors = _FactorWriter(adapter)
 
-        def one(item: str | Target) -> WeightReport | None:
+        def read(item: str | Target) -> str | _Read:
+            return item if isinstance(item, str) else worker.read(item, plan[item.module], tensors)
+
+        def one(item: str | _Read) -> WeightReport | None:
             if isinstance(item, str):
                 out.write(item, tensors.read(item))
                 return None
-            phases = Phases()
-            weight = item.read(tensors.read)
-            stored, lora_A, lora_B, report = worker.initialise(item, plan[item.module], weight, phases)
-            with phases.timed("write"):
-                write_target(out, item, stored)
-                factors.write(item, lora_A, lora_B)
-            return dataclasses.replace(report, seconds=phases.total, phases=phases.seconds)
+            stored, lora_A, lora_B, report = worker.initialise(item, plan[item.target.module])
+            with item.phases.timed("write"):
+                write_target(out, item.target, stored)
+                factors.write(item.target, lora_A, lora_B)
+            return dataclasses.replace(report, seconds=item.phases.total, phases=item.phases.seconds)
 
-        for report in side_by_side(one, _items(names, layout), worker.device):
-            if report is not None:
-                reports.append(report)
-                _show(advance, reports, len(layout.targets))
+        with contextlib.closing(read_ahead(read, _items(names, layout))) as weights:
+            for report in side_by_side(one, weights, worker.device):
+                if report is not None:
+                    reports.append(report)
+                    _show(advance, reports, len(layout.targets))
     order = {target.module: position for position, target in enumerate(layout.targets)}
     return sorted(reports, key=lambda report: order[report.name])
 
@@ -251,6 +255,17 @@ class _FactorWriter:
                 self._out.write(name, whole)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A weight that was read ahead."""
+
+    target: Target
+    weight: Copied
+    """(out, in), on its way to the device; on the CPU if nothing is computed there."""
+    digest: str
+    phases: Phases
+
+
 class _Worker:
     """Converts weights to backbone values and factors, through the cache."""
 
@@ -294,12 +309,23 @@ class _Worker:
         prefix = {"settings": wanted["settings"], "versions": wanted["versions"], "plan": bits}
         return calibrate(source, wanted["source"], self.config, tensors, layout, initialised, prefix)
 
+    def read(self, target: Target, precision: Precision, tensors: CheckpointTensors) -> _Read:
+        """Read and digest a weight. Unless its result is in the cache, it is on its way to the device."""
+        phases = Phases()
+        with phases.timed("digest"):
+            weight = target.read(tensors.read)
+            digest = weight_digest(weight)
+        here = self.device.type == "cpu" or self.config.quant.type == "none"
+        if here or self.decomposer.is_cached(target, digest, precision):
+            return _Read(target, Copied(weight), digest, phases)
+        with phases.timed("copy"):
+            return _Read(target, to_device(weight, self.device), digest, phases)
+
     def initialise(
-        self, target: Target, precision: Precision, weight: torch.Tensor, phases: Phases
+        self, read: _Read, precision: Precision
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, WeightReport]:
         """Return the backbone's tensors by name, A (r x in) and B (out x r) as PEFT stores them, and the report."""
-        with phases.timed("digest"):
-            digest = weight_digest(weight)
+        target, weight, digest, phases = read.target, read.weight.take(), read.digest, read.phases
         quant, rank, (rows, columns) = self.config.quant, precision.rank, target.shape
         hit, computed = False, 0
         lora_A, lora_B = random_A(rank, columns, self.config.seed, target.module), torch.zeros(rows, rank)

@@ -58,11 +58,11 @@ def side_by_side(work: Callable[[T], U], items: Iterable[T], device: torch.devic
     pool = ThreadPoolExecutor(workers, "weights", torch.set_num_threads, (max(threads // workers, 1),))
     running: set[Future[U]] = set()
     try:
-        for item in items:
+        for item in items:  # the next one is asked for once a worker is free
+            running.add(pool.submit(work, item))
             if len(running) == workers:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
-            running.add(pool.submit(work, item))
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)

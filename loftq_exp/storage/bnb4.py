@@ -14,7 +14,7 @@ from torch import nn
 
 from loftq_exp.loftq import Quantizer
 from loftq_exp.schemes import Scheme
-from loftq_exp.storage.codes import pack_codes, unpack_codes
+from loftq_exp.storage.codes import CHUNK_CODES, pack_codes, unpack_codes
 from loftq_exp.storage.format import Codes, DamagedWeight, LoadCode, StorageFormat, Tensors
 from loftq_exp.storage.specs import TensorSpec
 
@@ -147,8 +147,17 @@ def four_bit_of_codes(
     if not torch.equal(quantizer.levels(), _levels()):
         codes = unpack_codes(packed, quantizer.bits, math.prod(shape))
         low_first = pack_codes(_as_nf4(codes, quantizer), 4)
-    high_first = (low_first << 4).bitwise_or_(low_first >> 4)
-    return {name: high_first.reshape(-1, 1)} | _state(name, scales.reshape(-1), shape, quantizer.scale_dtype)
+    return {name: _swapped(low_first).reshape(-1, 1)} | _state(name, scales.reshape(-1), shape, quantizer.scale_dtype)
+
+
+def _swapped(codes: torch.Tensor) -> torch.Tensor:
+    """Return bytes with their halves swapped, from a multiple of 8 bytes: eight at a time, in pieces that fit a CPU's cache."""
+    low, swapped = 0x0F0F0F0F0F0F0F0F, torch.empty_like(codes)
+    pieces = (tensor.view(torch.int64).split(CHUNK_CODES // 8) for tensor in (codes, swapped))
+    for some, there in zip(*pieces, strict=True):
+        torch.bitwise_and(some, low, out=there)
+        there.bitwise_left_shift_(4).bitwise_or_((some >> 4).bitwise_and_(low))
+    return swapped
 
 
 def four_bit_of_values(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from loftq_exp.errors import UserError
 CODES_PER_GROUP = 8
 
 CHUNK_CODES = 2**18
-"""Codes processed at a time, to fit a CPU's cache."""
+"""Codes processed at a time on a CPU, to fit its cache. A GPU packs all at once."""
 
 
 def packed_bytes(values: int, bits: int) -> int:
@@ -35,8 +35,9 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return torch.nn.functional.pad(flat, (0, -flat.numel() % CODES_PER_GROUP)).contiguous()
     packed = flat.new_empty(packed_bytes(flat.numel(), bits))
-    for start in range(0, flat.numel(), CHUNK_CODES):
-        some = flat[start : start + CHUNK_CODES]
+    chunk = CHUNK_CODES if flat.device.type == "cpu" else flat.numel()
+    for start in range(0, flat.numel(), max(chunk, 1)):
+        some = flat[start : start + chunk]
         some = torch.nn.functional.pad(some, (0, -len(some) % CODES_PER_GROUP)).clone()
         size = len(some) // CODES_PER_GROUP * bits
         packed[start // CODES_PER_GROUP * bits :][:size] = _packed(some, bits)[:size]

@@ -21,6 +21,9 @@ TRAINING = (
 class FiniteTrainer(Trainer):
     """A Trainer that raises UserError, which names the step, if a loss, gradient norm or parameter is NaN or infinite.
 
+    In float16 the loss is scaled up. If gradients overflow, the step is skipped and the scale halved, which is no divergence
+    until the scale is below 1.
+
     Losses and gradients are checked before clipping, which turns infinite gradients into zeros and NaN. Parameters may
     overflow in the optimiser step. They are checked after it and before a checkpoint is saved. The error names `setting`,
     that of the learning rate, and ends with `advice`.
@@ -43,9 +46,14 @@ class FiniteTrainer(Trainer):
             norm = float(
                 _whole(get_total_norm([value.grad for value in self.model.parameters() if value.grad is not None]))
             )
-            if not (math.isfinite(losses) and math.isfinite(norm)):
+            if not (math.isfinite(losses) and (math.isfinite(norm) or self._scale() >= 1)):
                 raise _diverged(self._blamed, self.state.global_step + 1, f"loss {losses:g}, gradient norm {norm:g}")
         return loss
+
+    def _scale(self) -> float:
+        """Return the factor of the loss in float16; 0 in other types, whose loss is not scaled."""
+        scaler = self.accelerator.scaler
+        return 0.0 if scaler is None else float(scaler.get_scale())
 
 
 class _FiniteParameters(TrainerCallback):

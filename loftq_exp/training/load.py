@@ -25,6 +25,7 @@ from loftq_exp.source.layout import AUTO_CLASSES, load_config, skeleton
 from loftq_exp.source.locate import Source
 from loftq_exp.storage.format import storage_format
 from loftq_exp.training.loaded_adapter import put_adapter, read_adapter
+from loftq_exp.training.placement import Placement
 from loftq_exp.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def load_model(
     dtype: torch.dtype,
     num_labels: int | None = None,
     written: bool = True,
+    placement: Placement | None = None,
 ) -> PeftModel:
     """Return the backbone of `init` with the adapter in the folder `adapter`, or with the initial factors if it is None.
 
@@ -48,7 +50,7 @@ def load_model(
 
     Raises UserError if `init` was made for another `model.kind`, if a file is not as it was written, or if backbone or
     adapter have a missing tensor, an unexpected tensor or a tensor of the wrong shape. Not `written` is a checkpoint that
-    this process is still writing.
+    this process is still writing. A `placement` spreads the layers over devices (see `placed`); such a model only scores.
     """
     made_for = init.report["model"]["kind"]
     if made_for != config.model.kind:
@@ -82,7 +84,7 @@ def load_model(
             # FSDP spreads parameters of one floating type only. The bytes of the codes are the same.
             options["quantization_config"].bnb_4bit_quant_storage = dtype
     with without_bars():
-        backbone = _load_backbone(init, config, device, dtype, options)
+        backbone = _load_backbone(init, config, dtype, {**(placement or {"device_map": {"": device}}), **options})
     if written:
         check_place(init)
     form.settle(backbone, [weight["name"] for weight in init.report["weights"]], dtype)
@@ -150,20 +152,23 @@ def _misfit(init: Initialised, form: str, device: torch.device) -> str | None:
     return None
 
 
-def _load_backbone(
-    init: Initialised, config: RunConfig, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
-) -> Any:
+def _load_backbone(init: Initialised, config: RunConfig, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     again = f"the checkpoint is damaged: delete {init.folder} and quantize again"
     with explained(f"{init.folder}: the weights cannot be read", again):
         try:
             with collected_log() as lines:
                 model, report = AUTO_CLASSES[config.model.kind].from_pretrained(
-                    init.folder, dtype=dtype, device_map={"": device}, trust_remote_code=config.model.trust_remote_code,
+                    init.folder, dtype=dtype, trust_remote_code=config.model.trust_remote_code,
                     output_loading_info=True, attn_implementation=config.model.attn_implementation,
                     **options | {"ignore_mismatched_sizes": True},
                 )  # fmt: skip
         except UserError as error:  # of packed weights
             raise UserError(f"{init.folder}: {error}") from error
+        except ValueError as error:
+            if "dispatched on the CPU" not in str(error):
+                raise
+            raise UserError(f"evaluate.device_map={config.evaluate.device_map}: not all layers fit on the GPUs, and bitsandbytes' "
+                            "cannot be offloaded; use train.backbone=dense, or save_format=packed") from error  # fmt: skip
         except RuntimeError as error:
             if name := failed_conversion(lines):
                 raise UserError(

@@ -14,6 +14,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.foreign import explained
 from loftq_exp.integrations.loads import with_adapter
 from loftq_exp.source.finite import is_finite
+from loftq_exp.training.placement import adapter_to_layers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -43,6 +44,7 @@ def put_adapter(
         settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = False  # in inference mode nothing is trainable
     adapted = with_adapter(backbone, settings, str(folder), advice)
+    adapter_to_layers(adapted)
     _check_places(values, _held(adapted), folder, advice)
     set_peft_model_state_dict(adapted, dict(values))
     _check_values(values, _held(adapted), folder, advice)

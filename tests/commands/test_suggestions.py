@@ -17,7 +17,6 @@ from loftq_exp.errors import UserError
 @pytest.mark.parametrize(("given", "advice"), [
     ("model=Qwen/Qwen2.5-0.5B", "for a hub id or folder give model.path=Qwen/Qwen2.5-0.5B"),
     ("train.lr=1e-4", "did you mean 'train.learning_rate'?"),
-    ("train.fp16=true", "choose train.bf16=true, or false for float32"),
     ("train.packing=true", "task=instruct has task.packing"),
     ("logger=wandb", "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder, and metrics.json has all numbers"),
 ])  # fmt: skip

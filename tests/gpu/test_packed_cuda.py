@@ -105,7 +105,10 @@ def test_products_with_weights_of_real_models(shape: tuple[int, int], bits: int)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_packed_layer_is_the_dense_layer(bits: int, dtype: torch.dtype) -> None:
-    """Forward and backward: the same bytes for many rows, which cuBLAS multiplies; few rows within the type's precision."""
+    """Forward and backward within the type's precision. The unpacked weight alone has the same bytes.
+
+    For many rows cuBLAS multiplies both, and may choose another algorithm for a weight at another address.
+    """
     shape = (4096, 1024)
     quantizer = make_quantizer("nf", bits, 64, torch.bfloat16, double=True)
     quantized = quantizer.encode(weight(shape))
@@ -113,6 +116,7 @@ def test_a_packed_layer_is_the_dense_layer(bits: int, dtype: torch.dtype) -> Non
     layer = PackedLinear.from_quantized(quantized, quantizer, bias, dtype)
     dense = torch.nn.Linear(shape[1], shape[0], device="cuda", dtype=dtype)
     dense.weight.data, dense.bias.data = quantizer.decode_stored(quantized).to(dtype), bias.clone()
+    assert same_bytes(layer.dequantize(dtype), dense.weight.data)
     for count in (2, 512):
         rows = torch.randn(count, shape[1], generator=torch.Generator("cuda").manual_seed(2), device="cuda").to(dtype)
         pairs = []
@@ -125,8 +129,5 @@ def test_a_packed_layer_is_the_dense_layer(bits: int, dtype: torch.dtype) -> Non
         for found, expected in zip(*pairs, strict=True):
             assert found is not None
             assert expected is not None
-            if count == 512:
-                assert torch.equal(found, expected)
-            else:
-                close = 4 * torch.finfo(dtype).eps
-                torch.testing.assert_close(found, expected, rtol=close, atol=close * float(expected.abs().max()))
+            close = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found, expected, rtol=close, atol=close * float(expected.abs().max()))

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import Counter
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from weights import weight_like
 
+from loftq_exp.initialise.transfer import read_ahead, to_device, to_host
 from loftq_exp.loftq import decompose, loftq_init, make_quantizer
 from loftq_exp.loftq.memory import Workspace
+from loftq_exp.schemes import BITS_OF_TYPE, SCALES, SEARCHED_TYPES, TYPES_OF_LEVELS
+from loftq_exp.storage.codes import pack_codes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,14 +25,17 @@ pytestmark = [
 ]
 
 QUANTIZERS = [
-    *(("nf", bits, {}) for bits in (2, 3, 4)),
-    *(("nf", bits, {"levels": "optimal", "scale": "search"}) for bits in (2, 3, 4)),
-    ("nf-symmetric", 2, {}),
-    *((kind, bits, {}) for kind in ("uniform", "uniform-clipped", "uniform-sigma") for bits in (2, 4, 8)),
-    ("uniform", 2, {"scale": "search"}),
-    ("int", 8, {}),
+    (kind, bits, {"levels": levels, "scale": scale})
+    for kind, widths in BITS_OF_TYPE.items()
+    if kind != "none"
+    for bits in widths
+    for levels, kinds in TYPES_OF_LEVELS.items()
+    if kind in kinds
+    for scale in (SCALES if kind in SEARCHED_TYPES else ("absmax",))
 ]
-SHAPES = [(256, 320), (320, 256), (65, 99), (1, 64)]
+"""Every quantizer."""
+SHAPES = [(256, 320), (320, 256), (600, 1000), (65, 99), (127, 33), (1, 1), (1, 300), (300, 1)]
+"""Those of the CPU's tests, tests/loftq/test_alternation.py."""
 
 
 def correlated(columns: int) -> torch.Tensor:
@@ -46,7 +54,7 @@ def error(weight: torch.Tensor, result: tuple[torch.Tensor, ...], hessian: torch
 
 
 @pytest.mark.parametrize(("kind", "bits", "settings"), QUANTIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_errors_are_those_of_the_cpu(kind: str, bits: int, settings: dict[str, Any], dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = weight_like(*shape).to(dtype)
@@ -60,9 +68,17 @@ def test_errors_are_those_of_the_cpu(kind: str, bits: int, settings: dict[str, A
             assert on_cuda[0].dtype == dtype
             if steps == 0:
                 on_cpu, on_cuda = ((Q, 0 * A, B) for Q, A, B in (on_cpu, on_cuda))
-            # Five steps amplify a last bit: on a weight this small they scatter by more than 1 % on one device too.
-            bound = 0.02 if steps == 5 and min(shape) < 256 else 0.01
-            assert error(weight, on_cuda) == pytest.approx(error(weight, on_cpu), rel=bound, abs=1e-6), (shape, steps)
+            found = error(weight, on_cuda)
+            assert found == pytest.approx(error(weight, on_cpu), rel=bound(steps, shape), abs=2e-6), (shape, steps)
+
+
+def bound(steps: int, shape: tuple[int, int]) -> float:
+    """The relative difference that two devices may have.
+
+    Five steps amplify a last bit. On a CPU a change of the weight by 2e-7 of its values moves the error by up to 2.6 % in the
+    shapes below 600 x 1000, by up to 0.2 % there, and after one step by up to 0.5 %.
+    """
+    return 0.05 if steps == 5 and min(shape) < 600 else 0.01
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
@@ -113,6 +129,27 @@ def test_codes_and_scales_are_the_cpus() -> None:
         assert (there.codes.cpu() == here.codes).float().mean() > 0.99, (kind, bits)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_are_packed_to_the_same_bytes(bits: int) -> None:
+    for values in (1, 7, 64, 4096 * 11008 // 64 + 5):
+        codes = torch.randint(2**bits, (values,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+        assert torch.equal(pack_codes(codes.cuda(), bits).cpu(), pack_codes(codes, bits)), values
+
+
+def test_copies_through_pinned_memory_are_whole() -> None:
+    """Also while kernels that were queued before run on, and for each of many weights in the same pinned memory."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    busy = torch.randn(4096, 4096, device=device)
+    weights = [weight_like(300, 500, seed).bfloat16() for seed in range(20)]
+    for weight in read_ahead(lambda weight: (weight, to_device(weight, device)), weights):
+        for _ in range(20):
+            busy = busy @ busy * 1e-3
+        there = weight[1].take()
+        sums = there.float() + 1
+        assert torch.equal(there, weight[0].to(device))
+        assert torch.equal(to_host([sums.T])[0], (weight[0].float() + 1).T)
+
+
 def test_the_same_weight_has_the_same_bytes_twice() -> None:
     weight = weight_like(512, 768).cuda()
     one, two = (loftq_init(weight, 2, 32, 5) for _ in range(2))
@@ -134,6 +171,25 @@ def test_synchronisations_do_not_grow_with_the_weight() -> None:
         counts.append(sum("synchroniz" in str(warning.message) for warning in found))
     assert max(counts) < 150, counts
     assert counts[1] < counts[0] + 60, counts  # sweeps of the first step differ, tiles do not
+
+
+def test_kernels_and_copies_do_not_grow_with_the_weight() -> None:
+    """By the profiler's trace: a tile on a GPU is the weight, and a step brings a fixed number of values to the host."""
+    traces = []
+    for side in (1024, 4096):
+        weight, quantizer = weight_like(side, side).cuda(), make_quantizer("nf", 4)
+        decompose(weight, quantizer, 64, 5)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+            decompose(weight, quantizer, 64, 5)
+            torch.cuda.synchronize()
+        counts = Counter(event.name for event in trace.events())
+        waits = sum(counts[name] for name in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"))
+        traces.append((waits, counts["cudaLaunchKernel"]))
+    (waits, kernels), (more_waits, more_kernels) = traces
+    assert kernels > 0
+    assert waits < 200
+    assert more_waits < waits + 60, traces
+    assert more_kernels < 2 * kernels + 200, traces
 
 
 def test_two_weights_at_a_time_in_threads() -> None:

@@ -48,6 +48,42 @@ def nan_in_batch(number: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
     return lambda weight, calls: weight.sum() * (float("nan") if calls == number else 1.0)
 
 
+def train_scaled(
+    folder: Path, of: Callable[[torch.Tensor, int], torch.Tensor], scale: float, steps: int
+) -> FiniteTrainer:
+    """As float16 trains on a GPU: the loss is scaled, and a step whose gradients overflow is skipped."""
+    trainer = FiniteTrainer(
+        model=Loss(of), train_dataset=[{"x": torch.ones(1)}] * steps,
+        args=TrainingArguments(str(folder), per_device_train_batch_size=1, use_cpu=True, report_to="none", disable_tqdm=True,
+                               lr_scheduler_type="constant", save_strategy="no", optim="sgd", learning_rate=1e-6, num_train_epochs=1,
+                               max_grad_norm=0.0, remove_unused_columns=False, logging_nan_inf_filter=False),
+    )  # fmt: skip
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.train()
+    return trainer
+
+
+def test_a_scale_of_the_loss_that_is_too_large_is_halved(tmp_path: Path) -> None:
+    """Gradients of 1e4 at a scale of 2^16 overflow float16 until the scale is 4."""
+    trainer = train_scaled(tmp_path, lambda weight, calls: (weight.half() * 1e4).float().sum(), 2.0**16, 20)
+    assert trainer.accelerator.scaler.get_scale() == 4
+    assert trainer.state.global_step == 20
+    weight = trainer.model.get_parameter("weight")
+    assert weight.isfinite().all()
+    assert (weight < 1).all()
+
+
+@pytest.mark.parametrize(("of", "step"), [
+    (nan_in_batch(3), 3),  # a loss that is not finite is no matter of the scale
+    (lambda weight, calls: (weight * 0).sqrt().sum(), 4),  # at scales of 4, 2 and 1 the step is skipped
+], ids=["loss", "gradients"])  # fmt: skip
+def test_divergence_in_float16_is_none_of_the_scales(
+    tmp_path: Path, of: Callable[[torch.Tensor, int], torch.Tensor], step: int
+) -> None:
+    with pytest.raises(UserError, match=f"training diverged at step {step} "):
+        train_scaled(tmp_path, of, 4.0, 12)
+
+
 @pytest.mark.parametrize(("of", "arguments", "step", "what"), [
     (nan_in_batch(3), {}, 3, "loss nan"),
     (nan_in_batch(3), {"gradient_accumulation_steps": 2}, 2, "loss nan"),

@@ -16,6 +16,8 @@ from conftest import Command
 import loftq_exp
 from loftq_exp.config import ModelConfig, RunConfig, TrainConfig
 from loftq_exp.config.quant import QuantConfig
+from loftq_exp.device import compute_dtype
+from loftq_exp.errors import UserError
 from loftq_exp.tasks import task_settings
 from loftq_exp.training.checkpoints import last_whole_checkpoint
 from loftq_exp.training.finetune import training_arguments
@@ -57,6 +59,7 @@ def test_every_shared_name_is_handed_on(tmp_path: Path) -> None:
         "backbone",
         "gradient_checkpointing",
         "bf16",
+        "fp16",
         "warmup_ratio",
         "early_stopping_patience",
         "report_to",
@@ -76,9 +79,25 @@ def test_warmup_in_steps_beats_warmup_as_a_ratio(
     assert made.get_warmup_steps(total) == expected
 
 
-def test_bfloat16_follows_the_computing_type(tmp_path: Path) -> None:
-    assert arguments(tmp_path, torch.bfloat16).bf16
-    assert not arguments(tmp_path, torch.float32).bf16
+def test_mixed_precision_follows_the_computing_type(tmp_path: Path) -> None:
+    for dtype, expected in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "no")):
+        made = arguments(tmp_path, dtype)
+        assert (made.bf16, made.fp16) == (expected == "bf16", expected == "fp16")
+        assert made.mixed_precision == expected
+
+
+def test_one_type_to_compute_in() -> None:
+    with pytest.raises(UserError, match=r"^train.fp16=true: train.bf16=true is set too; choose one of the two$"):
+        TrainConfig(fp16=True, bf16=True)
+    assert compute_dtype(torch.device("cuda"), None, fp16=True) == torch.float16
+
+
+@pytest.mark.parametrize("stages", ["quantize,finetune", "quantize,evaluate"])
+def test_float16_on_a_cpu_is_refused_before_the_work(cli: Command, stages: str) -> None:
+    """accelerate ignores it there: it would train in another type without a word."""
+    line = cli.refused(*cli.tiny, "train.fp16=true", f"stages=[{stages}]", "output_dir=o")
+    assert line.startswith("train.fp16=true: float16 is trained and scored on a GPU only")
+    assert not list(Path().glob("o/inits/*"))
 
 
 def test_last_whole_checkpoint_drops_half_written_ones(tmp_path: Path) -> None:
