@@ -150,6 +150,8 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 check_unchanged(source, config, wanted)
                 if calibration := worker.decomposer.calibration:
                     report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
+                    if experts := calibration.experts(layout):
+                        report["calibration"]["experts"] = experts
                 report["totals"] |= watch.costs()
                 write_report(folder, report)
     report = json.loads(json.dumps(report))  # the same containers that a later run reads: lists, no tuples
