@@ -133,7 +133,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             samples = polish_samples(source, config)
             plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
-                write_surroundings(folder, final, source, layout, plan, config)
+                write_surroundings(folder, final, source, layout, plan, config, worker.loads_in(names, tensors, layout))
                 head = head_tensors(source.folder, tensors, layout, config)
                 factors = {name: spec.shape for name, spec in _adapter_specs(layout, plan, {}).items()}
                 check_surroundings(source.folder, folder, factors, config.model)
@@ -152,6 +152,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                     report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                     if experts := calibration.experts(layout):
                         report["calibration"]["experts"] = experts
+                report["quant"]["load_dtype"] = worker.loads_in(names, tensors, layout)
                 report["totals"] |= watch.costs()
                 write_report(folder, report)
     report = json.loads(json.dumps(report))  # the same containers that a later run reads: lists, no tuples
@@ -334,6 +335,15 @@ class _Worker:
         """The tensors that represent one target in the file."""
         codes = Codes(kept.packed, kept.scales, kept.shape, self.decomposer.quantizers[bits])
         return self.format.encode(name, codes, self.dtype)
+
+    def loads_in(self, names: Iterable[str], tensors: CheckpointTensors, layout: Layout) -> str:
+        """The torch name of the type in which the checkpoint is loaded: save_dtype, or that of all tensors but targets if the
+        format keeps it. Their layer norms cannot compute otherwise.
+        """
+        owners = _owners(layout)
+        kept = {tensors.dtype(name) for name in names if name not in owners and tensors.dtype(name).is_floating_point}
+        only = kept.pop() if len(kept) == 1 and self.format.keeps_types else self.dtype
+        return str(only).removeprefix("torch.")
 
     def stored_specs(self, target: Target, bits: int, tensors: CheckpointTensors) -> dict[str, TensorSpec]:
         """The types and shapes of the backbone tensors that hold a target at these bits."""

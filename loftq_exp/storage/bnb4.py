@@ -28,6 +28,7 @@ class Bnb4(StorageFormat):
     name = "bnb4"
     method = "bitsandbytes"
     needs_plain_linears = True
+    keeps_types = True
     export_note = "in bitsandbytes' NF4"
 
     def specs(

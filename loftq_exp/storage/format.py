@@ -65,6 +65,8 @@ class StorageFormat(ABC):
     """Whether it can store arbitrary values, such as merged ones, and not only a quantizer's codes."""
     needs_plain_linears: ClassVar[bool] = False
     """Whether transformers loads it only into layers whose class is exactly nn.Linear."""
+    keeps_types: ClassVar[bool] = False
+    """Whether transformers keeps the stored type of other weights too, so that the model has to be loaded in that type."""
     card_imports: ClassVar[tuple[str, ...]] = ()
     """Python imports needed to load a stored backbone, for the model card."""
     export_note: ClassVar[str] = ""

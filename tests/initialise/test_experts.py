@@ -20,6 +20,7 @@ from torch import nn
 from zoo import CONFIGS, MODELS, quantize_config, seeded, with_tokenizer
 
 import loftq_exp
+from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.exported import export
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -196,6 +197,22 @@ def test_conv1d_in_every_format(
     four = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "four", dtype=torch.float32)
     assert sum(isinstance(module, Linear4bit) for module in four.modules()) == 2 * 4
     torch.testing.assert_close(four(input_ids=IDS).logits, expected_logits, rtol=0.5, atol=0.5)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_bnb4_beside_layer_norms_of_another_type_loads_by_the_documented_lines(
+    name: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    """The type that config.json and the card name is that of the tensors beside the targets, whatever save_dtype is."""
+    seeded(MODELS[name]).to(stored).save_pretrained(tmp_path / "source")
+    other = "bfloat16" if stored == torch.float32 else "float32"
+    init, config = made(tmp_path / "source", tmp_path, "bnb4", save_dtype=other)
+    plain = hf.AutoModelForCausalLM.from_pretrained(init.folder)
+    assert {value.dtype for value in plain.parameters() if value.is_floating_point()} == {stored}
+    assert bool(torch.isfinite(plain(input_ids=IDS).logits).all())
+    assert init.report["quant"]["load_dtype"] == str(stored).removeprefix("torch.")
+    assert f"from_pretrained(REPO, dtype={stored}" in model_card(init, config, None)
 
 
 def test_a_checkpoint_that_stores_merged_experts(
