@@ -145,7 +145,11 @@ def write_surroundings(
     model_config.dtype = getattr(torch, dtype or config.save_dtype)
     bits = {module: precision.bits for module, precision in plan.items()}
     quantization = storage_format(config.save_format).quantization_config(
-        config.quant.scheme, bits, layout.other_linears, getattr(torch, config.save_dtype)
+        config.quant.scheme,
+        bits,
+        layout.other_linears,
+        getattr(torch, config.save_dtype),
+        [target.module for target in layout.targets if target.expert is None and layout.as_parameter(target)],
     )
     if quantization is not None:
         model_config.quantization_config = quantization

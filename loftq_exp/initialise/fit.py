@@ -17,7 +17,7 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
     check_shapes(layout, config.quant)
     wrapped = _wrapped(layout)
     for option, form in (("save_format", config.save_format), ("train.backbone", config.train.backbone)):
-        if wrapped and form in FORMATS and not storage_format(form).plain:
+        if wrapped and form in FORMATS and not storage_format(form).holds_parameters:
             raise UserError(f"{option}={form}: {FORMATS[form].layers} replace linear layers alone, and PEFT adapts {wrapped.parameter} "
                             f"as a parameter; use {option}=dense")  # fmt: skip
     if layout.left_dense and storage_format(config.save_format).needs_plain_linears:

@@ -320,7 +320,7 @@ class _Worker:
             found = self.decomposer.decomposed(target, weight, digest, precision, phases)
             result, hit, computed = found.result, found.cache_hit, found.steps_computed
             with phases.timed("decode"):
-                stored = self._stored(target.tensor, result, precision.bits)
+                stored = self._stored(target, result, precision.bits)
             errors, output_errors, kept_step = result.errors, result.output_errors, result.kept_step
             if quant.iter:
                 share = math.sqrt(
@@ -331,10 +331,14 @@ class _Worker:
                               0.0, hit, computed, {})  # fmt: skip
         return stored, lora_A.cpu(), lora_B.cpu(), report
 
-    def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
+    def _stored(self, target: Target, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
         """The tensors that represent one target in the file."""
         codes = Codes(kept.packed, kept.scales, kept.shape, self.decomposer.quantizers[bits])
-        return self.format.encode(name, codes, self.dtype)
+        return self.format.encode(self._name(target), codes, self.dtype)
+
+    def _name(self, target: Target) -> str:
+        """The name from which the format derives the names of a target's tensors."""
+        return target.tensor if self.format.plain else target.own_tensor
 
     def loads_in(self, names: Iterable[str], tensors: CheckpointTensors, layout: Layout) -> str:
         """The torch name of the type in which the checkpoint is loaded: save_dtype, or that of all tensors but targets if the
@@ -349,7 +353,7 @@ class _Worker:
         """The types and shapes of the backbone tensors that hold a target at these bits."""
         if self.format.plain:
             return {name: TensorSpec(self.dtype, tensors.shape(name)) for name in target.tensors}
-        return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
+        return self.format.specs(self._name(target), target.shape, self.decomposer.quantizers.get(bits), self.dtype)
 
 
 def _measured_again(
@@ -389,7 +393,8 @@ def _forms(tensors: CheckpointTensors, layout: Layout, plan: Plan, worker: _Work
     for target in layout.targets:
         parts = list(worker.stored_specs(target, plan[target.module].bits, tensors))
         for name in target.tensors:
-            forms[name] = tensors.shape(name), [name] if worker.format.plain else parts
+            shape, names = forms.get(name, (tensors.shape(name), []))
+            forms[name] = shape, [name] if worker.format.plain else [*names, *parts]
     return forms
 
 
