@@ -1,7 +1,7 @@
 """Run the tests of each promise of docs/reliability.md, slow ones too, and write how many passed into docs/results/promises.json.
 
-    python scripts/promise_tests.py [FILE ...]      # such as test_ranks; default: all
-    python scripts/result_tables.py
+python scripts/promise_tests.py [FILE ...]      # such as test_ranks; default: all
+python scripts/result_tables.py
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ def counts(file: str) -> dict[str, int]:
     """The numbers of the tests of one file that passed, were skipped and failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={report}", str(ROOT / "tests" / f"{file}.py")]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not gpu",
+            f"--junitxml={report}",
+            str(ROOT / "tests" / f"{file}.py"),
+        ]
         subprocess.run(command, cwd=ROOT, check=False)
         suite = next(ElementTree.parse(report).iter("testsuite")).attrib
     failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
@@ -55,7 +64,9 @@ def main() -> int:
         columns = [{"name": column, "key": column} for column in COLUMNS]
         found = [rows[each] for each in (f"`tests/{file}.py`" for file in PROMISES) if each in rows]
         TABLE.write_text(
-            json.dumps({"facts": {"command": "python scripts/promise_tests.py"}, "columns": columns, "rows": found}, indent=1)
+            json.dumps(
+                {"facts": {"command": "python scripts/promise_tests.py"}, "columns": columns, "rows": found}, indent=1
+            )
             + "\n"
         )
     return int(any(row["failed"] for row in rows.values()))

@@ -43,7 +43,9 @@ def report(folder: Path, form: str, baseline: str) -> Path:
     output = PLACE / f"report.{form}"
     if write_report.main([str(folder), "--format", form, "--baseline", baseline, "--output", str(output)]):
         sys.exit(1)
-    text = output.read_text().replace(str(folder.resolve()), "outputs").replace(str(ROOT.parent / "shared"), "../shared")
+    text = (
+        output.read_text().replace(str(folder.resolve()), "outputs").replace(str(ROOT.parent / "shared"), "../shared")
+    )
     output.write_text(text)
     return output
 

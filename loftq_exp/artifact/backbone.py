@@ -38,6 +38,11 @@ class BackboneWeight:
         return self.target.tensors[0]
 
     @property
+    def own_tensor(self) -> str:
+        """The name from which a format with several tensors for a weight derives theirs."""
+        return self.target.own_tensor
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.target.shape
@@ -75,7 +80,7 @@ class Backbone:
         read = {name: self.tensors.read(name) for name in weight.parts}
         quantizer = self.format.quantizer_of(module, self.settings)
         try:
-            return self.format.values(module, weight.tensor, read, weight.shape, quantizer)
+            return self.format.values(module, weight.own_tensor, read, weight.shape, quantizer)
         except DamagedWeight as error:
             raise self._damaged(str(error)) from error
 
@@ -118,7 +123,7 @@ def backbone_of(init: Initialised) -> Iterator[Backbone]:
     with open_tensors(folder) as tensors:
         backbone = Backbone(init, model, tensors, stored, settings)
         for module, target in _targets(backbone, shapes).items():
-            parts = target.tensors if stored.plain else stored.parts(target.tensor, tensors.names)
+            parts = target.tensors if stored.plain else stored.parts(target.own_tensor, tensors.names)
             backbone.weights[module] = BackboneWeight(target, parts)
         yield backbone
 
@@ -128,8 +133,8 @@ def _targets(backbone: Backbone, shapes: Mapping[str, tuple[int, int]]) -> dict[
     model, folder = backbone.model, backbone.init.folder
     stacks, modules = block_lists(model), dict(model.named_modules())
     found: dict[str, Target] = {}
-    if any(module not in modules for module in shapes) and backbone.format.plain:
-        stored = load_report(model, backbone.tensors.shapes()).parameters
+    if any(module not in modules for module in shapes):
+        stored = load_report(model, backbone.tensors.shapes()).parameters if backbone.format.plain else {}
         found = {target.module: target for target in as_wrapped(
             target for target in expert_targets(model, stacks, stored, folder) if target.module in shapes
         )}  # fmt: skip

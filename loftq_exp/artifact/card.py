@@ -131,7 +131,8 @@ def _code(config: RunConfig, report: dict[str, Any]) -> str:
     It needs only transformers, bitsandbytes and PEFT, and loftq_exp for packed weights.
     """
     model_class = AUTO_CLASSES[config.model.kind].__name__
-    dtype = f"torch.{report.get('off_the_shelf', {}).get('stored_dtype', config.save_dtype)}"
+    loaded = report.get("off_the_shelf", {}).get("stored_dtype") or report["quant"].get("load_dtype", config.save_dtype)
+    dtype = f"torch.{loaded}"
     stored = storage_format(config.save_format)
     held = storage_format(next(form for form in stored.capacity.forms if config.fits(form)))
     packing = held.load_code(report["other_linears"], dtype) if held is not stored else LoadCode()

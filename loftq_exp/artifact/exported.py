@@ -188,6 +188,8 @@ def _dense_shapes(backbone: Backbone, weight: BackboneWeight) -> dict[str, tuple
     target, tensors = weight.target, backbone.tensors
     if backbone.format.plain:
         return {name: tensors.shape(name) for name in target.tensors}
+    if target.expert is not None:
+        return {target.parameter: tuple(backbone.model.get_parameter(target.parameter).shape)}
     return {weight.tensor: target.shape[::-1] if target.pieces else target.shape}  # GPT-2's are (in, out)
 
 

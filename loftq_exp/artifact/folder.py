@@ -128,18 +128,28 @@ def _is_empty(place: Path) -> bool:
 
 
 def write_surroundings(
-    folder: Path, final: Path, source: Source, layout: Layout, plan: Mapping[str, Precision], config: RunConfig
+    folder: Path,
+    final: Path,
+    source: Source,
+    layout: Layout,
+    plan: Mapping[str, Precision],
+    config: RunConfig,
+    dtype: str | None = None,
 ) -> None:
     """Write everything but the weights: the model's config, unchanged tokenizer files, and the adapter's config.
 
-    `plan` has the bits and rank of each target, by module.
+    `plan` has the bits and rank of each target, by module. `dtype` is the type in which the model is loaded; None: the
+    config's save_dtype.
     """
     model_config = load_config(source.folder, config.model.trust_remote_code, config.model.kind)
-    dtype: torch.dtype = getattr(torch, config.save_dtype)
-    model_config.dtype = dtype
+    model_config.dtype = getattr(torch, dtype or config.save_dtype)
     bits = {module: precision.bits for module, precision in plan.items()}
     quantization = storage_format(config.save_format).quantization_config(
-        config.quant.scheme, bits, layout.other_linears, dtype
+        config.quant.scheme,
+        bits,
+        layout.other_linears,
+        getattr(torch, config.save_dtype),
+        [target.module for target in layout.targets if target.expert is None and layout.as_parameter(target)],
     )
     if quantization is not None:
         model_config.quantization_config = quantization

@@ -3,6 +3,7 @@
 Imports source, tasks, loftq, artifact, config.
 """
 
-from loftq_exp.calibration.statistics import Statistics, collect_statistics
+from loftq_exp.calibration.moments import Statistics
+from loftq_exp.calibration.statistics import collect_statistics
 
 __all__ = ["Statistics", "collect_statistics"]

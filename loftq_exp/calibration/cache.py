@@ -24,7 +24,7 @@ import torch
 import xxhash
 
 from loftq_exp.artifact.writer import tensor_bytes
-from loftq_exp.calibration.statistics import Statistics
+from loftq_exp.calibration.moments import Statistics
 from loftq_exp.errors import UserError
 from loftq_exp.whole import is_abandoned, whole_file
 

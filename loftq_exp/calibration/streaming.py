@@ -16,8 +16,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loftq_exp.calibration.experts import expert_matrix
+from loftq_exp.calibration.moments import Statistics
 from loftq_exp.calibration.spill import Spill
-from loftq_exp.calibration.statistics import Collector, Statistics
+from loftq_exp.calibration.statistics import Collector
 from loftq_exp.errors import UserError
 from loftq_exp.source.blocks import block_lists
 from loftq_exp.source.experts import expert_targets, read_experts
@@ -101,10 +103,14 @@ class BlockRunner:
                         owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
             module.forward = lambda *args, **kwargs: self._replayed[_stack(block)]
 
-    def collect(self, block: str, kind: str, advance: bool = True) -> dict[str, Statistics]:
-        """Return the statistics of the block's targets; `advance`: also pass the block's outputs on."""
-        modules = {name: self._model.get_submodule(name) for name in self.targets(block)}
-        collector = Collector(modules, kind)
+    def collect(
+        self, block: str, kind: str, advance: bool = True, names: Sequence[str] | None = None
+    ) -> dict[str, Statistics]:
+        """Return the statistics of the block's targets, or of those in `names`.
+
+        `advance`: also pass the block's outputs on.
+        """
+        collector = Collector(self._model, self.targets(block) if names is None else names, kind)
         with collector.collecting():
             self._run(block, advance, collector.next_batch)
         return collector.statistics()
@@ -114,8 +120,13 @@ class BlockRunner:
         self._run(block, True)
 
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replace the weights of layers of the loaded block, by module name."""
+        """Replace the weights of targets of the loaded block, each (out, in), by name."""
         for name, weight in weights.items():
+            if matrix := expert_matrix(self._model, name):
+                owner: Any = self._model.get_submodule(matrix.module)
+                held = owner.get_parameter(matrix.parameter)
+                held[matrix.expert].copy_(weight.T if owner.is_transposed else weight)
+                continue
             module = self._model.get_submodule(name)
             weight = weight.T if isinstance(module, Conv1D) else weight
             module._parameters["weight"] = nn.Parameter(weight.to(self._device, torch.float32), requires_grad=False)

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 METRICS_HELD = 3
 """Roots of second moments in memory: layers that share an input follow each other, with others in between."""
 
+EXPERTS_BYTES = 4 << 30
+"""The most bytes of the running sums of a block's experts at a time. The block reads the text once for each such part."""
+
 Initialiser = Callable[[str, "Calibration"], Mapping[str, torch.Tensor]]
 """f(block, calibration) -> the values Q + s B A of the block's targets by module, for quant.order=sequential."""
 
@@ -43,6 +46,17 @@ class Calibration:
         """Tokens that the statistics are of, the most of any layer."""
         self.seconds = 0.0
         """Seconds that collecting them took; 0 if all were in the cache."""
+
+    def experts(self, layout: Layout) -> dict[str, int]:
+        """The number of experts' `matrices`, of those `filled` because they read fewer tokens than they have inputs, and of
+        those `unread` by any token. Empty without experts.
+        """
+        tokens = {target: self._stored[target.module].tokens[target.module]
+                  for target in layout.targets if target.expert is not None}  # fmt: skip
+        if not tokens:
+            return {}
+        filled = sum(found < target.shape[1] for target, found in tokens.items())
+        return {"matrices": len(tokens), "filled": filled, "unread": sum(not found for found in tokens.values())}
 
     def add(self, stored: StoredStatistics) -> None:
         """Add the statistics of a block."""
@@ -93,12 +107,16 @@ def calibrate(
     cache, calibration = StatisticsCache(config.cache_path), Calibration()
     shaping = {"model": content, "kind": config.model.kind, "text": calibration_origin(config),
                "statistics": config.quant.calibration, "prefix": prefix}  # fmt: skip
-    keys = {block: statistics_key(block=block, **shaping) for block in layout.blocks}
-    found = {block: stored for block, key in keys.items() if (stored := cache.find(key))}
+    parts = {block: _parts(layout, block, config.quant.calibration) for block in layout.blocks}
+    keys = {
+        part: statistics_key(block=block, **shaping, **_named(part, layout)) for block in parts for part in parts[block]
+    }
+    found = {part: stored for part, key in keys.items() if (stored := cache.find(key))}
     if len(found) == len(keys):
         for stored in found.values():
             calibration.add(stored)
         log.info("calibrate: %d tokens, from the cache", calibration.tokens)
+        _warn_of_filled(calibration.experts(layout))
         return calibration
     began = time.perf_counter()
     samples = calibration_samples(source, config)
@@ -108,19 +126,44 @@ def calibrate(
     with progress("calibrate") as advance:
         for number, block in enumerate(runner.blocks, start=1):
             with runner.loaded(block):
-                if block not in found:
-                    statistics = runner.collect(block, config.quant.calibration, advance=initialiser is None)
-                    found[block] = cache.put(keys[block], statistics)
-                elif initialiser is None:
+                missing = [part for part in parts[block] if part not in found]
+                for part in missing:
+                    passing = initialiser is None and part is missing[-1]
+                    found[part] = cache.put(keys[part], runner.collect(block, config.quant.calibration, passing, part))
+                if initialiser is None and not missing:
                     runner.advance(block)
-                calibration.add(found[block])
+                for part in parts[block]:
+                    calibration.add(found[part])
                 if initialiser is not None:
                     runner.set_weights(initialiser(block, calibration))
                     runner.advance(block)
-            advance(number, len(keys), block)
+            advance(number, len(parts), block)
     calibration.seconds = time.perf_counter() - began
     log.info("calibrate: %d samples, %d tokens, %.1f s", len(samples), calibration.tokens, calibration.seconds)
+    _warn_of_filled(calibration.experts(layout))
     return calibration
+
+
+def _parts(layout: Layout, block: str, kind: str) -> list[tuple[str, ...]]:
+    """The names of a block's targets, in parts that are collected and stored together, see `EXPERTS_BYTES`."""
+    inside = [target for target in layout.targets if target.block == block]
+    parts, held = [[target.module for target in inside if target.expert is None]], 0
+    for target in inside:
+        if target.expert is None:
+            continue
+        size = 8 * target.shape[1] ** (2 if kind == "full" else 1)
+        if held and held + size > EXPERTS_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(target.module)
+        held += size
+    return [tuple(part) for part in parts]
+
+
+def _named(part: tuple[str, ...], layout: Layout) -> dict[str, Any]:
+    """The names of a part for its key, if it is not all linear layers of its block."""
+    experts = any(target.expert is not None for target in layout.targets)
+    return {"targets": part} if experts or layout.excluded else {}
 
 
 def prefix_digest(*shaping: Any) -> str:
@@ -133,3 +176,10 @@ def _warn_of_few(tokens: int, layout: Layout) -> None:
     if tokens < widest:
         log.warning("calibrate: %d tokens are fewer than the %d inputs of the widest layer, so that its statistics are rough; "
                     "raise calibration.samples or calibration.length", tokens, widest)  # fmt: skip
+
+
+def _warn_of_filled(experts: Mapping[str, int]) -> None:
+    if experts.get("filled"):
+        log.warning("calibrate: %d of the %d matrices of experts read fewer tokens than they have inputs, %d of them none: their "
+                    "statistics are filled, see docs/calibration.md; raise calibration.samples or calibration.length",
+                    experts["filled"], experts["matrices"], experts["unread"])  # fmt: skip

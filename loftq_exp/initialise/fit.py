@@ -17,7 +17,7 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
     check_shapes(layout, config.quant)
     wrapped = _wrapped(layout)
     for option, form in (("save_format", config.save_format), ("train.backbone", config.train.backbone)):
-        if wrapped and form in FORMATS and not storage_format(form).plain:
+        if wrapped and form in FORMATS and not storage_format(form).holds_parameters:
             raise UserError(f"{option}={form}: {FORMATS[form].layers} replace linear layers alone, and PEFT adapts {wrapped.parameter} "
                             f"as a parameter; use {option}=dense")  # fmt: skip
     if layout.left_dense and storage_format(config.save_format).needs_plain_linears:
@@ -26,14 +26,9 @@ def check_fit(layout: Layout, config: RunConfig) -> None:
 
 
 def check_shapes(layout: Layout, quant: QuantConfig) -> None:
-    """Raise UserError if rank or block size do not fit a target's shape, or dropout, ranks or calibration its adapter."""
+    """Raise UserError if rank or block size do not fit a target's shape, or dropout or ranks its adapter."""
     if wrapped := _wrapped(layout):
         _check_parameter(wrapped.parameter, quant)
-    if (
-        expert := next((target for target in layout.targets if target.expert is not None), None)
-    ) and quant.calibration != "none":
-        raise UserError(f"quant.calibration={quant.calibration}: the inputs of each expert of {expert.parameter} are not collected; "
-                        "use quant.calibration=none")  # fmt: skip
     largest = max(layout.targets, key=lambda target: min(target.shape))
     if quant.rank > min(largest.shape):  # a smaller weight gets its largest possible rank, see `make_plan`
         raise UserError(f"quant.rank={quant.rank}: no weight has such a rank, {largest.module} is {largest.shape[0]} x "

@@ -135,7 +135,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             samples = polish_samples(source, config)
             plan = worker.plan(source, wanted, tensors, layout)
             with written_whole(final) as folder:
-                write_surroundings(folder, final, source, layout, plan, config)
+                write_surroundings(folder, final, source, layout, plan, config, worker.loads_in(names, tensors, layout))
                 head = head_tensors(source.folder, tensors, layout, config)
                 factors = {name: spec.shape for name, spec in _adapter_specs(layout, plan, {}).items()}
                 check_surroundings(source.folder, folder, factors, config.model)
@@ -152,6 +152,9 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                 check_unchanged(source, config, wanted)
                 if calibration := worker.decomposer.calibration:
                     report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
+                    if experts := calibration.experts(layout):
+                        report["calibration"]["experts"] = experts
+                report["quant"]["load_dtype"] = worker.loads_in(names, tensors, layout)
                 report["totals"] |= watch.costs()
                 write_report(folder, report)
     report = json.loads(json.dumps(report))  # the same containers that a later run reads: lists, no tuples
@@ -343,7 +346,7 @@ class _Worker:
             found = self.decomposer.decomposed(target, weight, digest, precision, phases)
             result, hit, computed = found.result, found.cache_hit, found.steps_computed
             with phases.timed("decode"):
-                stored = self._stored(target.tensor, result, precision.bits)
+                stored = self._stored(target, result, precision.bits)
             errors, output_errors, kept_step = result.errors, result.output_errors, result.kept_step
             if quant.iter:
                 share = math.sqrt(
@@ -354,16 +357,29 @@ class _Worker:
                               0.0, hit, computed, {})  # fmt: skip
         return stored, lora_A.cpu(), lora_B.cpu(), report
 
-    def _stored(self, name: str, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
+    def _stored(self, target: Target, kept: Kept, bits: int) -> dict[str, torch.Tensor]:
         """The tensors that represent one target in the file."""
         codes = Codes(kept.packed, kept.scales, kept.shape, self.decomposer.quantizers[bits])
-        return self.format.encode(name, codes, self.dtype)
+        return self.format.encode(self._name(target), codes, self.dtype)
+
+    def _name(self, target: Target) -> str:
+        """The name from which the format derives the names of a target's tensors."""
+        return target.tensor if self.format.plain else target.own_tensor
+
+    def loads_in(self, names: Iterable[str], tensors: CheckpointTensors, layout: Layout) -> str:
+        """The torch name of the type in which the checkpoint is loaded: save_dtype, or that of all tensors but targets if the
+        format keeps it. Their layer norms cannot compute otherwise.
+        """
+        owners = _owners(layout)
+        kept = {tensors.dtype(name) for name in names if name not in owners and tensors.dtype(name).is_floating_point}
+        only = kept.pop() if len(kept) == 1 and self.format.keeps_types else self.dtype
+        return str(only).removeprefix("torch.")
 
     def stored_specs(self, target: Target, bits: int, tensors: CheckpointTensors) -> dict[str, TensorSpec]:
         """The types and shapes of the backbone tensors that hold a target at these bits."""
         if self.format.plain:
             return {name: TensorSpec(self.dtype, tensors.shape(name)) for name in target.tensors}
-        return self.format.specs(target.tensor, target.shape, self.decomposer.quantizers.get(bits), self.dtype)
+        return self.format.specs(self._name(target), target.shape, self.decomposer.quantizers.get(bits), self.dtype)
 
 
 def _measured_again(
@@ -403,7 +419,8 @@ def _forms(tensors: CheckpointTensors, layout: Layout, plan: Plan, worker: _Work
     for target in layout.targets:
         parts = list(worker.stored_specs(target, plan[target.module].bits, tensors))
         for name in target.tensors:
-            forms[name] = tensors.shape(name), [name] if worker.format.plain else parts
+            shape, names = forms.get(name, (tensors.shape(name), []))
+            forms[name] = shape, [name] if worker.format.plain else [*names, *parts]
     return forms
 
 

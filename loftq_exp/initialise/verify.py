@@ -62,7 +62,12 @@ def _check_modules(model: transformers.PreTrainedModel, folder: Path, layout: La
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not before.get(name)
     }
-    if odd := sorted(packed.symmetric_difference(target.module for target in layout.targets)):
+    if odd := sorted(
+        packed.symmetric_difference(
+            target.own_tensor.removesuffix(".weight") if target.expert is not None else target.module
+            for target in layout.targets
+        )
+    ):
         raise UserError(
             f"save_format: transformers would not load {some(odd)} as it was written; use save_format=dense"
         )

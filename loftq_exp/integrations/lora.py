@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 
 from loftq_exp.errors import UserError
 
@@ -27,3 +27,12 @@ class PackedLoraLayer(Linear):
 
     def __repr__(self) -> str:
         return f"loftq_exp.{super().__repr__()}"
+
+
+def adapted_layer(
+    target: Any, adapter_name: str, parameter_name: str | None = None, **settings: Any
+) -> PackedLoraLayer | ParamWrapper:
+    """PEFT's layer on a `PackedLinear`: of its weight as a parameter, or of the layer."""
+    if parameter_name is not None:
+        return ParamWrapper(target, adapter_name, parameter_name=parameter_name, **settings)
+    return PackedLoraLayer(target, adapter_name, **settings)

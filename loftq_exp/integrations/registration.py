@@ -28,6 +28,6 @@ def _register_with_peft(module: Any) -> None:
 def _with_packed_layers(post_init: Any, config: Any, args: Any, kwargs: Any) -> None:
     post_init(*args, **kwargs)
     from loftq_exp.integrations.linear import PackedLinear
-    from loftq_exp.integrations.lora import PackedLoraLayer
+    from loftq_exp.integrations.lora import adapted_layer
 
-    config._register_custom_module({PackedLinear: PackedLoraLayer})
+    config._register_custom_module({PackedLinear: adapted_layer})

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.linear import PackedLinear
+from loftq_exp.integrations.parameter import PREFIX, PackedParameterLinear, hold
 from loftq_exp.loftq import Quantizer
 from loftq_exp.storage.packed import PARTS, check_specs
 from loftq_exp.storage.packing import METHOD, VERSION, Packing
@@ -41,10 +42,13 @@ class LoftQConfig(QuantizationConfigMixin):
         scale_dtype: type of the scales and of the decoded values.
         version: format version.
         levels: levels of type `nf`, see `loftq_exp.loftq.quantizers`.
+        parameters: packed linear layers whose weight PEFT adapts as a parameter.
     """
 
     levels: str = "nf"
     """Written only if it is not `nf`, as an attribute of the instance."""
+    parameters: Sequence[str] = ()
+    """Written only if there are any."""
 
     def __init__(
         self,
@@ -55,10 +59,12 @@ class LoftQConfig(QuantizationConfigMixin):
         scale_dtype: str = "bfloat16",
         version: int = VERSION,
         levels: str = "nf",
+        parameters: Sequence[str] = (),
         **unknown: Any,
     ) -> None:
         packing = Packing.of({"bits": bits, "type": type, "block_size": block_size, "double": double,
-                              "scale_dtype": scale_dtype, "version": version, "levels": levels} | unknown)  # fmt: skip
+                              "scale_dtype": scale_dtype, "version": version, "levels": levels,
+                              "parameters": parameters} | unknown)  # fmt: skip
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration has only its own methods
         self.bits, self.type, self.block_size, self.double = (
             packing.bits,
@@ -69,6 +75,8 @@ class LoftQConfig(QuantizationConfigMixin):
         self.scale_dtype, self.version = packing.scale_dtype, VERSION
         if packing.levels != "nf":
             self.levels = packing.levels
+        if packing.parameters:
+            self.parameters = list(packing.parameters)
 
     def quantizer(self, bits: int) -> Quantizer:
         """Return the quantizer of the modules with `bits` bits."""
@@ -103,13 +111,18 @@ class LoftQHfQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] | None = None,
         **_: Any,
     ) -> Any:
-        modules, layers = dict(model.named_modules()), {}
-        for name, bits in self.quantization_config.bits.items():
+        modules, layers = dict(model.named_modules()), dict[str, PackedLinear]()
+        stacks, linears = _by_parameter(self.quantization_config.bits, model.base_model_prefix, modules)
+        self._stacks = {place: self._stack(modules[place[0]], place, bits, dtype) for place, bits in stacks.items()}
+        for (owner, parameter), matrices in self._stacks.items():
+            layers |= {f"{owner}.{PREFIX}{parameter}.{number}": matrix for number, matrix in enumerate(matrices)}
+        for name, bits in linears.items():
             found = _module_name(name, model.base_model_prefix, modules)
             if found is None:
                 raise UserError(f"quantization_config.bits: {name} is not a linear layer of {type(model).__name__}; "
                                 "load the class that the checkpoint was made for")  # fmt: skip
-            layers[found] = self._packed(modules[found], bits, dtype)
+            kind = PackedParameterLinear if name in self.quantization_config.parameters else PackedLinear
+            layers[found] = self._packed(modules[found], bits, dtype, kind)
             model.set_submodule(found, layers[found])
             # Some classes initialise the weights of all their layers by name (t5), unless they are marked as loaded. A packed
             # layer has no `weight` to initialise.
@@ -118,13 +131,33 @@ class LoftQHfQuantizer(HfQuantizer):
         _check_files(checkpoint_files or (), model.base_model_prefix, layers)
         return model
 
-    def _packed(self, linear: nn.Linear | Conv1D, bits: int, dtype: torch.dtype | None) -> PackedLinear:
+    def _stack(
+        self, owner: Any, place: tuple[str, str], bits: Mapping[int, int], dtype: torch.dtype | None
+    ) -> list[PackedLinear]:
+        """The packed matrices of a parameter of experts, in a module list that replaces it until the weights are loaded."""
+        name, parameter = place
+        shape = owner.get_parameter(parameter).shape
+        if set(bits) != set(range(shape[0])):
+            raise UserError(f"quantization_config.bits: {name}.{parameter} has {shape[0]} matrices, and {len(bits)} are packed; "
+                            "get config.json again")  # fmt: skip
+        rows, columns = (shape[2], shape[1]) if owner.is_transposed else (shape[1], shape[2])
+        quantizers = [self.quantization_config.quantizer(bits[number]) for number in range(shape[0])]
+        matrices = [PackedLinear(columns, rows, quantizer, False, dtype, "meta") for quantizer in quantizers]
+        owner.register_parameter(parameter, None)
+        owner.add_module(f"{PREFIX}{parameter}", nn.ModuleList(matrices))
+        for drawn in (owner, *matrices):  # some classes initialise the parameters of experts by name
+            drawn._is_hf_initialized = True
+        return matrices
+
+    def _packed(
+        self, linear: nn.Linear | Conv1D, bits: int, dtype: torch.dtype | None, kind: type[PackedLinear]
+    ) -> PackedLinear:
         quantizer = self.quantization_config.quantizer(bits)
         has_bias = linear.bias is not None
         rows, columns = (
             (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
         )
-        return PackedLinear(columns, rows, quantizer, has_bias, dtype, "meta")
+        return kind(columns, rows, quantizer, has_bias, dtype, "meta")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
@@ -133,6 +166,10 @@ class LoftQHfQuantizer(HfQuantizer):
                 if not module.quantizer.double:
                     module.scales = module.scales.to(module.quantizer.scale_dtype)
                 module.check(name)
+            if isinstance(module, PackedParameterLinear):
+                module.hold_weight()
+        for (owner, parameter), stack in self._stacks.items():
+            hold(model.get_submodule(owner), parameter, stack)
         return model
 
     def is_serializable(self) -> bool:
@@ -180,6 +217,28 @@ def _check_files(files: Sequence[str], prefix: str, layers: Mapping[str, PackedL
     for name, layer in layers.items() if files else ():
         if found[name] or not renamed:
             check_specs(name, found[name], layer.quantizer, layer.shape)
+
+
+_Stacks = dict[tuple[str, str], dict[int, int]]
+"""Bits by the module and the parameter of experts, and the expert's number."""
+
+
+def _by_parameter(
+    bits: Mapping[str, int], prefix: str, modules: Mapping[str, nn.Module]
+) -> tuple[_Stacks, dict[str, int]]:
+    """The bits of experts' matrices, whose names end in a number, and those of linear layers."""
+    stacks: _Stacks = {}
+    linears: dict[str, int] = {}
+    for name, width in bits.items():
+        path, _, number = name.rpartition(".")
+        owner, _, parameter = path.rpartition(".")
+        names = (owner, owner.removeprefix(f"{prefix}."), f"{prefix}.{owner}")
+        found = next((each for each in names if hasattr(modules.get(each), "is_transposed")), None)
+        if found is not None and number.isdigit():
+            stacks.setdefault((found, parameter), {})[int(number)] = width
+        else:
+            linears[name] = width
+    return stacks, linears
 
 
 def _module_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -72,7 +72,7 @@ class Layout:
     """Linear layers and parameters of experts in the blocks that the settings leave dense, without an adapter."""
     target_parameters: tuple[str, ...] = ()
     """The shortest parameter name endings that match the targets that PEFT adapts as parameters, and nothing else: experts, and
-    linear layers that PEFT does not find as modules. Only a dense backbone holds them, and PEFT has no dropout for them."""
+    linear layers that PEFT does not find as modules. 4-bit layers do not hold them, and PEFT has no dropout for them."""
     transposed: bool = False
     """Whether the model's linear layers are `Conv1D`, with weights (in, out)."""
 

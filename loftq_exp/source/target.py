@@ -66,6 +66,14 @@ class Target:
         return f"{self.module}.weight" if self.expert is None else self.chosen_by
 
     @property
+    def own_tensor(self) -> str:
+        """The name of its tensor in a file that holds each expert's matrix under its own name, as packed ones do."""
+        if self.expert is None:
+            return self.tensor
+        owner, _, name = self.parameter.rpartition(".")
+        return f"{owner}.packed_{name}.{self.expert}.weight"
+
+    @property
     def layer(self) -> str:
         """The PEFT layer that holds its factors."""
         return self.wrapped or self.module

@@ -28,6 +28,7 @@ class Bnb4(StorageFormat):
     name = "bnb4"
     method = "bitsandbytes"
     needs_plain_linears = True
+    keeps_types = True
     export_note = "in bitsandbytes' NF4"
 
     def specs(
@@ -57,7 +58,12 @@ class Bnb4(StorageFormat):
         return values.float()
 
     def quantization_config(
-        self, scheme: Scheme | None, bits: Mapping[str, int], other_linears: Sequence[str], dtype: torch.dtype
+        self,
+        scheme: Scheme | None,
+        bits: Mapping[str, int],
+        other_linears: Sequence[str],
+        dtype: torch.dtype,
+        parameters: Sequence[str] = (),
     ) -> Any:
         return bnb4_config(other_linears, dtype)
 

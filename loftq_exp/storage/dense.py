@@ -17,6 +17,7 @@ class Dense(StorageFormat):
 
     name = "dense"
     plain = True
+    holds_parameters = True
 
     def specs(
         self, name: str, shape: tuple[int, int], quantizer: Quantizer | None, dtype: torch.dtype

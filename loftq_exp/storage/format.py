@@ -65,6 +65,10 @@ class StorageFormat(ABC):
     """Whether it can store arbitrary values, such as merged ones, and not only a quantizer's codes."""
     needs_plain_linears: ClassVar[bool] = False
     """Whether transformers loads it only into layers whose class is exactly nn.Linear."""
+    holds_parameters: ClassVar[bool] = False
+    """Whether it holds parameters, such as experts, that PEFT adapts where they are."""
+    keeps_types: ClassVar[bool] = False
+    """Whether transformers keeps the stored type of other weights too, so that the model has to be loaded in that type."""
     card_imports: ClassVar[tuple[str, ...]] = ()
     """Python imports needed to load a stored backbone, for the model card."""
     export_note: ClassVar[str] = ""
@@ -118,7 +122,12 @@ class StorageFormat(ABC):
         """
 
     def quantization_config(
-        self, scheme: Scheme | None, bits: Mapping[str, int], other_linears: Sequence[str], dtype: torch.dtype
+        self,
+        scheme: Scheme | None,
+        bits: Mapping[str, int],
+        other_linears: Sequence[str],
+        dtype: torch.dtype,
+        parameters: Sequence[str] = (),
     ) -> Any:
         """Return the `quantization_config` for transformers; None if the format has none.
 
@@ -127,6 +136,7 @@ class StorageFormat(ABC):
             bits: bits of each target module, by name.
             other_linears: linear layers that are not targets.
             dtype: dtype of the values.
+            parameters: linear layers among the targets whose weight PEFT adapts as a parameter.
         """
         return None
 

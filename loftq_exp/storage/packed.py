@@ -41,6 +41,7 @@ class Packed(StorageFormat):
     method = METHOD
     first_part = PARTS[0]
     takes_values = False
+    holds_parameters = True
     card_imports = ("import loftq_exp  # reads packed weights: pip install loftq_exp",)
 
     def specs(
@@ -65,11 +66,18 @@ class Packed(StorageFormat):
         return dequantize(parts, quantizer, shape, torch.float32)
 
     def quantization_config(
-        self, scheme: Scheme | None, bits: Mapping[str, int], other_linears: Sequence[str], dtype: torch.dtype
+        self,
+        scheme: Scheme | None,
+        bits: Mapping[str, int],
+        other_linears: Sequence[str],
+        dtype: torch.dtype,
+        parameters: Sequence[str] = (),
     ) -> Any:
         assert scheme is not None
         scale_dtype = str(dtype).removeprefix("torch.")
-        return Packing(dict(bits), scheme.type, scheme.block_size, scheme.double, scale_dtype, scheme.levels).settings
+        return Packing(
+            dict(bits), scheme.type, scheme.block_size, scheme.double, scale_dtype, scheme.levels, parameters
+        ).settings
 
     def modules(self, settings: Mapping[str, Any]) -> Collection[str]:
         return Packing.of(settings).bits

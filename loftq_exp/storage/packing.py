@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class Packing:
     """Type of the scales and of the decoded values."""
     levels: str = "nf"
     """Levels of type `nf`: `nf` or `optimal`."""
+    parameters: Sequence[str] = ()
+    """Packed linear layers whose weight PEFT adapts as a parameter."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, dict):
@@ -46,7 +48,7 @@ class Packing:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Packing:
         """Parse a `quantization_config`."""
-        known = ("bits", "type", "block_size", "double", "scale_dtype", "levels")
+        known = ("bits", "type", "block_size", "double", "scale_dtype", "levels", "parameters")
         version = settings.get("version", VERSION)
         unknown = [name for name in settings if name not in (*known, "version", "quant_method")]
         if version != VERSION or unknown:
@@ -57,10 +59,12 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The `quantization_config`. It has `levels` only if they are not `nf`, which older versions can read."""
+        """The `quantization_config`. It has `levels` only if they are not `nf`, and `parameters` only if there are any: older
+        versions can read the rest."""
         settings = {"quant_method": METHOD, "bits": self.bits, "type": self.type, "block_size": self.block_size,
                     "double": self.double, "scale_dtype": self.scale_dtype, "version": VERSION}  # fmt: skip
-        return settings if self.levels == "nf" else settings | {"levels": self.levels}
+        settings |= {"levels": self.levels} if self.levels != "nf" else {}
+        return settings | ({"parameters": list(self.parameters)} if self.parameters else {})
 
     def quantizer(self, bits: int) -> Quantizer:
         """Return the quantizer of the modules with `bits` bits."""

@@ -143,8 +143,8 @@ def backbone_form(init: Initialised, config: RunConfig, device: torch.device) ->
 def _misfit(init: Initialised, form: str, device: torch.device) -> str | None:
     """Describe the first weight that layers of this form cannot compute with. None if there is none."""
     parameters = init.report.get("target_parameters")
-    if parameters and not storage_format(form).plain:
-        return f"{parameters[0]} is adapted as a parameter, which only a dense backbone holds"
+    if parameters and not storage_format(form).holds_parameters:
+        return f"{parameters[0]} is adapted as a parameter, which only a dense or packed backbone holds"
     for weight in init.report["weights"]:
         columns = weight["shape"][1]
         if why := storage_format(form).cannot_hold(columns, device):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loftq_exp.calibration.cache import StatisticsCache, check_file, describe_file, packed, statistics_key, unpacked
-from loftq_exp.calibration.statistics import Statistics
+from loftq_exp.calibration.moments import Statistics
 from loftq_exp.errors import UserError
 
 KEY = statistics_key(model="m", block="layers.0")

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from zoo import FAMILIES, llama, seeded
 
 import loftq_exp
-from loftq_exp.calibration.statistics import BOUND, CHUNK, Statistics, collect_statistics
+from loftq_exp.calibration.moments import BOUND, CHUNK, Statistics
+from loftq_exp.calibration.statistics import collect_statistics
 from loftq_exp.errors import UserError
 
 Batch = dict[str, torch.Tensor]

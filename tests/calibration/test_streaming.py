@@ -10,14 +10,13 @@ import transformers
 from zoo import FAMILIES, MODELS, seeded
 
 from loftq_exp.calibration import Statistics, collect_statistics, spill
+from loftq_exp.calibration.moments import BOUND
 from loftq_exp.calibration.spill import Spill
-from loftq_exp.calibration.statistics import BOUND
 from loftq_exp.calibration.streaming import BlockRunner
 from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 from loftq_exp.source.layout import Layout, find_layout
 from loftq_exp.source.locate import Source
-from loftq_exp.source.selection import Selection
 from loftq_exp.source.tensors import open_tensors
 
 CPU = compute_device("cpu")
@@ -62,15 +61,14 @@ class Place:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek-v3", "gpt2"])
-def test_streamed_is_whole_beside_experts_and_in_conv1d(name: str, tmp_path: Path) -> None:
-    """Experts are loaded whole, from one tensor or from those of each expert, though their inputs are not collected."""
+def test_streamed_is_whole_in_experts_and_in_conv1d(name: str, tmp_path: Path) -> None:
+    """Experts are loaded whole, from one tensor or from those of each expert."""
     model = seeded(MODELS[name]).eval()
     model.save_pretrained(tmp_path)
     batches, source = batches_for(model), Source(tmp_path, name, str(tmp_path), None)
     found: dict[str, Statistics] = {}
     with open_tensors(tmp_path) as tensors:
-        selection = Selection(exclude=None if name == "gpt2" else ("mlp.experts.*",))
-        layout = find_layout(tmp_path, "causal", tensors.shapes(), selection=selection)
+        layout = find_layout(tmp_path, "causal", tensors.shapes())
         runner = BlockRunner(source, layout, "causal", False, tensors, batches, CPU, Spill(tmp_path))
         for block in runner.blocks:
             with runner.loaded(block):

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from loftq_exp.calibration.cache import StatisticsCache
-from loftq_exp.calibration.statistics import Statistics
+from loftq_exp.calibration.moments import Statistics
 from loftq_exp.commands import manage_cache as command
 from loftq_exp.initialise.decomposition_cache import DecompositionCache, Recipe, weight_digest
 from loftq_exp.loftq import decompose, make_quantizer

@@ -22,8 +22,9 @@ import loftq_exp
 from loftq_exp import pipeline
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.calibration.cache import StatisticsCache
+from loftq_exp.calibration.moments import BOUND, Statistics
 from loftq_exp.calibration.samples import batches_of, calibration_samples
-from loftq_exp.calibration.statistics import BOUND, Statistics, collect_statistics
+from loftq_exp.calibration.statistics import collect_statistics
 from loftq_exp.calibration.streaming import BlockRunner
 from loftq_exp.config import RunConfig
 from loftq_exp.errors import UserError

@@ -20,6 +20,7 @@ from torch import nn
 from zoo import CONFIGS, MODELS, quantize_config, seeded, with_tokenizer
 
 import loftq_exp
+from loftq_exp.artifact.card import model_card
 from loftq_exp.artifact.exported import export
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.config import RunConfig
@@ -198,6 +199,22 @@ def test_conv1d_in_every_format(
     torch.testing.assert_close(four(input_ids=IDS).logits, expected_logits, rtol=0.5, atol=0.5)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_bnb4_beside_layer_norms_of_another_type_loads_by_the_documented_lines(
+    name: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    """The type that config.json and the card name is that of the tensors beside the targets, whatever save_dtype is."""
+    seeded(MODELS[name]).to(stored).save_pretrained(tmp_path / "source")
+    other = "bfloat16" if stored == torch.float32 else "float32"
+    init, config = made(tmp_path / "source", tmp_path, "bnb4", save_dtype=other)
+    plain = hf.AutoModelForCausalLM.from_pretrained(init.folder)
+    assert {value.dtype for value in plain.parameters() if value.is_floating_point()} == {stored}
+    assert bool(torch.isfinite(plain(input_ids=IDS).logits).all())
+    assert init.report["quant"]["load_dtype"] == str(stored).removeprefix("torch.")
+    assert f"from_pretrained(REPO, dtype={stored}" in model_card(init, config, None)
+
+
 def test_a_checkpoint_that_stores_merged_experts(
     source: Callable[[str], tuple[hf.PreTrainedModel, Path]], tmp_path: Path
 ) -> None:
@@ -261,9 +278,7 @@ def test_a_rank_above_an_expert_s(source: Callable[[str], tuple[hf.PreTrainedMod
     [
         ({"quant__dropout": 0.1}, r"quant.dropout=0.1: PEFT has no dropout for .+experts.+; use quant.dropout=0"),
         ({"quant__allocation": "error+rank"}, "quant.allocation=error.rank: PEFT has one rank for all matrices of model.layers"),
-        ({"quant__calibration": "full"}, "quant.calibration=full: the inputs of each expert of"),
         ({"save_format": "bnb4"}, r"save_format=bnb4: 4-bit layers replace linear layers alone, and .+; use save_format=dense"),
-        ({"save_format": "packed"}, r"save_format=packed: packed layers replace linear layers alone"),
         ({"train__backbone": "bnb4"}, r"train.backbone=bnb4: 4-bit layers replace linear layers alone"),
     ],
 )  # fmt: skip
@@ -271,10 +286,8 @@ def test_settings_that_experts_do_not_allow(
     source: Callable[[str], tuple[hf.PreTrainedModel, Path]], changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     _, folder = source("qwen3-moe")
-    (tmp_path / "text.txt").write_text("A text.\n")
-    changes = {"calibration": {"file": str(tmp_path / "text.txt")}, **changes}
     with pytest.raises(UserError, match=message) as caught:
-        made(folder, tmp_path, changes.pop("save_format", "dense"), **changes)
+        made(folder, tmp_path, **{"save_format": "dense"} | changes)
     assert "\n" not in str(caught.value)
 
 
@@ -295,9 +308,9 @@ def test_a_peft_that_loses_factors_stops_the_run(
         load_model(unchecked, None, config, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize(("name", "form"), [("deepseek-v3", "packed"), ("gpt-oss", "dense"), ("gpt2", "dense")])
 def test_a_run_from_the_command_to_its_scores(
-    name: str, cli: Any, tiny_tokenizer: hf.PreTrainedTokenizerFast, tmp_path: Path
+    name: str, form: str, cli: Any, tiny_tokenizer: hf.PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = CONFIGS[name]()
     config.update({"vocab_size": len(tiny_tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
@@ -309,7 +322,7 @@ def test_a_run_from_the_command_to_its_scores(
     )
     outcome = cli(
         f"model.path={folder}", "task=gsm8k", f"task.train_file={rows}", f"task.eval_file={rows}", "task.max_target_length=16",
-        "quant.rank=4", "quant.iter=1", "quant.dropout=0", "train.max_steps=2", "train.per_device_train_batch_size=4", "device=cpu",
+        "quant.rank=4", "quant.iter=1", "quant.dropout=0", f"save_format={form}", "train.max_steps=2", "train.per_device_train_batch_size=4", "device=cpu",
         "train.warmup_ratio=0", f"output_dir={tmp_path / 'out'}",
     )  # fmt: skip
     assert outcome.code == 0, outcome
