@@ -29,6 +29,7 @@ from loftq_exp.report.settings import (
 )
 from loftq_exp.report.table import method_name
 from loftq_exp.report.values import measures_of, scores_of
+from loftq_exp.schemes import variation
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def summarise(found: Sequence[Found], *, baseline: str | None = None) -> Summary
 
     Args:
         found: the runs. One with the same settings and seeds as an earlier one counts once.
-        baseline: a row's name, or a method of `quant.method`. If several rows have that method, each row is compared with the
+        baseline: a row's name, or a method of `quant.method`: its rows in the published form (no calibration, searched scales or
+            optimal levels) if there are any. If several rows have that method, each row is compared with the
             one whose other settings are nearest. A row with several nearest ones, or of other evaluation data, has none.
 
     Raises:
@@ -222,12 +224,14 @@ def _over(values: Iterable[Mapping[str, float]]) -> dict[str, Score]:
 
 def _compared(rows: Sequence[Row], differing: tuple[str, ...], baseline: str) -> Summary:
     """Return the summary with each row's differences to its baseline row."""
-    candidates = [row for row in rows if row.name == baseline]
-    candidates = candidates or [row for row in rows if row.settings.get("quant.method") == baseline]
+    candidates = [row for row in rows if row.name == baseline] or _of_method(rows, baseline)
     if not candidates:
         methods = dict.fromkeys(str(row.settings.get("quant.method")) for row in rows)
         allowed = ", ".join([*methods, *(row.name for row in rows)]) or "nothing, because there is no run"
         raise UserError(f"report.baseline={baseline}: no row matches; choose from: {allowed}")
+    if len(candidates) == len(rows) > 1:
+        log.warning("report.baseline=%s: every row is one, so none is compared; name one row: %s", baseline,
+                    ", ".join(row.name for row in rows))  # fmt: skip
     names, settings = (
         {row.name for row in candidates},
         {row.name: dict(_frozen(identity(row.runs[0].metrics))) for row in rows},
@@ -237,6 +241,12 @@ def _compared(rows: Sequence[Row], differing: tuple[str, ...], baseline: str) ->
         reference = None if row.name in names else _nearest(row, candidates, settings)
         compared.append(replace(row, differences=_differences(row, reference)) if reference else row)
     return Summary(tuple(compared), differing, candidates[0].name if len(candidates) == 1 else baseline)
+
+
+def _of_method(rows: Sequence[Row], method: str) -> list[Row]:
+    """Return the rows of a method: those in its published form if there are any, so that variations are compared with it."""
+    found = [row for row in rows if row.settings.get("quant.method") == method]
+    return [row for row in found if not variation(row.runs[0].metrics["config"]["quant"])] or found
 
 
 def _nearest(row: Row, candidates: Sequence[Row], settings: Mapping[str, Mapping[str, str]]) -> Row | None:

@@ -187,6 +187,23 @@ def test_each_row_is_compared_with_the_nearest_of_several_baselines(caplog: pyte
     assert summarise([*runs, between], baseline="QLoRA NF4 r8").rows[-1].differences["nll"].mean == -11.0
 
 
+def test_variations_of_a_method_are_compared_with_its_published_form(caplog: pytest.LogCaptureFixture) -> None:
+    """quant=loftq,calibrated report.baseline=loftq: both are the method loftq."""
+    runs = [
+        found({"nll": 2.0 + rank + seed}, seed=seed, rank=rank, method="loftq") for rank in (8, 16) for seed in (0, 1)
+    ]
+    runs += [found({"nll": 1.0 + rank + 2 * seed}, seed=seed, rank=rank, method="loftq", calibration="full", scale="search",
+                   levels="optimal", calibration__seed=seed) for rank in (8, 16) for seed in (0, 1)]  # fmt: skip
+    rows = summarise(runs, baseline="loftq").rows
+    assert [row.differences.get("nll") for row in rows[:2]] == [None, None]
+    assert [row.differences["nll"].mean for row in rows[2:]] == [-0.5, -0.5]
+    assert not caplog.messages
+    assert [row.differences for row in summarise(runs[:4], baseline="loftq").rows] == [{}, {}]
+    assert caplog.messages == [
+        "report.baseline=loftq: every row is one, so none is compared; name one row: LoftQ NF4 iter 0 r8, LoftQ NF4 iter 0 r16"
+    ]
+
+
 def test_scores_of_other_evaluation_data_are_not_compared() -> None:
     runs = [found({"accuracy": 0.5}), found({"accuracy": 0.9}, method="loftq", task__max_eval_samples=10)]
     assert summarise(runs, baseline="qlora").rows[1].differences == {}
