@@ -247,3 +247,12 @@ def test_a_row_that_is_done_is_told_and_stands_in_the_table_with_what_was_publis
     assert "done before" not in first.out
     assert again.out.count("finetune: done before, in ") == again.out.count("evaluate: done before, in ") == 1
     assert "(published 35.1%)" in max(Path("outputs/sweeps").glob("*/table.md")).read_text()
+
+
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"])
+def test_a_mixture_s_file_turns_off_dropout_and_a_given_value_wins(model: str) -> None:
+    """It is then refused, see tests/initialise/test_experts.py. Other models keep the method's own."""
+    for quant in ("loftq", "qlora", "lora"):
+        assert compose([f"model={model}", f"quant={quant}"]).quant.dropout == 0
+    assert compose([f"model={model}", "quant.dropout=0.05"]).quant.dropout == 0.05
+    assert compose(["model=qwen3-0.6b"]).quant.dropout == 0.1

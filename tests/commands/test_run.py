@@ -137,13 +137,17 @@ def test_a_file_of_choices_sets_only_what_exists() -> None:
     names = set(dotted_names(RunConfig))
     for group in ("model", "quant", "task", "train"):
         for choice in choices(group):
-            settings = OmegaConf.load(command.conf_dir() / group / f"{choice}.yaml")
-            whole = (command.conf_dir() / group / f"{choice}.yaml").read_text().startswith("# @package _global_")
-            given = {name for name in settings if name != "defaults"}
-            if whole:  # lm_eval also sets its stages
-                given = {name for name in given if name != group}
-                assert {f"{group}.{name}" for name in settings[group]} <= names
-            assert {name if whole else f"{group}.{name}" for name in given} <= names
+            file = command.conf_dir() / group / f"{choice}.yaml"
+            settings = OmegaConf.load(file)
+            if file.read_text().startswith(
+                "# @package _global_"
+            ):  # lm_eval also sets its stages, a mixture quant.dropout
+                nested = {name: settings[name] for name in settings if OmegaConf.is_dict(settings[name])}
+                given = {f"{name}.{key}" for name, values in nested.items() for key in values}
+                given |= {name for name in settings if name not in nested and name != "defaults"}
+            else:
+                given = {f"{group}.{name}" for name in settings if name != "defaults"}
+            assert given <= names
 
 
 @pytest.mark.parametrize("model", choices("model"))
