@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class ExpertCollector:
                 raise UserError(f"{name}: has read no calibration text ({len(self._matrices)} such matrices); "
                                 "give text that reaches it, or name the other layers in `modules`")  # fmt: skip
             found[name] = filled(own, layer)
-            if not bool(torch.isfinite(found[name].hessian).all()):
+            if not all(map(math.isfinite, found[name].hessian.aminmax())):  # isfinite would copy H
                 raise UserError(f"{name}: the squares of its inputs are too large for float32; give other text")
         return found
 
