@@ -30,7 +30,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("results", "low-bit", "performance", "calibration", "gpu", "reliability")
+        for name in ("results", "low-bit", "performance", "calibration", "gpu", "reliability", "sweeps")
     ),
 ]
 NAME = "scripts/result_tables.py"

@@ -34,7 +34,6 @@ COLUMNS = [
     {"name": "95 %", "key": "interval", "format": "[{:.1f}, {:.1f}]"},
     {"name": "Δ, paired", "key": "difference", "format": "{:+.1f}"},
     {"name": "Δ 95 %", "key": "difference_interval", "format": "[{:+.1f}, {:+.1f}]"},
-    {"name": "backbone MB", "key": "backbone_mb", "format": "{:.0f}"},
 ]
 
 
@@ -76,7 +75,6 @@ def row(found: dict[str, Any], score: str) -> dict[str, Any]:
         "interval": [100 * scored["low"], 100 * scored["high"]],
         "difference": 100 * change["mean"] if change else None,
         "difference_interval": [100 * change["low"], 100 * change["high"]] if change else None,
-        "backbone_mb": found["measures"]["backbone_bytes"]["mean"] / 1e6,
     }
 
 
