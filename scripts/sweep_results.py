@@ -56,7 +56,7 @@ def picture(page: Path, height: int) -> None:
         sys.exit("no Chromium is installed: apt-get install chromium")
     with tempfile.TemporaryDirectory() as profile:
         command = [chromium, "--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={profile}",
-                   f"--window-size=1200,{height}", f"--screenshot={page.with_suffix('.png')}", page.resolve().as_uri()]  # fmt: skip
+                   f"--window-size=1600,{height}", f"--screenshot={page.with_suffix('.png')}", page.resolve().as_uri()]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the sweep's output_dir")
     parser.add_argument("--score", default="accuracy")
     parser.add_argument("--baseline", default="loftq")
-    parser.add_argument("--height", type=int, default=1500, help="of the picture, in pixels")
+    parser.add_argument("--height", type=int, default=1300, help="of the picture, in pixels")
     options = parser.parse_args()
     PLACE.mkdir(exist_ok=True)
     rows = json.loads(report(options.folder, "json", options.baseline).read_text())
