@@ -141,7 +141,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that it found no unused parameter
     # oneDNN keeps a compiled primitive for each shape of a batch, 1024 by default: more than a run repeats, for a process of many jobs.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and that of torch above it
+        os.environ.setdefault(cache, "128")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report an unreachable Hub in one line
 
 

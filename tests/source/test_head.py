@@ -180,7 +180,7 @@ def test_the_head_stays_dense_in_a_packed_checkpoint(tmp_path: Path) -> None:
     for name, value in head_of(init).items():
         module, _, parameter = name.partition(".")
         copy = model.base_model.model.get_submodule(module).modules_to_save["default"]
-        assert torch.equal(copy.get_parameter(parameter), value.bfloat16())
+        assert torch.equal(copy.get_parameter(parameter), value)  # the checkpoint loads in the source's float32
 
 
 def test_a_language_model_has_no_head_to_train(tiny_llama_dir: Path, tmp_path: Path) -> None:
