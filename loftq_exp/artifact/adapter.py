@@ -140,9 +140,13 @@ def _check_base(folder: Path, base: str | None, init: Initialised) -> None:
 
 def _values_from(init: Initialised) -> list[Any]:
     """What determines Q's values: equal for two checkpoints of the same values, even in different storage formats."""
-    quant = init.report["quant"]
+    quant, made_from = init.report["quant"], init.report.get("made_from") or {}
     settings = [quant.get(name) for name in ("method", "type", "block_size", "double", "iter", "save_dtype")]
     settings += [quant.get("scale", "absmax"), quant.get("levels", "nf")]  # older reports lack them
+    settings += [quant.get("solver", "randomized")] if quant.get("iter") else []
+    if quant.get("calibration", "none") != "none":
+        settings += [quant.get(name) for name in ("calibration", "rounding", "order")]
+        settings += [made_from.get("settings", {}).get("text")]
     weights = [
         [weight.get(key) for key in ("name", "shape", "digest", "bits", "rank")] for weight in init.report["weights"]
     ]

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from loftq_exp.errors import UserError
@@ -54,7 +53,10 @@ class Spill:
             with tempfile.TemporaryFile(dir=self._folder, prefix=".spill-") as file:
                 if hasattr(os, "posix_fallocate"):  # without space a later write would end the process
                     os.posix_fallocate(file.fileno(), 0, size)
-                return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,)))
-        except OSError as error:
+                # Python's mmap keeps a descriptor for each mapping, and a process may have but a thousand; torch's keeps none.
+                storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", True, size)
+                return torch.empty(0, dtype=torch.uint8).set_(storage)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"cache_dir={self._folder}: {size} bytes for the activations between blocks cannot be written "
-                            f"({error.strerror}); free space there or set another cache_dir") from None  # fmt: skip
+                            f"({reason}); free space there or set another cache_dir") from None  # fmt: skip

@@ -35,7 +35,7 @@ def rounding_panel(quantizer: Quantizer, device: str) -> PanelPass:
     """Return the pass over a panel for a quantizer with levels times a scale, or with a minimum and a step."""
     levels = torch.arange(2.0**quantizer.bits) if quantizer.type == "uniform" else quantizer.levels()
     thresholds, block = (levels[:-1] + levels[1:]) / 2, quantizer.block_size
-    stored = torch.float32 if quantizer.double else quantizer.scale_dtype
+    stored = quantizer.scale_dtype
     if device != "cpu" or numba is None or stored not in CPU_TYPES:
         on_device = levels.to(device), thresholds.to(device)
         return functools.partial(_in_torch, block=block, levels=on_device[0], thresholds=on_device[1], stored=stored)

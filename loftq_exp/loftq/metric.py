@@ -13,7 +13,7 @@ from loftq_exp.loftq.pieces import in_thread_pool, slices, spread
 DAMPING = 0.01
 """Share of H's mean diagonal added to its diagonal. It keeps H definite, and directions without data from being free."""
 
-METRIC_VERSION = 2
+METRIC_VERSION = 3
 """Part of the cache keys of calibrated results: increment it when damping, scaling, the root or a rounding change."""
 
 PANEL = 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from zoo import ENCODER, sized
 from loftq_exp.artifact import exported as work
 from loftq_exp.artifact.folder import Initialised
 from loftq_exp.commands import export_model as command
-from loftq_exp.config import RunConfig
+from loftq_exp.config import CalibrationConfig, RunConfig
 from loftq_exp.errors import UserError
 from loftq_exp.initialise.stage import initialise
 from loftq_exp.integrations.linear import PackedLinear
@@ -478,6 +479,27 @@ def test_the_backbone_that_the_adapter_names(
     caplog.clear()
     assert run(moved_dir, tmp_path / "initial") == 0
     assert caplog.messages == [], "the adapter in DIR belongs to it wherever it was moved"
+
+
+def test_a_backbone_that_was_calibrated_otherwise_is_another(
+    models: Models, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """Two texts give two backbones, of the same settings `quant`. The adapter of one does not belong to the other."""
+    made: list[Initialised] = []
+    for text in ("two and two are four. " * 40, "Emma sells 31 red cups. " * 40):
+        file = tmp_path / f"{len(made)}.txt"
+        file.write_text(text)
+        config = models.config("llama", "dense", bits=2, iter=2, calibration="full")
+        chosen = CalibrationConfig(file=str(file), samples=2, length=16)
+        config = dataclasses.replace(config, calibration=chosen, save_dir=str(tmp_path / f"init-{len(made)}"))
+        made.append(initialise(locate(config.model, config.cache_path), config))
+    one, other = made
+    values = [load_file(init.folder / "model.safetensors") for init in made]
+    assert any(not torch.equal(value, values[1][name]) for name, value in values[0].items())
+    trained(one, tmp_path / "adapter")
+    told = refused(other.folder, tmp_path / "out", "--adapter", tmp_path / "adapter")
+    assert "which was quantized differently; give" in told
+    assert run(one.folder, tmp_path / "out", "--adapter", str(tmp_path / "adapter")) == 0
 
 
 def test_a_checkpoint_that_is_damaged(models: Models, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,15 @@ def test_what_is_held_beyond_the_bound_is_in_files_and_nothing_is_left(
     assert keeper.kept(small * 2, "a") is not None  # takes the place of the first
     assert keeper.kept(large, "c") is not large
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_descriptor_is_held_for_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may often have only 1024 open files, and there may be more batches."""
+    monkeypatch.setattr(spill, "HELD", 0)
+    keeper, before = Spill(tmp_path), len(os.listdir("/dev/fd"))
+    kept = [keeper.kept(torch.full((3,), float(number)), number) for number in range(100)]
+    assert len(os.listdir("/dev/fd")) < before + 10
+    assert [float(value[2]) for value in kept] == list(range(100))
 
 
 def test_no_space_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,10 +247,11 @@ def test_gptq_in_torch_equals_the_compiled_one(
     assert torch.equal(compiled.quantized.codes, in_torch.quantized.codes)
 
 
+@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("type", ["nf", "uniform"])
-def test_gptq_compensates_the_error_of_values_as_stored(type: str) -> None:
+def test_gptq_compensates_the_error_of_values_as_stored(type: str, double: bool) -> None:
     """With 4 bits and bfloat16, rounding a stored value is a part of its error. The image has it too."""
-    quantizer = make_quantizer(type, 4, scale_dtype=torch.bfloat16)
+    quantizer = make_quantizer(type, 4, scale_dtype=torch.bfloat16, double=double)
     weight, metric = weight_of(96, 320), metric_of(hessian_of(320, 500))
     result = decompose(weight, quantizer, 4, 0, metric=metric, rounding="gptq")
     assert output_error(weight, result, quantizer, metric) == pytest.approx(result.output_errors[0], rel=1e-4)
