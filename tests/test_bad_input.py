@@ -663,7 +663,7 @@ def test_sigint_to_a_real_process(cli: Any) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=180)
         finally:
             process.kill()
     assert err == f"error: {INTERRUPTED}\n"
