@@ -54,8 +54,7 @@ class Spill:
                 if hasattr(os, "posix_fallocate"):  # without space a later write would end the process
                     os.posix_fallocate(file.fileno(), 0, size)
                 # Python's mmap keeps a descriptor for each mapping, and a process may have but a thousand; torch's keeps none.
-                storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", True, size)
-                return torch.empty(0, dtype=torch.uint8).set_(storage)
+                return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cache_dir={self._folder}: {size} bytes for the activations between blocks cannot be written "

@@ -7,6 +7,7 @@ every operation gets the unpacked values.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,14 @@ class PackedParameter(torch.Tensor):
     def like(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PackedParameter:
         """The same values in another type or on another device. The packed tensors are moved by their own modules."""
         return PackedParameter(self.matrices, self.transposed, self.stacked, dtype or self.dtype, device or self.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedParameter:
+        """A parameter of copies of the matrices, the same copies that the modules hold which are copied with it."""
+        made = torch.Tensor._make_wrapper_subclass(PackedParameter, self.shape, dtype=self.dtype, device=self.device)
+        memo[id(self)] = made
+        made.matrices, made.transposed, made.stacked = copy.deepcopy(self.matrices, memo), self.transposed, self.stacked
+        made._is_param = True  # nn.Parameter() would ask a matrix that is half copied for its shape
+        return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Its shape and types, without values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -115,9 +114,9 @@ def test_what_is_held_beyond_the_bound_is_in_files_and_nothing_is_left(
 def test_no_descriptor_is_held_for_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process may often have only 1024 open files, and there may be more batches."""
     monkeypatch.setattr(spill, "HELD", 0)
-    keeper, before = Spill(tmp_path), len(os.listdir("/dev/fd"))
+    keeper, before = Spill(tmp_path), len(list(Path("/dev/fd").iterdir()))
     kept = [keeper.kept(torch.full((3,), float(number)), number) for number in range(100)]
-    assert len(os.listdir("/dev/fd")) < before + 10
+    assert len(list(Path("/dev/fd").iterdir())) < before + 10
     assert [float(value[2]) for value in kept] == list(range(100))
 
 

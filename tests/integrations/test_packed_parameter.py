@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -150,6 +151,21 @@ def test_no_dense_expert_is_held(made: Made) -> None:
     adapted = by_the_documented_lines(made("mixtral", "packed")[0])
     with pytest.raises(UserError, match="merge: an adapter cannot be merged into a packed backbone"):
         adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek-v3"])
+def test_a_copy_of_a_model_holds_packed_matrices_of_its_own(made: Made, name: str) -> None:
+    model = by_the_documented_lines(made(name, "packed")[0])
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        copied = copy.deepcopy(model)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.qweight.zero_()
+        assert torch.equal(copied(input_ids=IDS).logits, expected)
+        assert not torch.equal(model(input_ids=IDS).logits, expected)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    assert [key for key, _ in copied.named_parameters()] == [key for key, _ in model.named_parameters()]
 
 
 def test_each_expert_has_its_own_bits(made: Made) -> None:
