@@ -89,9 +89,9 @@ def test_what_cannot_be_spread_is_refused_before_the_work(cli: Any, monkeypatch:
         *cli.tiny, "evaluate.device_map=auto", "model.kind=classification", "task=glue", "task.name=qnli"
     )
     assert "evaluate.device_map=auto: model.kind=classification has a trained head" in line
-    monkeypatch.setattr(placement.ranks, "count", lambda: 2)
     line = cli.refused(*cli.tiny, "evaluate.device_map=auto", "evaluate.max_memory={99:1GiB}")
     assert line.startswith("evaluate.max_memory.99: there is no such GPU")
+    monkeypatch.setattr(placement.ranks, "count", lambda: 2)
     spread = compose([*cli.tiny, "evaluate.device_map=auto"])
     with pytest.raises(UserError, match=r"^evaluate.device_map=auto: each of 2 processes has a device of its own"):
         placement.check_placement(spread)
