@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from loftq_exp.commands.terminal import OneLineParser, exit_code, say
@@ -143,8 +144,10 @@ def _write(summary: Summary, group_by: Sequence[str], jobs: Sequence[Job], optio
             say(search.summary)
         return
     if options.format == "html":
-        write_page(summary, local_path(options.output or "report.html"), jobs)
-        log.info("%s", local_path(options.output or "report.html"))
+        output = options.output or "report.html"
+        with _written(output):
+            write_page(summary, local_path(output), jobs)
+        log.info("%s", local_path(output))
         return
     if options.format in ("json", "csv"):
         text = (as_json if options.format == "json" else as_csv)(summary)
@@ -153,7 +156,14 @@ def _write(summary: Summary, group_by: Sequence[str], jobs: Sequence[Job], optio
     if not options.output:
         sys.stdout.write(text)
         return
-    try:
+    with _written(options.output):
         local_path(options.output).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _written(output: str) -> Iterator[None]:
+    """Raise UserError, which names the file, if it cannot be written."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"--output={options.output}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--output={output}: cannot be written ({error.strerror})") from None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from loftq_exp.config.schema import setting
 from loftq_exp.errors import UserError
 
-_SIZE = re.compile(r"[0-9.]+ ?([KMGT]i?B)", re.IGNORECASE)
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?[KMG]i?B")
+"""What accelerate reads. It takes a small b for bits, and has no unit above GiB."""
 
 
 @dataclass(frozen=True)

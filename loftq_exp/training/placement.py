@@ -31,6 +31,12 @@ def check_placement(config: RunConfig) -> None:
         raise UserError(
             f"{given}: model.kind={config.model.kind} has a trained head, which is not spread; leave it out"
         )
+    gpus = torch.cuda.device_count()
+    for name in config.evaluate.max_memory or ():
+        if name != "cpu" and int(name) >= gpus:
+            raise UserError(
+                f"evaluate.max_memory.{name}: there is no such GPU, of {gpus} from 0; leave it out, or name one that is there"
+            )
 
 
 @contextmanager

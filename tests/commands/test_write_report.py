@@ -118,6 +118,14 @@ def test_folders_globs_and_files(outputs: Path, capsys: pytest.CaptureFixture[st
     assert names(capsys, f"{start}/sweeps/s/*") == ["QLoRA NF4 r8", "QLoRA NF4 r32"]
 
 
+@pytest.mark.parametrize("form", ["csv", "html"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    outputs: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    assert command.main(["outputs/runs", "--format", form, "--output", "absent/file"]) == 1
+    assert capsys.readouterr().err == "error: --output=absent/file: cannot be written (No such file or directory)\n"
+
+
 def test_the_other_forms(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = list(csv.DictReader(io.StringIO(shown(capsys, "outputs/runs", "--format", "csv"))))
     assert [

@@ -75,6 +75,9 @@ def test_bitsandbytes_layers_are_not_offloaded(cli: Any) -> None:
     ({"max_memory": {"cpu": "1GiB"}}, "evaluate.max_memory: evaluate.device_map spreads the layers"),
     ({"device_map": "auto", "max_memory": {"gpu": "1GiB"}}, "evaluate.max_memory.gpu=1GiB: not a device"),
     ({"device_map": "auto", "max_memory": {"0": "much"}}, "evaluate.max_memory.0=much: not a size"),
+    ({"device_map": "auto", "max_memory": {"cpu": "1TiB"}}, "evaluate.max_memory.cpu=1TiB: not a size"),
+    ({"device_map": "auto", "max_memory": {"cpu": "..GiB"}}, "evaluate.max_memory.cpu=..GiB: not a size"),
+    ({"device_map": "auto", "max_memory": {"cpu": "100Gb"}}, "evaluate.max_memory.cpu=100Gb: not a size"),
 ])  # fmt: skip
 def test_what_is_no_placement(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=f"^{told}"):
@@ -86,6 +89,8 @@ def test_what_cannot_be_spread_is_refused_before_the_work(cli: Any, monkeypatch:
         *cli.tiny, "evaluate.device_map=auto", "model.kind=classification", "task=glue", "task.name=qnli"
     )
     assert "evaluate.device_map=auto: model.kind=classification has a trained head" in line
+    line = cli.refused(*cli.tiny, "evaluate.device_map=auto", "evaluate.max_memory={99:1GiB}")
+    assert line.startswith("evaluate.max_memory.99: there is no such GPU")
     monkeypatch.setattr(placement.ranks, "count", lambda: 2)
     spread = compose([*cli.tiny, "evaluate.device_map=auto"])
     with pytest.raises(UserError, match=r"^evaluate.device_map=auto: each of 2 processes has a device of its own"):
