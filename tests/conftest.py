@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -28,6 +29,10 @@ from loftq_exp.tasks.arithmetic import generate
 # A table in a pipe is as narrow as COLUMNS says, which a pytest-xdist worker inherits from its parent's readline.
 for _size in ("COLUMNS", "LINES"):
     os.environ.pop(_size, None)
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time, so that a red run means a change; `make test-all` draws new ones (HYPOTHESIS_PROFILE).
 settings.register_profile("same", derandomize=True, deadline=None)

@@ -72,7 +72,8 @@ def _model_class() -> Any:
         """HFLM without bars. The harness calls its cache hook once for each answer."""
 
         def __init__(self, model: Any, tokenizer: Any, batch_size: int, report: Callable[[int, int], None]) -> None:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            # In the logits' bfloat16 a log-likelihood of 20 has steps of 0.125, and choices tie.
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
             self.report, self.done, self.total, self.tokens = report, 0, 0, 0
             self.cache_hook = self
 
