@@ -4,8 +4,8 @@
 
 A few layers of Llama-2-7B's shape, each time on an empty cache. The processes are forked once all is imported and compiled. The
 machine must be idle, and have as many cores as processes.
-Prints Markdown for docs/sweeps.md: the seconds of the whole stage, with writing the checkpoint; of the shared work alone; and of
-the CPU on that, in the process that needed most. The last does not depend on what else the machine does.
+Writes docs/results/shards.json, the table of docs/sweeps.md: the seconds of the whole stage, with writing the checkpoint; of the
+shared work alone; and of the CPU on that, in the process that needed most. The last does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoint import make
 
 import loftq_exp
 from loftq_exp.initialise import share
+
+TABLE = Path(__file__).parents[1] / "docs" / "results" / "shards.json"
+COLUMNS = [
+    ("processes", "processes", "{}"), ("whole stage, s", "seconds", "{:.1f}"), ("ratio", "seconds_ratio", "{:.2f}"),
+    ("shared work, s", "shared", "{:.1f}"), ("ratio", "shared_ratio", "{:.2f}"),
+    ("CPU of it, s", "cpu", "{:.1f}"), ("ratio", "cpu_ratio", "{:.2f}"),
+]  # fmt: skip
 
 
 def config(folder: Path, steps: int, *settings: str) -> loftq_exp.RunConfig:
@@ -69,7 +77,7 @@ def _start(folder: Path, shard: int, shards: int, steps: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/llama-2-7b-shaped-small"))
     options = parser.parse_args()
@@ -78,15 +86,18 @@ def main() -> None:
         make(options.folder / "source", options.layers)
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     loftq_exp.run(config(options.folder, options.steps))  # compiles the kernels
-    print(
-        "| processes | seconds | ratio | shared work | ratio | CPU | ratio |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
-    first: tuple[float, ...] = ()
+    rows: list[dict[str, Any]] = []
     for processes in options.processes:
-        found = timed(options.folder, processes, options.steps)
-        first = first or found
-        cells = [f"{now:.1f} | {before / now:.2f}" for before, now in zip(first, found, strict=True)]
-        print(f"| {processes} | {' | '.join(cells)} |")
+        found = dict(zip(("seconds", "shared", "cpu"), timed(options.folder, processes, options.steps), strict=True))
+        ratios = {f"{name}_ratio": (rows[0][name] if rows else value) / value for name, value in found.items()}
+        rows.append({"processes": processes} | found | ratios)
+    facts = {
+        "command": "OMP_NUM_THREADS=1 python benchmarks/shards.py",
+        "steps": options.steps,
+        "layers": options.layers,
+    }
+    columns = [{"name": name, "key": key, "format": form} for name, key, form in COLUMNS]
+    TABLE.write_text(json.dumps({"facts": facts, "columns": columns, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
