@@ -267,7 +267,8 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
 
 def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[str]) -> dict[str, Any] | None:
     """Return the metrics of a job, which is run if it was not before; None if it failed, as its record says."""
-    from loftq_exp.pipeline import settled  # imported late: it takes seconds
+    from loftq_exp.device import release_memory  # imported late: it takes seconds
+    from loftq_exp.pipeline import settled
     from loftq_exp.report.sweep import record_job
 
     sweep = Sweep.read(folder)
@@ -280,6 +281,7 @@ def _outcome(composed: DictConfig, folder: Path, number: int, overrides: list[st
         config = run_config(composed)
         outcome.config = config.to_dict()
         outcome.metrics = _run(config).metrics
+    release_memory()
     log.info("sweep: %s", sweep.progress())
     return outcome.metrics
 
