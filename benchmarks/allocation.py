@@ -2,10 +2,12 @@
 
     python benchmarks/allocation.py [--text /work/shared/data/wikitext-2/test.raw.txt] [--blocks 8] [--output-dir /tmp/allocation]
     python benchmarks/allocation.py --sums --text /work/shared/data/wikitext-2/valid.tokens.txt --blocks 4
+    python benchmarks/allocation.py --calibrated /work/shared/data/wikitext-2/calibration.txt --blocks 6
 
 LoftQ on SmolLM2-135M, 5 steps, rank 64; perplexity straight after initialisation, on the first blocks of 1024 tokens. With
---sums, budgets that sum the errors in other ways, as explicit plans. Prints Markdown for docs/low-bit.md. What is finished is
-found again, so that a run that was interrupted goes on.
+--sums, budgets that sum the errors in other ways, as explicit plans. With --calibrated, calibrated starts whose bits are shared out
+by the errors of the weights and by those of their outputs, which also writes docs/results/allocation-calibrated.json. Prints
+Markdown. What is finished is found again, so that a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,11 @@ from loftq_exp.source.tensors import open_tensors
 NOMINAL = (2.5, 2.25, 3.0)
 """The paper's bits. Of 30 layers its rule comes to a little less, and the budgets get no more than that."""
 BUDGETS = {"error": "`allocation=error`", "error+rank": "`allocation=error+rank`"}
+
+SHARED = ("2.25", "2.5", "2.75")
+"""The budgets of --calibrated. At 3 bits every weight gets 3."""
+GRID = ("quant.scale=search", "quant.levels=optimal")
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "allocation-calibrated.json"
 
 SUMS: list[tuple[str, Callable[[int, float], float], tuple[int, ...]]] = [
     ("squared, relative", lambda values, norm: 1.0, (2, 3, 4)),
@@ -55,12 +65,17 @@ def row(text: str, metrics: dict[str, Any], weights: list[dict[str, Any]]) -> st
     """A line of the table; errors are relative, squared ones summed over the weights and, by values, over the model's."""
     errors = [weight["errors"][-1] for weight in weights]
     values = [math.prod(weight["shape"]) for weight in weights]
-    widths = ", ".join(f"{sum(w['bits'] == b for w in weights)} x {b}" for b in sorted({w["bits"] for w in weights}))
     by_value = math.sqrt(sum(v * e**2 for v, e in zip(values, errors, strict=True)) / sum(values))
-    cells = [text, f"{metrics['bits_plan']['code_bits']:.4f}", widths, f"{metrics['adapter_bytes'] / 1e6:.1f}",
+    cells = [text, f"{metrics['bits_plan']['code_bits']:.4f}", widths_of(weights), f"{metrics['adapter_bytes'] / 1e6:.1f}",
              f"{sum(errors) / len(errors):.4f}", f"{sum(e**2 for e in errors):.2f}", f"{by_value:.4f}",
              f"{metrics['scores']['nll']:.4f}", f"{metrics['scores']['perplexity']:.1f}"]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def widths_of(weights: list[dict[str, Any]]) -> str:
+    """How many weights have each width."""
+    counts = Counter(weight["bits"] for weight in weights)
+    return ", ".join(f"{counts[bits]} x {bits}" for bits in sorted(counts))
 
 
 def rules(args: argparse.Namespace) -> Iterator[Measured]:
@@ -93,6 +108,41 @@ def sums(args: argparse.Namespace) -> Iterator[Measured]:
         yield text, *measure(args, plan=plan)
 
 
+def calibrated(args: argparse.Namespace) -> Iterator[Measured]:
+    """Calibrated starts at equal bits, which the errors of the weights alone share out, or those of the outputs."""
+    start = (*GRID, "quant.calibration=full", f"calibration.file={args.calibrated}", "calibration.samples=47")
+    for bits in SHARED:
+        budget = (f"quant.bits={bits}", "quant.allocation=error")
+        _, weights = measure(args, *budget, *GRID, "stages=[quantize]")
+        plan = {weight["name"]: weight["bits"] for weight in weights}
+        yield f"{bits}: by the errors of the weights", *measure(args, *start, plan=plan)
+        yield f"{bits}: by the errors of the outputs", *measure(args, *start, *budget)
+
+
+def written(measured: Measured) -> dict[str, Any]:
+    """A row of the result file."""
+    rule, metrics, weights = measured
+    return {
+        "rule": rule,
+        "code_bits": metrics["bits_plan"]["code_bits"],
+        "widths": widths_of(weights),
+        "weight_error": metrics["init"]["mean_error"],
+        "output_error": metrics["init"]["mean_output_error"],
+        "perplexity": metrics["scores"]["perplexity"],
+    }
+
+
+COLUMNS = [
+    {"name": "bits: rule", "key": "rule"},
+    {"name": "bits of the codes", "key": "code_bits", "format": "{:.4f}"},
+    {"name": "weights x bits", "key": "widths"},
+    {"name": "weight error", "key": "weight_error", "format": "{:.4f}"},
+    {"name": "output error", "key": "output_error", "format": "{:.4f}"},
+    {"name": "perplexity", "key": "perplexity", "format": "{:.2f}"},
+]
+"""Of the result file of --calibrated."""
+
+
 def weight_norms(args: argparse.Namespace) -> dict[str, float]:
     """||W|| of every matrix of the model by its module."""
     source = locate(loftq_exp.compose(["model=smollm2"]).model, args.output_dir / "cache")
@@ -107,11 +157,19 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--output-dir", type=Path, default=Path("/tmp/allocation"))
     parser.add_argument("--sums", action="store_true")
+    parser.add_argument("--calibrated", type=Path, metavar="TEXT")
     args = parser.parse_args()
-    rows = []
-    for measured in (sums if args.sums else rules)(args):
+    rows, results = [], []
+    for measured in (calibrated if args.calibrated else sums if args.sums else rules)(args):
         rows.append(row(*measured))
         print(rows[-1], flush=True)
+        if args.calibrated:
+            results.append(written(measured))
+            facts = {
+                "command": f"python benchmarks/allocation.py {shlex.join(sys.argv[1:])}",
+                "provenance": measured[1]["provenance"],
+            }
+            RESULT.write_text(json.dumps({"facts": facts, "columns": COLUMNS, "rows": results}, indent=1) + "\n")
     headings = ("", "code bits", "weights x bits", "adapter MB", "mean error", "total squared error",
                 "root mean squared error by value", "NLL", "perplexity")  # fmt: skip
     print("\n| " + " | ".join(headings) + " |\n|" + " --- |" * len(headings))

@@ -5,8 +5,10 @@
     python benchmarks/calibration.py gsm8k ../shared/data [--bits 2 2.5 3 4] [--method ...] [--seed 1 2 3]
     python benchmarks/calibration.py qnli ../shared/data ...      # or mnli: MiniLM
 
-Every run is one that `python -m loftq_exp` would make, with the overrides that are printed; finished ones are found and not
-run again. Writes docs/results/calibrated-PART.json: mean, sample standard deviation and number over seeds.
+Every run is one that `python -m loftq_exp` would make, with the overrides that are printed. As each ends, a line of its scores
+is added to docs/results/calibrated-PART.jsonl. Runs with a line there are not made again, so that a measurement can be made in
+parts; take a line out to measure it again. docs/results/calibrated-PART.json is made of all lines: mean, sample standard
+deviation and number over seeds.
 
 perplexity: SmolLM2-135M, on 12 blocks of 512 tokens of the WikiText-2 test split, and on the first test problems of GSM8K as
 text. A seed draws the calibration samples. gsm8k: 500 training and 200 test problems; qnli, mnli: 4,000 training rows of the
@@ -21,14 +23,14 @@ import json
 import logging
 import multiprocessing
 import os
-import statistics
 import warnings
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import loftq_exp
-from loftq_exp.provenance import provenance
+from loftq_exp.report.summary import score
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 GRID = ("quant.scale=search", "quant.levels=optimal")
@@ -54,6 +56,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 COMPARED = [
     "QLoRA", "LoftQ", "PiSSA", "QERA approx", "QERA exact", "CLoQ", "calibrated"
 ]  # fmt: skip
+TEXTS = ("wikitext", "gsm8k", "arithmetic")
 TEXT_PROBLEMS = 40
 SMOLLM2 = ("model=smollm2", "quant.rank=64", "quant.dropout=0", "train.backbone=dense")
 MINILM = (
@@ -145,81 +148,130 @@ def run(overrides: tuple[str, ...]) -> dict[str, Any] | None:
         return None
 
 
-def shown(values: list[float], form: str) -> dict[str, Any] | None:
-    """Mean, and the sample standard deviation and number if there are several; as a number and as text."""
-    if not values:
-        return None
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return {"value": mean, "n": 1, "shown": form.format(mean)}
-    spread = statistics.stdev(values)
-    return {
-        "value": mean,
-        "std": spread,
-        "n": len(values),
-        "shown": f"{form.format(mean)} ± {form.format(spread)} (n={len(values)})",
-    }
-
-
 SCORES = {"perplexity": ("perplexity", 1.0, "{:.2f}"), "gsm8k": ("nll", 1.0, "{:.4f}"), "qnli": ("accuracy", 100.0, "{:.1f}"),
           "mnli": ("accuracy", 100.0, "{:.1f}")}  # fmt: skip
 """The score of each part, its factor and its format."""
 ERRORS = {"bits_per_weight": ("bits a weight", "{:.2f}"), "mean_error": ("weight error", "{:.4f}"),
           "mean_output_error": ("output error", "{:.4f}")}  # fmt: skip
+NAMES = ("bits", "start", "calibrated_on", "scored")
+"""What a line and a row of the table are of."""
+DELTA = "{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def table(part: str, runs: dict[tuple[str, ...], list[dict[str, Any]]]) -> dict[str, Any]:
-    """Columns and rows of the result file: one row a start, one column a scored text, from the metrics of its runs."""
-    name, factor, form = SCORES[part]
+def lines_of(journal: Path) -> list[dict[str, Any]]:
+    """The lines of the runs that were made, in any session."""
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+
+
+def line(part: str, key: tuple[str, ...], overrides: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of one run."""
+    name, factor, _ = SCORES[part]
+    made = metrics["provenance"]
+    return {
+        **dict(zip(NAMES, key, strict=True)),
+        "score": metrics["scores"][name] * factor,
+        **{name: metrics["init"].get(name) for name in ERRORS},
+        "overrides": overrides,
+        "commit": made["commit"],
+        "created": made["created"],
+        "processor": made["hardware"]["processor"],
+        "cpu_capability": made["hardware"]["cpu_capability"],
+    }
+
+
+def shown(values: Sequence[float], form: str) -> dict[str, Any]:
+    """Mean, and the sample standard deviation and number if there are several; as numbers and as text."""
+    found = score(values)
+    spread = "" if found.std is None else f" ± {form.format(found.std)} (n={found.n})"
+    return {"value": found.mean, "std": found.std, "n": found.n, "shown": form.format(found.mean) + spread}
+
+
+def ordered(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines by width, 16 bits first, then as METHODS and the parser's texts are."""
+    texts = ["none", "task", *TEXTS]
+
+    def place(line: dict[str, Any]) -> tuple[float, int, int]:
+        return -float(line["bits"]), list(METHODS).index(line["start"]), texts.index(line["calibrated_on"])
+
+    return sorted(lines, key=place)
+
+
+def table(part: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Columns and rows of the result file: one row a start, one column a scored text, means over the lines of each.
+
+    After training, also the difference to the calibrated start of the same width, paired by seed, with its 95 % interval.
+    """
+    form = SCORES[part][2]
+    scored = list(dict.fromkeys(line["scored"] for line in lines))
+    cells: dict[tuple[str, ...], dict[str, float]] = {}
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for (bits, method, text, scored), found in runs.items():
-        row = rows.setdefault((bits, method, text), {"bits": bits, "start": method, "calibrated_on": text})
-        row |= {key: found[0]["init"].get(key) for key in ERRORS}
-        row[scored] = shown([metrics["scores"][name] * factor for metrics in found], form)
-    scored = dict.fromkeys(key[3] for key in runs)
-    columns = [("bits", "bits", ""), ("start", "start", ""), ("calibrated_on", "calibrated on", ""),
-               *((key, title, layout) for key, (title, layout) in ERRORS.items()), *((key, key, "") for key in scored)]  # fmt: skip
-    return {"columns": [{"key": key, "name": title} | ({"format": layout} if layout else {}) for key, title, layout in columns],
-            "rows": list(rows.values())}  # fmt: skip
+    for one in ordered(lines):
+        key = tuple(one[name] for name in NAMES)
+        row = rows.setdefault(key[:3], {name: one[name] for name in NAMES[:3]} | {name: one[name] for name in ERRORS})
+        cells.setdefault(key, {})[seed_of(one["overrides"])] = one["score"]
+        row[key[3]] = shown(list(cells[key].values()), form)
+    for (bits, method, text), row in rows.items() if part != "perplexity" else ():
+        ours = cells.get((bits, "calibrated", "task", part), {})
+        theirs = cells[bits, method, text, part]
+        both = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+        if method != "calibrated" and len(both) > 1:
+            change, digits = score(both), 1 if form == "{:.1f}" else 4
+            row["ahead"] = DELTA.format(mean=change.mean, low=change.low, high=change.high, digits=digits)
+    ahead = [] if part == "perplexity" else [{"key": "ahead", "name": "calibrated - this, paired, 95 %"}]
+    columns = [*({"key": name, "name": name.replace("_", " ")} for name in NAMES[:3]),
+               *({"key": key, "name": title, "format": layout} for key, (title, layout) in ERRORS.items()),
+               *({"key": key, "name": key} for key in scored), *ahead]  # fmt: skip
+    return {"columns": columns, "rows": list(rows.values())}
+
+
+def seed_of(overrides: str) -> str:
+    """The seed of a run: of training, or of the calibration samples; that of a run without either is 0."""
+    settings = dict(override.split("=", 1) for override in overrides.split(" "))
+    return settings.get("seed") or settings.get("calibration.seed", "0")
+
+
+def write(part: str, lines: Sequence[dict[str, Any]], results: Path) -> None:
+    """Write the result file anew from all lines."""
+    facts = {"command": f"python benchmarks/calibration.py {part} ../shared/data", "runs": f"calibrated-{part}.jsonl"}
+    beside = results / f"calibrated-{part}.json.part"
+    beside.write_text(json.dumps({"facts": facts, **table(part, lines)}, indent=1) + "\n")
+    beside.replace(results / f"calibrated-{part}.json")
 
 
 def main() -> None:
     """Run what is not there yet, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["perplexity", "gsm8k", "qnli", "mnli"])
+    parser.add_argument("part", choices=list(SCORES))
     parser.add_argument("data", type=Path)
     parser.add_argument("--bits", nargs="+", default=["2", "3", "4"])
     parser.add_argument("--method", nargs="+", choices=list(METHODS))
-    parser.add_argument("--text", nargs="+", default=["wikitext", "gsm8k", "arithmetic"])
+    parser.add_argument("--text", nargs="+", default=list(TEXTS), choices=TEXTS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=float, help="write what is finished after so many seconds; default: all")
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides of every run, such as device=cuda")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.data, args.output_dir = args.data.resolve(), args.output_dir.resolve()
     runs = perplexity_runs(args) if args.part == "perplexity" else training_runs(args)
-    extra = (*args.extra, f"output_dir={args.output_dir}")
     # The first seed of everything first, so that a stopped benchmark has whole rows.
-    most = max(map(len, runs.values()))
-    work = [(*each[at], *extra) for at in range(most) for each in runs.values() if at < len(each)]
-    work = list(dict.fromkeys(work))
-    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-    running = {overrides: pool.submit(run, overrides) for overrides in work}
-    wait(running.values(), timeout=args.seconds)
-    done = {overrides: future.result() for overrides, future in running.items() if future.done()}
-    found = {key: [metrics for one in each if (metrics := done.get((*one, *extra)))] for key, each in runs.items()}
-    made = table(args.part, {key: each for key, each in found.items() if each})
-    facts = {"command": f"python benchmarks/calibration.py {args.part} ../shared/data", "provenance": provenance()}
-    place = args.results / f"calibrated-{args.part}.json"
-    place.write_text(json.dumps({"facts": facts, **made}, indent=1) + "\n")
-    for row in made["rows"]:
-        print(json.dumps(row))
-    pool.shutdown(wait=len(done) == len(work), cancel_futures=True)
-    if len(done) < len(work):
-        print(f"{len(work) - len(done)} of {len(work)} runs are not finished", flush=True)
-        os._exit(1)
+    order = sorted(((at, key) for key, each in runs.items() for at in range(len(each))), key=lambda pair: pair[0])
+    journal = args.results / f"calibrated-{args.part}.jsonl"
+    finished = {line["overrides"] for line in lines_of(journal)}
+    running: dict[Future[dict[str, Any] | None], tuple[tuple[str, ...], str]] = {}
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for at, key in order:
+            overrides = (*runs[key][at], *args.extra)
+            text = " ".join(overrides).replace(str(args.data), "DATA").replace(str(args.output_dir), "OUTPUT")
+            if text not in finished:
+                running[pool.submit(run, (*overrides, f"output_dir={args.output_dir}"))] = key, text
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key, text = running.pop(future)
+                if metrics := future.result():
+                    with journal.open("a") as file:
+                        file.write(json.dumps(line(args.part, key, text, metrics)) + "\n")
+                    write(args.part, lines_of(journal), args.results)
+    print(json.dumps(json.loads((args.results / f"calibrated-{args.part}.json").read_text())["rows"], indent=1))
 
 
 if __name__ == "__main__":

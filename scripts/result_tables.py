@@ -30,7 +30,7 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("results", "low-bit", "performance", "calibration", "gpu", "reliability", "sweeps")
+        for name in ("results", "low-bit", "performance", "calibration", "gpu", "reliability", "sweeps", "lm-eval")
     ),
 ]
 NAME = "scripts/result_tables.py"
