@@ -140,6 +140,8 @@ def _run(config: RunConfig) -> RunResult:
         recorder, failed = Loggers(config, folder), True
         try:
             init = ranks.from_main(lambda: _initialised(place, config, recorder, records.init_key, todo.any))
+            if todo.score and config.evaluate.max_memory:
+                _check_offload(init, config)
             finetuned = _finetune(config, init, data, prepared, records, recorder)
             steps = _steps_of(finetuned) if finetuned and todo.adapter else 0
             evaluated = _evaluate(config, init, data, prepared, records, todo.adapter, recorder, steps)
@@ -220,6 +222,12 @@ def _check_machine(config: RunConfig) -> None:
         from loftq_exp.training.preflight import check_optimiser
 
         check_optimiser(config, device, dtype)
+
+
+def _check_offload(init: Initialised, config: RunConfig) -> None:
+    from loftq_exp.training.load import check_offload
+
+    check_offload(init, config)
 
 
 def _adapter_to_score(config: RunConfig, records: Records) -> Path | None:

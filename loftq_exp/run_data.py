@@ -39,8 +39,7 @@ class RunData:
 
 def read_data(config: RunConfig) -> RunData:
     """Read the rows of `config.stages`. Raises UserError if the task does not fit the settings, or its rows each other."""
-    task = load_task(config.task)
-    _check_objective(config, task)
+    task = load_scored(config)
     _check_metric(config, task)
     stages = set(config.stages)
     if stages & {"finetune", "evaluate"} and task.model_kind != config.model.kind:
@@ -90,13 +89,15 @@ def _check_not_scored(config: RunConfig, validation: Sequence[Row], scored: Sequ
         )
 
 
-def _check_objective(config: RunConfig, task: Task) -> None:
-    """Raise UserError if the task has no score that is named `objective`."""
+def load_scored(config: RunConfig) -> Task:
+    """Return the task. Raises UserError if it has no score that is named `objective`."""
+    task = load_task(config.task)
     names = [name for column in task.table for name in column.scores]
     if config.objective and config.objective not in names:
         raise UserError(
             f"objective={config.objective}: {config.task.label} has no such score; choose from: {', '.join(names)}"
         )
+    return task
 
 
 def _check_metric(config: RunConfig, task: Task) -> None:

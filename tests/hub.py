@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import huggingface_hub.constants
 import pytest
@@ -137,14 +138,24 @@ class Answer(BaseHTTPRequestHandler):
                 return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
             self.json({"id": repo_id, "sha": commit, "siblings": []})
 
-    def tree(self, repo_id: str, commit: str) -> None:
+    def tree(self, repo_id: str, commit: str, folder: str | None) -> None:
         if repository := self.repository(repo_id):
-            self.json([entry(name, data) for name, data in repository.commits[commit].items()])
+            files = repository.commits[commit].items()
+            found = [entry(name, data) for name, data in files if folder is None or name.startswith(f"{folder}/")]
+            if folder and not found:
+                return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self.json(found)
 
-    def resolve(self, repo_id: str, commit: str, name: str) -> None:
+    def paths(self, repo_id: str, commit: str) -> None:
+        if repository := self.repository(repo_id):
+            asked = parse_qs(self.body.decode())["paths"]
+            self.json([entry(name, data) for name, data in repository.commits[commit].items() if name in asked])
+
+    def resolve(self, repo_id: str, revision: str, name: str) -> None:
         repository = self.repository(repo_id)
         if repository is None:
             return
+        commit = repository.names.get(revision, revision)
         data = repository.commits[commit].get(name)
         if data is None:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
@@ -235,12 +246,14 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
 
+REPO = r"((?:datasets/)?[^/]+/[^/]+)"
 ROUTES = (
-    ("GET", r"/api/models/([^/]+/[^/]+)", "revision"),
-    ("GET", r"/api/models/([^/]+/[^/]+)/revision/(.+)", "revision"),
-    ("GET", r"/api/models/([^/]+/[^/]+)/tree/(\w+)", "tree"),
-    ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", "resolve"),
+    ("GET", rf"/api/(?:models/)?{REPO}", "revision"),
+    ("GET", rf"/api/(?:models/)?{REPO}/revision/(.+)", "revision"),
+    ("GET", rf"/api/(?:models/)?{REPO}/tree/(\w+)(?:/(.+))?", "tree"),
+    ("GET|HEAD", rf"/{REPO}/resolve/(\w+)/(.+)", "resolve"),
     ("GET|HEAD", r"/large/(\w+)", "download"),
+    ("POST", rf"/api/{REPO}/paths-info/(\w+)", "paths"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/models/([^/]+/[^/]+)/branch/(.+)", "branch"),
     ("POST", r"/api/validate-yaml", "validate"),

@@ -105,12 +105,13 @@ def export(folder: Path, out: Path, adapter: Path | None = None, to: str = "dens
 
 def _check_form(backbone: Backbone, form: StorageFormat) -> None:
     """Raise UserError if this checkpoint cannot be exported in that format."""
-    stored, to = backbone.format, form.name
+    stored, to, dense = backbone.format, form.name, _only_dense(backbone)
     if not form.takes_values and stored is not form:
-        others = " or ".join(name for name in FORMATS if storage_format(name).takes_values)
+        merged = [name for name in FORMATS if storage_format(name).takes_values]
+        others = " or ".join(name for name in merged if not (dense and storage_format(name).needs_plain_linears))
         raise UserError(f"--to={to}: DIR={backbone.init.folder} is stored as {stored.name}, and only save_format={to} has {to} "
                         f"weights; use --to {others}")  # fmt: skip
-    if form.needs_plain_linears and (dense := _only_dense(backbone)):
+    if form.needs_plain_linears and dense:
         raise UserError(f"--to={to}: transformers loads {dense} only as a dense layer; use --to dense")
 
 

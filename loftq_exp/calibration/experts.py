@@ -7,18 +7,25 @@ implementation with which transformers computes it.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from loftq_exp.calibration.moments import Moment, Statistics, check_finite, counted
+from loftq_exp.calibration.moments import (
+    Moment,
+    Moments,
+    Statistics,
+    all_finite,
+    check_finite,
+    counted,
+    hooked,
+    symmetric_mean,
+)
 from loftq_exp.errors import UserError
 from loftq_exp.source.blocks import is_expert_weight
 
@@ -52,28 +59,23 @@ def expert_matrix(model: nn.Module, name: str) -> ExpertMatrix | None:
 class ExpertCollector:
     """Accumulates the inputs of some experts' matrices while their model runs."""
 
-    def __init__(self, model: nn.Module, names: Iterable[str], kind: str) -> None:
+    def __init__(self, model: nn.Module, matrices: Mapping[str, ExpertMatrix], kind: str) -> None:
         """Prepare to collect from these matrices, by the names of their targets. Raises UserError for unknown parts."""
-        self.kind = kind
-        self._matrices = {name: found for name in names if (found := expert_matrix(model, name))}
-        self._modules = {matrix.module: model.get_submodule(matrix.module) for matrix in self._matrices.values()}
+        self._matrices = matrices
+        self._of: dict[str, list[ExpertMatrix]] = {}
+        for matrix in matrices.values():
+            self._of.setdefault(matrix.module, []).append(matrix)
+        self._modules = {owner: model.get_submodule(owner) for owner in self._of}
         for owner, module in self._modules.items():
             _check_form(owner, module)
-        self._layers: dict[str, Moment] = {}
+        self._layers = Moments(kind)
         """Of all tokens that reach a module, if a matrix that reads hidden states is collected."""
-        self._own: dict[ExpertMatrix, Moment] = {}
+        self._own = Moments(kind)
         self._mask: torch.Tensor | None = None
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self) -> AbstractContextManager[None]:
         """Collect from every forward inside the block."""
-        hooks = [module.register_forward_pre_hook(functools.partial(self._read, owner), with_kwargs=True)
-                 for owner, module in self._modules.items()]  # fmt: skip
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return hooked(self._modules, self._read)
 
     def next_batch(self, mask: torch.Tensor | None = None) -> None:
         """Begin a batch. `mask` (batch, length) is 0 for padding, which is not counted; None: there is none."""
@@ -85,20 +87,14 @@ class ExpertCollector:
         hidden, chosen = list(given.values())[:2]
         hidden, chosen = counted(owner, hidden.detach(), self._mask), counted(owner, chosen, self._mask)
         check_finite(owner, hidden)
-        matrices = [matrix for matrix in self._matrices.values() if matrix.module == owner]
-        if any(matrix.parameter != LAST for matrix in matrices):
-            self._moment(self._layers, owner, hidden).add(hidden)
-        for matrix in matrices:
+        if any(matrix.parameter != LAST for matrix in self._of[owner]):
+            self._layers.add(owner, hidden)
+        for matrix in self._of[owner]:
             rows = hidden[torch.where(chosen == matrix.expert)[0]]
             if matrix.parameter == LAST:
                 rows = _activation(module, matrix.expert, rows)
                 check_finite(f"{owner}.{LAST}.{matrix.expert}", rows)
-            self._moment(self._own, matrix, rows).add(rows)
-
-    def _moment(self, moments: dict[Any, Moment], key: Any, rows: torch.Tensor) -> Moment:
-        if key not in moments:
-            moments[key] = Moment(self.kind, rows.shape[1], rows.device)
-        return moments[key]
+            self._own.add(matrix, rows)
 
     def statistics(self) -> dict[str, Statistics]:
         """The statistics of every matrix, see `filled`. The sums are freed meanwhile; collect once.
@@ -113,7 +109,7 @@ class ExpertCollector:
                 raise UserError(f"{name}: has read no calibration text ({len(self._matrices)} such matrices); "
                                 "give text that reaches it, or name the other layers in `modules`")  # fmt: skip
             found[name] = filled(own, layer)
-            if not all(map(math.isfinite, found[name].hessian.aminmax())):  # isfinite would copy H
+            if not all_finite(found[name].hessian):
                 raise UserError(f"{name}: the squares of its inputs are too large for float32; give other text")
         return found
 
@@ -135,8 +131,7 @@ def filled(own: Moment, layer: Moment | None) -> Statistics:
         square = float(diagonal.mean()) / tokens if tokens else 1.0
         plain = torch.full_like(diagonal, missing * square)
         total = total + (plain if own.sum.ndim == 1 else plain.diag())
-    mean = (total / (tokens + missing)).to(torch.float32)
-    return Statistics(mean if mean.ndim == 1 else mean.triu() + mean.triu(1).T, tokens)
+    return Statistics(symmetric_mean(total, tokens + missing), tokens)
 
 
 def _activation(module: Any, expert: int, rows: torch.Tensor) -> torch.Tensor:

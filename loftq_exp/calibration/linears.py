@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq_exp.calibration.moments import Moment, Statistics, check_finite, counted, mean_of
+from loftq_exp.calibration.moments import Moments, Statistics, all_finite, check_finite, counted, hooked, mean_of
 from loftq_exp.errors import UserError
 
 _Read = tuple[str, int]
@@ -24,9 +22,9 @@ class LinearCollector:
 
     def __init__(self, modules: Mapping[str, nn.Module], kind: str) -> None:
         """Prepare to collect from these linear layers, by name."""
-        self.kind, self._modules = kind, modules
+        self._modules = modules
         self._reads: dict[str, list[_Read]] = {}
-        self._moments: dict[_Read, Moment] = {}
+        self._moments = Moments(kind)
         self._seen: dict[int, tuple[torch.Tensor, _Read]] = {}
         self._calls: Counter[str] = Counter()
         self._mask: torch.Tensor | None = None
@@ -34,13 +32,10 @@ class LinearCollector:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Collect from every forward inside the block."""
-        hooks = [module.register_forward_pre_hook(functools.partial(self._read, name), with_kwargs=True)
-                 for name, module in self._modules.items()]  # fmt: skip
         try:
-            yield
+            with hooked(self._modules, self._read):
+                yield
         finally:
-            for hook in hooks:
-                hook.remove()
             self._seen.clear()
 
     def next_batch(self, mask: torch.Tensor | None = None) -> None:
@@ -64,10 +59,7 @@ class LinearCollector:
             return
         rows = counted(name, inputs.detach(), self._mask)
         check_finite(name, rows)
-        moment = self._moments.get(read)
-        if moment is None:
-            moment = self._moments[read] = Moment(self.kind, rows.shape[1], rows.device)
-        moment.add(rows)
+        self._moments.add(read, rows)
 
     def statistics(self) -> dict[str, Statistics]:
         """Return the statistics of every layer; layers that share their input share the tensor.
@@ -83,7 +75,7 @@ class LinearCollector:
             if reads in found:
                 continue
             found[reads] = mean_of([self._moments[read] for read in reads])
-            if not all(map(math.isfinite, found[reads].hessian.aminmax())):  # isfinite would copy H
+            if not all_finite(found[reads].hessian):
                 raise UserError(f"{name}: the squares of its inputs are too large for float32, or it has read no token that "
                                 "counts; give other text")  # fmt: skip
         return {name: found[tuple(self._reads[name])] for name in self._modules}

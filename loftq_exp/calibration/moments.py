@@ -1,14 +1,17 @@
-"""The second moments H = E[x x'] of inputs x: the running sum over tokens, and the mean."""
+"""The second moments H = E[x x'] of inputs x: hooks that read them, the running sum over tokens, and the mean."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 
 from loftq_exp.errors import UserError
 
@@ -63,17 +66,56 @@ class Moment:
         self.tokens += len(inputs)
 
 
+class Moments(dict[Any, Moment]):
+    """Running sums by key."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def add(self, key: Any, inputs: torch.Tensor) -> None:
+        """Add `inputs`, (tokens, in), to the sum of this key, which begins with the first ones."""
+        if key not in self:
+            self[key] = Moment(self.kind, inputs.shape[1], inputs.device)
+        self[key].add(inputs)
+
+
 def mean_of(moments: Sequence[Moment]) -> Statistics:
     """Return the mean over the tokens of all these, float32, exactly symmetric."""
     tokens = sum(moment.tokens for moment in moments)
-    total = functools.reduce(torch.add, (moment.sum for moment in moments))
+    return Statistics(symmetric_mean(functools.reduce(torch.add, (moment.sum for moment in moments)), tokens), tokens)
+
+
+def symmetric_mean(total: torch.Tensor, count: int) -> torch.Tensor:
+    """The float32 quotient of a float64 sum, (in,) or the upper triangle of (in, in), of which it is made symmetric."""
     mean = torch.empty_like(total, dtype=torch.float32)
     for first in range(0, len(mean), PANEL):  # a quotient in float64 is as large as the sum
-        mean[first : first + PANEL] = total[first : first + PANEL] / tokens
+        mean[first : first + PANEL] = total[first : first + PANEL] / count
     if mean.ndim == 2:
         for row in range(len(mean)):
             mean[row + 1 :, row] = mean[row, row + 1 :]
-    return Statistics(mean, tokens)
+    return mean
+
+
+def all_finite(hessian: torch.Tensor) -> bool:
+    """Whether no value of H is NaN or infinite, without a copy of it, as `isfinite` would make."""
+    return all(map(math.isfinite, hessian.aminmax()))
+
+
+Read = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""What reads the inputs of a module: its name, the module, and the arguments of its forward."""
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], read: Read) -> Iterator[None]:
+    """Call `read` before every forward of these modules, by name, inside the block."""
+    hooks = [module.register_forward_pre_hook(functools.partial(read, name), with_kwargs=True)
+             for name, module in modules.items()]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_finite(name: str, rows: torch.Tensor) -> None:

@@ -23,8 +23,8 @@ class Collector:
         """Prepare to collect from linear layers and experts' matrices of the `model`."""
         if kind not in KINDS:
             raise UserError(f"kind={kind}: unknown; choose {' or '.join(KINDS)}")
-        experts = [name for name in names if expert_matrix(model, name)]
-        linears = {name: model.get_submodule(name) for name in names if name not in set(experts)}
+        experts = {name: matrix for name in names if (matrix := expert_matrix(model, name))}
+        linears = {name: model.get_submodule(name) for name in names if name not in experts}
         self._names = names
         self._parts = (LinearCollector(linears, kind), ExpertCollector(model, experts, kind))
 
@@ -38,8 +38,9 @@ class Collector:
 
     def next_batch(self, mask: torch.Tensor | None = None) -> None:
         """Begin a batch. `mask` (batch, length) is 0 for padding, which is not counted; None: there is none."""
+        padding = None if mask is None or bool(mask.all()) else mask
         for part in self._parts:
-            part.next_batch(None if mask is None or bool(mask.all()) else mask)
+            part.next_batch(padding)
 
     def statistics(self) -> dict[str, Statistics]:
         """The statistics of every target; layers that share their input share the tensor. Collect once.

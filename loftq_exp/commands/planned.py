@@ -1,9 +1,9 @@
-"""The jobs of a multirun before any of them runs: their overrides, their settings, and whether its baseline is among them."""
+"""The jobs of a multirun before any of them runs: their overrides and settings, and whether its baseline and objective can be."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,14 +46,36 @@ def check_baseline(config: DictConfig, jobs: Sequence[tuple[str, ...]]) -> None:
     from loftq_exp.report.collect import from_settings  # imported late: they take seconds
     from loftq_exp.report.sweep import with_baseline
 
-    loader, found = GlobalHydra.instance().config_loader(), []
-    for job in jobs:
-        with contextlib.suppress(UserError, *COMPOSE_ERRORS):  # raised again when the job is run
-            composed = loader.load_sweep_config(config, list(job))
-            own = OmegaConf.masked_copy(composed, [str(name) for name in composed if name != "hydra"])
-            found.append(from_settings(Path("config.json"), run_config(own).to_dict(), "unfinished"))
+    found = [from_settings(Path("config.json"), each.to_dict(), "unfinished") for each in _composed(config, jobs)]
     if found:
         with_baseline([run for run in found if run])
+
+
+def check_objective(config: DictConfig, jobs: Sequence[tuple[str, ...]]) -> None:
+    """Raise UserError if no job of a multirun has the score that it names as objective."""
+    if config.objective is None and not any("objective=" in each for job in jobs for each in job):
+        return
+    from loftq_exp.run_data import load_scored  # imported late: it takes seconds
+
+    refused = None
+    for composed in _composed(config, jobs):
+        try:
+            load_scored(composed)
+            return
+        except UserError as error:
+            refused = error
+    if refused:
+        raise refused
+
+
+def _composed(config: DictConfig, jobs: Sequence[tuple[str, ...]]) -> Iterator[RunConfig]:
+    """The settings of each job. One that is refused is left out: it is refused again when it is run."""
+    loader = GlobalHydra.instance().config_loader()
+    for job in jobs:
+        with contextlib.suppress(UserError, *COMPOSE_ERRORS):
+            composed = loader.load_sweep_config(config, list(job))
+            own = OmegaConf.masked_copy(composed, [str(name) for name in composed if name != "hydra"])
+            yield run_config(own)
 
 
 def run_config(composed: DictConfig) -> RunConfig:

@@ -26,7 +26,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from loftq_exp.commands.planned import check_baseline, planned
+from loftq_exp.commands.planned import check_baseline, check_objective, planned
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.schema import RESULTS, shaping
 from loftq_exp.errors import UserError
@@ -196,6 +196,7 @@ class SweepFolder(Callback):
         plan = Sweep(sweeps, asked.arguments, str(Path.cwd()), jobs, time.time(), asked.retries, direction)
         try:
             check_baseline(config, given or ())
+            check_objective(config, [()] if given is None else given)
             sweep, self.lock = start(sweeps, plan, asked.folder)
             if jobs is not None and len(jobs) == 1:
                 log.info(

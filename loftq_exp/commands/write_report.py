@@ -107,7 +107,7 @@ def _chosen(runs: Sequence[Found], options: argparse.Namespace) -> Summary:
     conditions = [(each, full_name("filter", each.name, runs)) for each in map(Condition.parse, options.filter)]
     of_runs = [(each, name) for each, name in conditions if of_run(name, runs)]
     left = [run for run in runs if all(each.holds(run_value(run, name)) for each, name in of_runs)]
-    summary = _summary(left, options.baseline if left else None)
+    summary = summarise(left, baseline=options.baseline if left else None, option="--baseline")
     of_rows = [(each, name) for each, name in conditions if not of_run(name, runs)]
     rows = [row for row in summary.rows if all(each.holds(row_value(row, name)) for each, name in of_rows)]
     if not rows:
@@ -121,13 +121,6 @@ def _chosen(runs: Sequence[Found], options: argparse.Namespace) -> Summary:
         check_rows("sort", name, rows)
         rows = in_order(rows, name, descending=options.sort.startswith("-"))
     return narrowed(summary, rows)
-
-
-def _summary(runs: Sequence[Found], baseline: str | None) -> Summary:
-    try:
-        return summarise(runs, baseline=baseline)
-    except UserError as error:
-        raise UserError(str(error).replace("report.baseline=", "--baseline=", 1)) from None
 
 
 def _write(summary: Summary, group_by: Sequence[str], jobs: Sequence[Job], options: argparse.Namespace) -> None:

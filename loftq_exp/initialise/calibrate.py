@@ -108,9 +108,10 @@ def calibrate(
     shaping = {"model": content, "kind": config.model.kind, "text": calibration_origin(config),
                "statistics": config.quant.calibration, "prefix": prefix}  # fmt: skip
     parts = {block: _parts(layout, block, config.quant.calibration) for block in layout.blocks}
-    keys = {
-        part: statistics_key(block=block, **shaping, **_named(part, layout)) for block in parts for part in parts[block]
-    }
+    # The names of a part are in its key if it is not all linear layers of its block.
+    named = bool(layout.excluded) or any(target.expert is not None for target in layout.targets)
+    keys = {part: statistics_key(block=block, **shaping, **({"targets": part} if named else {}))
+            for block in parts for part in parts[block]}  # fmt: skip
     found = {part: stored for part, key in keys.items() if (stored := cache.find(key))}
     if len(found) == len(keys):
         for stored in found.values():
@@ -158,12 +159,6 @@ def _parts(layout: Layout, block: str, kind: str) -> list[tuple[str, ...]]:
         parts[-1].append(target.module)
         held += size
     return [tuple(part) for part in parts]
-
-
-def _named(part: tuple[str, ...], layout: Layout) -> dict[str, Any]:
-    """The names of a part for its key, if it is not all linear layers of its block."""
-    experts = any(target.expert is not None for target in layout.targets)
-    return {"targets": part} if experts or layout.excluded else {}
 
 
 def prefix_digest(*shaping: Any) -> str:

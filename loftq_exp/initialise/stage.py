@@ -134,8 +134,9 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
             worker = _Worker(config)
             samples = polish_samples(source, config)
             plan = worker.plan(source, wanted, tensors, layout)
+            dtype = worker.loads_in(names, tensors, layout)
             with written_whole(final) as folder:
-                write_surroundings(folder, final, source, layout, plan, config, worker.loads_in(names, tensors, layout))
+                write_surroundings(folder, final, source, layout, plan, config, dtype)
                 head = head_tensors(source.folder, tensors, layout, config)
                 factors = {name: spec.shape for name, spec in _adapter_specs(layout, plan, {}).items()}
                 check_surroundings(source.folder, folder, factors, config.model)
@@ -154,7 +155,7 @@ def initialise(source: Source, config: RunConfig) -> Initialised:
                     report["calibration"] = {"tokens": calibration.tokens, "seconds": calibration.seconds}
                     if experts := calibration.experts(layout):
                         report["calibration"]["experts"] = experts
-                report["quant"]["load_dtype"] = worker.loads_in(names, tensors, layout)
+                report["quant"]["load_dtype"] = dtype
                 report["totals"] |= watch.costs()
                 write_report(folder, report)
     report = json.loads(json.dumps(report))  # the same containers that a later run reads: lists, no tuples

@@ -18,9 +18,6 @@ from torch.utils._pytree import tree_map_only
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.linear import PackedLinear
 
-PREFIX = "packed_"
-"""The packed matrices of `experts.down_proj` are the module list `experts.packed_down_proj`."""
-
 _aten = torch.ops.aten
 
 

@@ -20,10 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_exp.errors import UserError
 from loftq_exp.integrations.linear import PackedLinear
-from loftq_exp.integrations.parameter import PREFIX, PackedParameterLinear, hold
+from loftq_exp.integrations.parameter import PackedParameterLinear, hold
 from loftq_exp.loftq import Quantizer
 from loftq_exp.storage.packed import PARTS, check_specs
-from loftq_exp.storage.packing import METHOD, VERSION, Packing
+from loftq_exp.storage.packing import METHOD, STACK, VERSION, Packing
 
 NEEDS_US = "packed by loftq_exp: pip install loftq_exp and import loftq_exp before loading"
 """Stored in config.json as the name of the weights file. transformers reads it only if our method is not registered.
@@ -115,7 +115,7 @@ class LoftQHfQuantizer(HfQuantizer):
         stacks, linears = _by_parameter(self.quantization_config.bits, model.base_model_prefix, modules)
         self._stacks = {place: self._stack(modules[place[0]], place, bits, dtype) for place, bits in stacks.items()}
         for (owner, parameter), matrices in self._stacks.items():
-            layers |= {f"{owner}.{PREFIX}{parameter}.{number}": matrix for number, matrix in enumerate(matrices)}
+            layers |= {f"{owner}.{STACK}{parameter}.{number}": matrix for number, matrix in enumerate(matrices)}
         for name, bits in linears.items():
             found = _module_name(name, model.base_model_prefix, modules)
             if found is None:
@@ -144,7 +144,7 @@ class LoftQHfQuantizer(HfQuantizer):
         quantizers = [self.quantization_config.quantizer(bits[number]) for number in range(shape[0])]
         matrices = [PackedLinear(columns, rows, quantizer, False, dtype, "meta") for quantizer in quantizers]
         owner.register_parameter(parameter, None)
-        owner.add_module(f"{PREFIX}{parameter}", nn.ModuleList(matrices))
+        owner.add_module(f"{STACK}{parameter}", nn.ModuleList(matrices))
         for drawn in (owner, *matrices):  # some classes initialise the parameters of experts by name
             drawn._is_hf_initialized = True
         return matrices

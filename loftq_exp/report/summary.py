@@ -88,7 +88,7 @@ class Summary:
     baseline: str | None
 
 
-def summarise(found: Sequence[Found], *, baseline: str | None = None) -> Summary:
+def summarise(found: Sequence[Found], *, baseline: str | None = None, option: str = "report.baseline") -> Summary:
     """Return one row for all runs that differ in nothing but their seeds, in the order in which they were found.
 
     Args:
@@ -96,6 +96,7 @@ def summarise(found: Sequence[Found], *, baseline: str | None = None) -> Summary
         baseline: a row's name, or a method of `quant.method`: its rows in the published form (no calibration, searched scales or
             optimal levels) if there are any. If several rows have that method, each row is compared with the
             one whose other settings are nearest. A row with several nearest ones, or of other evaluation data, has none.
+        option: where the baseline was given, for messages.
 
     Raises:
         UserError: no row matches `baseline`.
@@ -112,7 +113,7 @@ def summarise(found: Sequence[Found], *, baseline: str | None = None) -> Summary
     rows = tuple(_row(name, runs, repeated) for name, runs in zip(names, members, strict=True))
     if baseline is None:
         return Summary(rows, differing, None)
-    return _compared(rows, differing, baseline)
+    return _compared(rows, differing, baseline, option)
 
 
 def narrowed(summary: Summary, rows: Sequence[Row]) -> Summary:
@@ -222,15 +223,15 @@ def _over(values: Iterable[Mapping[str, float]]) -> dict[str, Score]:
     return {name: score(of_score) for name, of_score in found.items()}
 
 
-def _compared(rows: Sequence[Row], differing: tuple[str, ...], baseline: str) -> Summary:
+def _compared(rows: Sequence[Row], differing: tuple[str, ...], baseline: str, option: str) -> Summary:
     """Return the summary with each row's differences to its baseline row."""
-    candidates = [row for row in rows if row.name == baseline] or _of_method(rows, baseline)
+    candidates = [row for row in rows if row.name == baseline] or _published_first(rows, baseline)
     if not candidates:
         methods = dict.fromkeys(str(row.settings.get("quant.method")) for row in rows)
         allowed = ", ".join([*methods, *(row.name for row in rows)]) or "nothing, because there is no run"
-        raise UserError(f"report.baseline={baseline}: no row matches; choose from: {allowed}")
+        raise UserError(f"{option}={baseline}: no row matches; choose from: {allowed}")
     if len(candidates) == len(rows) > 1:
-        log.warning("report.baseline=%s: every row is one, so none is compared; name one row: %s", baseline,
+        log.warning("%s=%s: every row is one, so none is compared; name one row: %s", option, baseline,
                     ", ".join(row.name for row in rows))  # fmt: skip
     names, settings = (
         {row.name for row in candidates},
@@ -238,19 +239,22 @@ def _compared(rows: Sequence[Row], differing: tuple[str, ...], baseline: str) ->
     )
     compared = []
     for row in rows:
-        reference = None if row.name in names else _nearest(row, candidates, settings)
-        compared.append(replace(row, differences=_differences(row, reference)) if reference else row)
+        nearest = [] if row.name in names else _nearest(row, candidates, settings)
+        if len(nearest) > 1:
+            log.warning("%s: %s is equally near to %s; name one of these rows", option, row.name,
+                        " and ".join(each.name for each in nearest))  # fmt: skip
+        compared.append(replace(row, differences=_differences(row, nearest[0])) if len(nearest) == 1 else row)
     return Summary(tuple(compared), differing, candidates[0].name if len(candidates) == 1 else baseline)
 
 
-def _of_method(rows: Sequence[Row], method: str) -> list[Row]:
+def _published_first(rows: Sequence[Row], method: str) -> list[Row]:
     """Return the rows of a method: those in its published form if there are any, so that variations are compared with it."""
     found = [row for row in rows if row.settings.get("quant.method") == method]
     return [row for row in found if not variation(row.runs[0].metrics["config"]["quant"])] or found
 
 
-def _nearest(row: Row, candidates: Sequence[Row], settings: Mapping[str, Mapping[str, str]]) -> Row | None:
-    """Return the candidate with the same evaluation data that differs least from `row`; None if there is not exactly one."""
+def _nearest(row: Row, candidates: Sequence[Row], settings: Mapping[str, Mapping[str, str]]) -> list[Row]:
+    """Return the candidates with the same evaluation data that differ least from `row`."""
     own, fields = settings[row.name], declared(row.runs[0].metrics)
     scoring = [name for name in own if name.startswith("task.") and name in fields and shapes(fields[name], SCORES)]
     distances: dict[tuple[int, ...], list[Row]] = {}
@@ -258,11 +262,7 @@ def _nearest(row: Row, candidates: Sequence[Row], settings: Mapping[str, Mapping
         differ = {name for name, _ in own.items() ^ settings[candidate.name].items()} - {*SEEDS}
         if differ.isdisjoint(scoring):
             distances.setdefault((len(differ - _OF_METHOD), len(differ & _OF_METHOD)), []).append(candidate)
-    nearest = distances[min(distances)] if distances else []
-    if len(nearest) > 1:
-        log.warning("report.baseline: %s is equally near to %s; name one of these rows", row.name,
-                    " and ".join(each.name for each in nearest))  # fmt: skip
-    return nearest[0] if len(nearest) == 1 else None
+    return distances[min(distances)] if distances else []
 
 
 def _differences(row: Row, reference: Row) -> dict[str, Score]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq_exp.storage.packing import STACK
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -71,7 +73,7 @@ class Target:
         if self.expert is None:
             return self.tensor
         owner, _, name = self.parameter.rpartition(".")
-        return f"{owner}.packed_{name}.{self.expert}.weight"
+        return f"{owner}.{STACK}{name}.{self.expert}.weight"
 
     @property
     def layer(self) -> str:

@@ -14,6 +14,8 @@ from loftq_exp.loftq import Quantizer, make_quantizer
 METHOD = "loftq"
 VERSION = 1
 """Version of the packed format. A reader rejects any other."""
+STACK = "packed_"
+"""The packed matrices of `experts.down_proj` are the module list `experts.packed_down_proj`."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from loftq_exp import manifest
 from loftq_exp.artifact.folder import ADAPTER, Initialised, check_artifact, check_place
 from loftq_exp.config import RunConfig
+from loftq_exp.device import compute_device
 from loftq_exp.errors import UserError
 from loftq_exp.foreign import explained
 from loftq_exp.integrations.loads import check_report, collected_log, failed_conversion, without_bars
@@ -138,6 +139,14 @@ def backbone_form(init: Initialised, config: RunConfig, device: torch.device) ->
             return form
         faults.append(f"train.backbone={form}: {fault}")
     raise UserError(f"{faults[0]}; use train.backbone=dense and save_format=dense")
+
+
+def check_offload(init: Initialised, config: RunConfig) -> None:
+    """Raise UserError if scoring would surely offload bitsandbytes' layers, which they do not survive."""
+    device = compute_device(config.device)
+    if config.evaluate.max_memory and device.type == "cpu" and backbone_form(init, config, device) == "bnb4":
+        raise UserError("evaluate.max_memory: without a GPU it keeps layers on the disk, and bitsandbytes' cannot be offloaded; "
+                        "leave it out, or use train.backbone=dense, or save_format=packed")  # fmt: skip
 
 
 def _misfit(init: Initialised, form: str, device: torch.device) -> str | None:

@@ -21,7 +21,7 @@ Placement = dict[str, Any]
 def check_placement(config: RunConfig) -> None:
     """Raise UserError for a placement that this model or launch cannot have."""
     given = f"evaluate.device_map={config.evaluate.device_map}"
-    if config.evaluate.device_map is None or "evaluate" not in config.stages:
+    if config.evaluate.device_map is None:
         return
     if ranks.count() > 1:
         raise UserError(
@@ -40,11 +40,14 @@ def check_placement(config: RunConfig) -> None:
 
 
 @contextmanager
-def placed(config: RunConfig, device: torch.device) -> Iterator[Placement]:
-    """Yield the arguments that place a model for scoring. The folder for offloaded weights is removed at the end."""
+def placed(config: RunConfig, device: torch.device) -> Iterator[Placement | None]:
+    """Yield the arguments that place a model for scoring; None: all of it is on `device`.
+
+    The folder for offloaded weights is removed at the end.
+    """
     settings = config.evaluate
-    if settings.device_map is None:
-        yield {"device_map": {"": device}}
+    if settings.device_map is None or (device.type == "cpu" and settings.max_memory is None):
+        yield None
         return
     config.cache_path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".offload-", dir=config.cache_path) as folder:
@@ -53,8 +56,6 @@ def placed(config: RunConfig, device: torch.device) -> Iterator[Placement]:
         if settings.max_memory is not None:
             sizes = settings.max_memory.items()
             found["max_memory"] = {int(name) if name.isdigit() else name: size for name, size in sizes}
-        elif device.type == "cpu":
-            found["device_map"] = {"": device}
         yield found
 
 

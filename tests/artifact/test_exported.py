@@ -386,6 +386,8 @@ def test_a_model_that_4_bit_layers_cannot_hold(models: Models, tmp_path: Path, r
     init = models.made("t5", "dense", bits=2)
     told = refused(init.folder, tmp_path / "out", "--to", "bnb4")
     assert re.match(r"--to=bnb4: transformers loads \S+\.wo only as a dense layer; use --to dense", told)
+    told = refused(init.folder, tmp_path / "out", "--to", "packed")
+    assert told.endswith("only save_format=packed has packed weights; use --to dense")
 
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]

@@ -252,6 +252,25 @@ def test_a_baseline_that_no_job_will_have_is_refused_before_the_first(cli: Any, 
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize(("jobs", "said"), [
+    (["quant.rank=2,4", "objective=rouge"], "objective=rouge: arithmetic has no such score; choose from: nll, accuracy"),
+    (["task=arithmetic,instruct", "objective=f1"], "objective=f1: instruct has no such score; choose from: "),
+    (["objective=f1,bleu"], "objective=bleu: arithmetic has no such score; choose from: nll, accuracy"),
+])  # fmt: skip
+def test_an_objective_that_no_job_has_is_refused_before_the_first(cli: Any, jobs: list[str], said: str) -> None:
+    assert cli.refused(*cli.tiny, "-m", *jobs).startswith(said)
+    assert not Path("outputs").exists()
+
+
+def test_an_objective_that_one_job_has(cli: Any) -> None:
+    outcome = cli(*cli.tiny, "-m", "stages=[quantize,evaluate]", "objective=accuracy,rouge")
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: not every job succeeded")
+    assert "objective=rouge: arithmetic has no such score" in outcome.out
+    done = [json.loads(path.read_text())["metrics"] for path in sorted(Path("outputs/sweeps").glob("*/job-*.json"))]
+    assert [bool(metrics) for metrics in done] == [True, False]
+
+
 def test_a_baseline_that_a_job_will_have(cli: Any) -> None:
     outcome = cli(
         *cli.tiny,

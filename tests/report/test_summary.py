@@ -187,6 +187,16 @@ def test_each_row_is_compared_with_the_nearest_of_several_baselines(caplog: pyte
     assert summarise([*runs, between], baseline="QLoRA NF4 r8").rows[-1].differences["nll"].mean == -11.0
 
 
+def test_messages_name_where_the_baseline_was_given(caplog: pytest.LogCaptureFixture) -> None:
+    runs = [found({"nll": 1.0}, rank=rank) for rank in (8, 16)]
+    between = found({"nll": 1.0}, rank=12, method="pissa")
+    summarise(runs, baseline="qlora", option="--baseline")
+    summarise([*runs, between], baseline="qlora", option="--baseline")
+    assert [message.partition(":")[0] for message in caplog.messages] == ["--baseline=qlora", "--baseline"]
+    with pytest.raises(UserError, match=r"^--baseline=lora: no row matches"):
+        summarise(runs, baseline="lora", option="--baseline")
+
+
 def test_variations_of_a_method_are_compared_with_its_published_form(caplog: pytest.LogCaptureFixture) -> None:
     """quant=loftq,calibrated report.baseline=loftq: both are the method loftq."""
     runs = [

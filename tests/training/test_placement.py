@@ -65,10 +65,12 @@ def test_an_encoder_decoder_generates_the_same(cli: Any, checkpoint: Any) -> Non
 
 
 def test_bitsandbytes_layers_are_not_offloaded(cli: Any) -> None:
-    line = cli.refused(*cli.tiny, "output_dir=out", "train.max_steps=1", "train.backbone=bnb4", *OFFLOAD)
-    assert line.startswith(
-        "evaluate.device_map=auto: not all layers fit on the GPUs, and bitsandbytes' cannot be offloaded; use "
-    )
+    for backbone in ("bnb4", "auto"):
+        line = cli.refused(*cli.tiny, "output_dir=out", "train.max_steps=1", f"train.backbone={backbone}", *OFFLOAD)
+        assert line.startswith(
+            "evaluate.max_memory: without a GPU it keeps layers on the disk, and bitsandbytes' cannot "
+        )
+    assert not list(Path("out/runs").glob("*/adapter")), "it is refused before the fine-tune"
 
 
 @pytest.mark.parametrize(("given", "told"), [
