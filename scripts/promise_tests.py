@@ -29,23 +29,15 @@ PROMISES = {
     "test_security": "planted code does not run",
     "test_masking": "a secret is in no output and no file",
 }  # fmt: skip
-COLUMNS = ("promise", "tests", "passed", "skipped", "failed")
+COLUMNS = [{"name": name, "key": name} for name in ("promise", "tests", "passed", "skipped", "failed")]
 
 
 def counts(file: str) -> dict[str, int]:
     """The numbers of the tests of one file that passed, were skipped and failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "not gpu",
-            f"--junitxml={report}",
-            str(ROOT / "tests" / f"{file}.py"),
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", f"--junitxml={report}"]
+        command.append(str(ROOT / "tests" / f"{file}.py"))
         subprocess.run(command, cwd=ROOT, check=False)
         suite = next(ElementTree.parse(report).iter("testsuite")).attrib
     failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
@@ -55,20 +47,15 @@ def counts(file: str) -> dict[str, int]:
 def main() -> int:
     """Write the rows of the given files. Those of the others stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", metavar="FILE", nargs="*", default=list(PROMISES), choices=[*PROMISES, []])
+    parser.add_argument("files", metavar="FILE", nargs="*", choices=list(PROMISES))
     before = json.loads(TABLE.read_text())["rows"] if TABLE.exists() else []
     rows: dict[str, dict[str, Any]] = {row["tests"]: row for row in before}
-    for file in parser.parse_args().files:
-        name = f"`tests/{file}.py`"
-        rows[name] = {"promise": PROMISES[file], "tests": name, **counts(file)}
-        columns = [{"name": column, "key": column} for column in COLUMNS]
-        found = [rows[each] for each in (f"`tests/{file}.py`" for file in PROMISES) if each in rows]
-        TABLE.write_text(
-            json.dumps(
-                {"facts": {"command": "python scripts/promise_tests.py"}, "columns": columns, "rows": found}, indent=1
-            )
-            + "\n"
-        )
+    names = {file: f"`tests/{file}.py`" for file in PROMISES}
+    for file in parser.parse_args().files or PROMISES:
+        rows[names[file]] = {"promise": PROMISES[file], "tests": names[file], **counts(file)}
+        found = [rows[name] for name in names.values() if name in rows]
+        table = {"facts": {"command": "python scripts/promise_tests.py"}, "columns": COLUMNS, "rows": found}
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
     return int(any(row["failed"] for row in rows.values()))
 
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from loftq_exp.commands import write_report
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from browser import CHROMIUM, browser  # noqa: E402
+
+from loftq_exp.commands import write_report  # noqa: E402
+
 TABLE = ROOT / "docs" / "results" / "sweep-qnli.json"
 PLACE = ROOT / "docs" / "sweep-qnli"
 COLUMNS = [
@@ -51,13 +53,11 @@ def report(folder: Path, form: str, baseline: str) -> Path:
 
 def picture(page: Path, height: int) -> None:
     """Write a PNG of the page's top, in a headless Chromium."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    if CHROMIUM is None:
         sys.exit("no Chromium is installed: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as profile:
-        command = [chromium, "--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={profile}",
-                   f"--window-size=1600,{height}", f"--screenshot={page.with_suffix('.png')}", page.resolve().as_uri()]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as tab:
+        tab.open(page.resolve(), width=1600)
+        tab.picture(page.with_suffix(".png"), height)
 
 
 def row(found: dict[str, Any], score: str) -> dict[str, Any]:

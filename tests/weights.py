@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
 
 from loftq_exp.schemes import BITS_OF_TYPE, BLOCKLESS_TYPES
 
@@ -16,6 +20,21 @@ KINDS = [
     if kind != "none"
 ]
 """Type, bits, whether scales are quantized themselves, and levels."""
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def in_float32(model: Model) -> Model:
+    """A model that was loaded without this package, whose 4-bit layers now compute in float32 on every CPU.
+
+    On one with AVX512_BF16 they ignore the type of their inputs in evaluation and use bfloat16.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def weight_like(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

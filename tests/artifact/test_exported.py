@@ -24,6 +24,7 @@ from bitsandbytes.nn import Linear4bit
 from checkpoints import without_manifests
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from weights import in_float32
 from zoo import ENCODER, sized
 
 from loftq_exp.artifact import exported as work
@@ -109,12 +110,7 @@ def plainly(folder: Path, init: Initialised) -> hf.PreTrainedModel:
 
 
 def backbone(init: Initialised) -> hf.PreTrainedModel:
-    model = AUTO_CLASSES[kind_of(init)].from_pretrained(init.folder, dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-            module.support_avx512bf16_for_cpu = False  # otherwise some CPUs compute in bfloat16
-    return model
+    return in_float32(AUTO_CLASSES[kind_of(init)].from_pretrained(init.folder, dtype=torch.float32))
 
 
 def outputs(model: Any) -> torch.Tensor:

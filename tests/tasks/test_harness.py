@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from weights import in_float32
 
 from loftq_exp.errors import UserError
 from loftq_exp.tasks import load_task, task_settings
@@ -78,10 +78,7 @@ def test_the_accuracy_is_that_of_the_likelihoods(cli: Any, tmp_path: Path, form:
     (start,) = Path("out/inits").glob("*/")
     tokenizer = AutoTokenizer.from_pretrained(start)
     base = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(start), subfolder="loftq_init").eval()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # otherwise some CPUs compute in bfloat16
+    model = in_float32(PeftModel.from_pretrained(base, str(start), subfolder="loftq_init")).eval()
     correct = []
     for document, sample in zip(DOCUMENTS[:LIMIT], samples, strict=True):
         own = likelihoods(model, tokenizer, document)
