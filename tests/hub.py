@@ -157,9 +157,9 @@ class Answer(BaseHTTPRequestHandler):
             return
         commit = repository.names.get(revision, revision)
         data = repository.commits[commit].get(name)
-        if data is None:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": commit}
+        if data is None:
+            return self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         if not name.endswith(LARGE):
             return self.answer(200, data, headers | {"ETag": f'"{sha1(data)}"'})
         self.hub.large[sha256(data)] = data

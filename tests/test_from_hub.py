@@ -97,3 +97,33 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path, overri
     assert last.startswith("error: ")
     assert not any("Traceback" in line or "error" in line for line in bars)
     assert not metrics_in(tmp_path / "outputs")
+
+
+def test_a_revision_of_the_data_is_not_replaced_by_the_copy_that_was_cached_last(hub: Hub, tmp_path: Path) -> None:
+    old = hub.publish("datasets/me/pairs", pairs("old {}"), "v1")
+
+    def first_row(revision: str | None, **environment: str) -> str:
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        asked = f"kind='instruct', dataset='me/pairs', train_split='train', dataset_revision={revision!r}"
+        code = f"from loftq_exp.tasks import *; print(load_task(task_settings({asked})).rows('train')[0]['completion'])"
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings | environment, text=True,
+                              capture_output=True, timeout=100)  # fmt: skip
+        return (done.stdout or done.stderr).splitlines()[-1]
+
+    assert (first_row("v1"), first_row(None)) == ("old 2", "The answer is 2.")
+    for revision in ("v1", old):
+        said = first_row(revision, HF_HUB_OFFLINE="1")
+        assert f"task.dataset_revision={revision}: the hub cannot be reached, and the copy" in said, said
+    assert first_row(None, HF_HUB_OFFLINE="1") == "The answer is 2."
+    assert first_row("v1") == "old 2"
+
+
+def test_a_data_set_of_several_configs_names_the_setting(hub: Hub, tmp_path: Path) -> None:
+    files = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in "ab"]
+    rows = pairs("{}")["train.jsonl"]
+    card = f"---\nconfigs: {json.dumps(files)}\n---\n".encode()
+    hub.publish("datasets/me/pairs", {"README.md": card, "a.jsonl": rows, "b.jsonl": rows})
+    done = run(hub, tmp_path)
+    assert done.returncode == 1
+    assert "among the available configs: ['a', 'b']" in done.stderr
+    assert "check these settings and task.dataset_config" in done.stderr

@@ -115,7 +115,11 @@ def _names(model: nn.Module, modules: Sequence[str] | None) -> Sequence[str]:
 
 
 def _mask(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the mask of a batch; None without padding. Raise UserError for padding in an encoder-decoder."""
+    """Return the mask of a batch; None without padding. Raise UserError for no batch, or padding in an encoder-decoder."""
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"data: a {type(batch).__name__} is no batch; give a list of mappings, such as {{'input_ids': IDS}}"
+        )
     mask = batch.get("attention_mask")
     padded = mask is not None and not bool(mask.all())
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -21,6 +21,14 @@ from loftq_exp.errors import UserError
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)
 """What Hydra raises for settings that it cannot compose. ValueError is for a choice that is not text, such as model=null."""
 
+AUTO = "model=auto"
+"""The group that the command adds to a model.path without one."""
+
+
+def recorded(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a job as its record and the plan of its sweep have them: without what the command adds."""
+    return [each.lstrip("+") for each in overrides if each != AUTO]
+
 
 def planned(config: DictConfig) -> tuple[tuple[str, ...], ...] | None:
     """Return the overrides of each job as Hydra composes them; None if the sweeper chooses them as it goes, or refuses these."""

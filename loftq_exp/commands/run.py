@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loftq_exp import ranks
 from loftq_exp.commands.launchers import check_launcher, chosen, launched
-from loftq_exp.commands.planned import COMPOSE_ERRORS, run_config
+from loftq_exp.commands.planned import AUTO, COMPOSE_ERRORS, recorded, run_config
 from loftq_exp.commands.sweep import SWEEP_FOLDER, Refused, Request, Sweep, request
 from loftq_exp.commands.terminal import exit_code, log_to, only_rank_0_speaks, quiet_libraries
 from loftq_exp.config import RunConfig, TaskConfig
@@ -49,13 +49,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROUPS = ("model", "quant", "task", "train", "experiment")
-AUTO = "model=auto"
 CLOSED = "standard output was closed by its reader; finished work is kept; run the same command again, with its output in a file"
 OF_THE_RUN = ("model", "quant", "calibration", "initialise", "seed", "save_dtype", "save_format", "save_dir")
 """Groups and settings that `score_run` takes from that run."""
 KNOWN_ELSEWHERE = {
     "train.lr": "did you mean 'train.learning_rate'?",
     "train.packing": "task=instruct has task.packing",
+    "train.seed": "did you mean 'seed'?",
+    "quant.r": "did you mean 'quant.rank'?",
+    "quant.modules": "did you mean 'quant.target_modules'?",
     "logger": "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder, and metrics.json has all numbers",
 }
 """What replaces a setting that other tools have."""
@@ -254,7 +256,7 @@ def _job(composed: DictConfig, single: list[DictConfig]) -> float | None:
         )
     _set_up_output()
     folder = Path(job.sweep.dir)
-    metrics = _outcome(composed, folder, job.job.num, [each.lstrip("+") for each in job.overrides.task if each != AUTO])
+    metrics = _outcome(composed, folder, job.job.num, recorded(job.overrides.task))
     if metrics is None and searches:
         raise UserError(
             f"job {job.job.num}: failed with the error above; correct it, or go on after failed jobs with "

@@ -26,7 +26,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from loftq_exp.commands.planned import check_baseline, check_objective, planned
+from loftq_exp.commands.planned import check_baseline, check_objective, planned, recorded
 from loftq_exp.config import RunConfig, local_path
 from loftq_exp.config.schema import RESULTS, shaping
 from loftq_exp.errors import UserError
@@ -191,7 +191,7 @@ class SweepFolder(Callback):
         asked = request.get()
         sweeps = local_path(config.output_dir).resolve() / "sweeps"
         given = planned(config)
-        jobs = None if given is None else tuple(tuple(override.lstrip("+") for override in job) for job in given)
+        jobs = None if given is None else tuple(tuple(recorded(job)) for job in given)
         direction = None if jobs is not None else str(config.hydra.sweeper.get("direction") or "minimize")
         plan = Sweep(sweeps, asked.arguments, str(Path.cwd()), jobs, time.time(), asked.retries, direction)
         try:

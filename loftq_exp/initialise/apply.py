@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from loftq_exp.artifact.folder import adapter_config
 from loftq_exp.calibration import collect_statistics
@@ -69,12 +70,7 @@ def apply(
         )
     quant = _settings(config, settings)
     _check_settings(quant, calibration)
-    if isinstance(model, PeftModel | PeftMixedModel):
-        raise UserError(f"model: {type(model).__name__} has adapters already; give the model below them")
-    if not isinstance(model, transformers.PreTrainedModel):
-        raise UserError(
-            f"model: a {type(model).__name__} is no transformers model; load one with AutoModel...from_pretrained"
-        )
+    _check_model(model)
     kind = kind_of(model)
     layout = layout_in_memory(model, kind, Selection.of(quant))
     check_shapes(layout, quant)
@@ -99,7 +95,10 @@ def apply(
 
 
 def _settings(config: QuantConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]) -> QuantConfig:
-    given: Mapping[str, Any] = vars(config) if isinstance(config, QuantConfig) else config or {}
+    given = vars(config) if isinstance(config, QuantConfig) else config or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config: a {type(given).__name__} holds no settings; give a QuantConfig or a mapping, such as "
+                        "{'bits': 4, 'rank': 16}")  # fmt: skip
     return build(QuantConfig, {"method": "loftq"} | dict(given) | dict(settings), "quant.")
 
 
@@ -119,6 +118,19 @@ def _check_settings(quant: QuantConfig, calibration: Batches | None) -> None:
     if quant.calibration == "none" and calibration is not None:
         raise UserError("quant.calibration=none: the batches of `calibration` would be ignored; set calibration full or diagonal "
                         "in the settings")  # fmt: skip
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, PeftModel | PeftMixedModel | transformers.PreTrainedModel):
+        raise UserError(
+            f"model: a {type(model).__name__} is no transformers model; load one with AutoModel...from_pretrained"
+        )
+    # PEFT puts its layers into the model that it is given, which therefore has them too.
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            f"model: {type(model).__name__} has adapters already; load the model again, or take them off with unload() of "
+            "the PeftModel"
+        )
 
 
 class _InMemory:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from loftq_exp.errors import UserError
-from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES
+from loftq_exp.source.tensors import SAFETENSORS_FILES, TORCH_FILES, absent_shards
 from loftq_exp.source.wheel import UNWRITABLE
 
 # Listed by name: many repositories hold their weights several times (onnx/, consolidated.safetensors, tf_model.h5).
@@ -61,6 +61,8 @@ def fetch_checkpoint(
         folder = fetch(revision, _SAFETENSORS)
         if not any((folder / name).exists() for name in SAFETENSORS_FILES) and not local_only:
             fetch(folder.name, _TORCH)  # by commit: the branch may have moved since
+        if not local_only and (named := absent_shards(folder)):  # such as model.safetensors-00001-of-00002.safetensors
+            fetch(folder.name, named)
     except (OSError, HFValidationError, HTTPError) as error:
         raise _error(group, path, revision, error) from error
     return folder

@@ -38,6 +38,18 @@ def find_weights(folder: Path) -> Path | None:
     return next((folder / name for name in SAFETENSORS_FILES + TORCH_FILES if (folder / name).is_file()), None)
 
 
+def absent_shards(folder: Path) -> list[str]:
+    """The shards that the index in `folder` names and that are not there; none if it has no readable index."""
+    index = find_weights(folder)
+    if index is None or index.suffix != ".json":
+        return []
+    try:
+        named = {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []  # refused when it is opened
+    return sorted(shard for shard in named if not (folder / shard).is_file())
+
+
 def open_tensors(folder: Path) -> CheckpointTensors:
     """The tensors of the transformers checkpoint in `folder`: one file or shards, safetensors or .bin.
 

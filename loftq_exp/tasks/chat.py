@@ -57,6 +57,12 @@ def shape_of(row: Row) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def said(row: Row) -> Row:
+    """Return the columns of a valid row that its conversation is made of."""
+    columns = SHAPES[str(shape_of(row))]
+    return {name: row[name] for name in (*columns, *(["input"] if "output" in columns else [])) if name in row}
+
+
 def flaw_of(row: Row) -> str | None:
     """Return why `row` is not a conversation, as the continuation of "line 7 ...". None for a valid row."""
     shape = shape_of(row)

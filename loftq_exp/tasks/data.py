@@ -307,7 +307,7 @@ def _hub_dataset(source: DataSource) -> Any:
     import datasets  # imported here: it takes a second and local files do not need it
 
     try:
-        return datasets.load_dataset(
+        found = datasets.load_dataset(
             source.dataset, source.dataset_config, split=source.dataset_split, revision=source.dataset_revision
         )
     except ConnectionError as error:
@@ -316,6 +316,30 @@ def _hub_dataset(source: DataSource) -> Any:
         ) from error
     except Exception as error:
         # Other errors of the library (unknown data set, configuration or split; gated; damaged) concern the data.
+        settings = "these settings" if source.dataset_config else "these settings and task.dataset_config"
         raise UserError(
-            f"{source.label}: the data set cannot be loaded ({error}); check these settings, or {remedy}"
+            f"{source.label}: the data set cannot be loaded ({error}); check {settings}, or {remedy}"
         ) from error
+    _check_revision(source, found)
+    return found
+
+
+def _check_revision(source: DataSource, found: Any) -> None:
+    """Raise UserError if the rows are known to be those of another revision.
+
+    If the hub cannot be reached, `datasets` takes the copy that was cached last, whatever its revision.
+    """
+    from huggingface_hub import constants  # imported here: local files do not need it
+
+    revision = source.dataset_revision
+    if not revision or not found.cache_files:
+        return
+    taken = Path(found.cache_files[0]["filename"]).parent.name  # a copy's folder has the name of its commit
+    folder = f"datasets--{(source.dataset or '').replace('/', '--')}"
+    named = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
+    asked = revision if re.fullmatch("[0-9a-f]{40}", revision) else named.read_text() if named.is_file() else taken
+    if re.fullmatch("[0-9a-f]{40}", taken) and taken != asked.strip():
+        raise UserError(
+            f"{source.label}, task.dataset_revision={revision}: the hub cannot be reached, and the copy in the local cache "
+            f"is of another commit ({taken}); connect to the network, or give {source.file_setting}=FILE"
+        )

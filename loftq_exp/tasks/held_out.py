@@ -15,12 +15,13 @@ USUAL_VALIDATION = 0.1
 """Share of the training rows that is held out for validation where neither a size nor rows of their own are given."""
 
 
-def split_rows(rows: Sequence[Row], share: float, seed: int, split: Split) -> list[Row]:
-    """Return the rows of `split`, in order, if `share` of the distinct rows, at least one, is held out for evaluation.
+def split_rows(rows: Sequence[Row], units: Sequence[Any], share: float, seed: int, split: Split) -> list[Row]:
+    """Return the rows of `split`, in order, if `share` of the distinct units, at least one, is held out for evaluation.
 
-    Equal rows are on the same side, so that nothing that is scored was trained on. Raises UserError if either side is empty.
+    Rows of equal units are on the same side, so that nothing that is scored was trained on. Raises UserError if either side
+    is empty.
     """
-    held_out, distinct = _held_out(rows, share, seed)
+    held_out, distinct = _held_out(units, share, seed)
     if all(held_out):
         raise UserError(
             f"task.eval_share={share:g}: {distinct} distinct rows cannot be split into a training and an evaluation "

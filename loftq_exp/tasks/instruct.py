@@ -22,6 +22,7 @@ from loftq_exp.tasks.chat import (
     plain_prompt,
     render,
     render_prompt,
+    said,
     shape_of,
     text_ids,
 )
@@ -124,8 +125,13 @@ class Instruct(Task):
         share = self.config.held_out
         if not share or split == "validation":
             return super().rows(split)
-        found = split_rows(super().rows(split), share, self.config.data_seed, split)
+        rows = super().rows(split)
+        found = split_rows(rows, self.units(rows), share, self.config.data_seed, split)
         return found[: super().limit(split)]
+
+    def units(self, rows: Sequence[Row]) -> list[Any]:
+        """As `Task.units`: the columns of the row's shape. A column such as an id does not make two rows of one."""
+        return [said(row) for row in rows]
 
     def limit(self, split: Split) -> int | None:
         """As `Task.limit`, but all rows are read if a share of them is held out."""

@@ -18,6 +18,9 @@ from loftq_exp.errors import UserError
     ("model=Qwen/Qwen2.5-0.5B", "for a hub id or folder give model.path=Qwen/Qwen2.5-0.5B"),
     ("train.lr=1e-4", "did you mean 'train.learning_rate'?"),
     ("train.packing=true", "task=instruct has task.packing"),
+    ("train.seed=3", "did you mean 'seed'?"),
+    ("quant.r=16", "did you mean 'quant.rank'?"),
+    ("quant.modules=[q_proj]", "did you mean 'quant.target_modules'?"),
     ("logger=wandb", "did you mean 'train.report_to'? Every run logs to TensorBoard in its folder, and metrics.json has all numbers"),
 ])  # fmt: skip
 def test_a_name_of_another_tool(given: str, advice: str) -> None:

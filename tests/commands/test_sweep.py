@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from loftq_exp.commands import dispatch, sweep
 from loftq_exp.errors import UserError
+from loftq_exp.report.jobs import all_jobs
 from loftq_exp.training import finetune
 
 JOBS = ("-m", "quant.rank=2,4", "quant.iter=1", "train.max_steps=1")
@@ -125,6 +126,16 @@ def test_after_kill_9_only_what_is_missing_is_run(cli: Any, calls: Callable[[], 
         )  # that initialisation is found, and not made again
         assert the_sweep() == folder
         assert table(folder) == table(whole)
+
+
+def test_a_model_by_its_path_alone_has_each_job_once(cli: Any, tiny_llama_dir: Path) -> None:
+    """The command adds model=auto to a model.path without a group, and a plan and its records are of the same overrides."""
+    outcome = cli("-m", f"model.path={tiny_llama_dir}", "device=cpu", "stages=[quantize]", "quant.rank=2,4")
+    assert outcome.code == 0, outcome.err
+    found = sweep.Sweep.read(the_sweep())
+    assert found is not None
+    assert found.states == {"done": 2}
+    assert not [job for job in all_jobs(the_sweep()) if job.missing]
 
 
 def test_a_finished_sweep_is_asked_of_the_runs_again(cli: Any, calls: Callable[[], list[str]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from zoo import FAMILIES, seeded
 
@@ -141,5 +141,19 @@ def test_bad_models() -> None:
     with pytest.raises(loftq_exp.UserError, match=r"up_proj.weight has NaN"):
         loftq_exp.apply(broken, rank=4)
     adapted = loftq_exp.apply(model, rank=4, iter=1)
-    with pytest.raises(loftq_exp.UserError, match="has adapters already"):
-        loftq_exp.apply(adapted, rank=4)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    for given in (adapted, model):  # PEFT puts its layers into the model itself
+        with pytest.raises(loftq_exp.UserError, match="has adapters already"):
+            loftq_exp.apply(given, rank=4)
+    assert before.keys() == adapted.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+
+
+def test_settings_and_batches_of_another_type_are_refused() -> None:
+    model = seeded(FAMILIES["llama-2"].make)
+    for config in ("loftq", LoraConfig()):
+        with pytest.raises(loftq_exp.UserError, match=f"^config: a {type(config).__name__} holds no settings"):
+            loftq_exp.apply(model, config)  # type: ignore[arg-type]
+    for batches in ([IDS], {"input_ids": IDS}):
+        with pytest.raises(loftq_exp.UserError, match=r"^data: a (Tensor|str) is no batch; give a list of mappings"):
+            loftq_exp.apply(model, {"rank": 4, "calibration": "full"}, batches)  # type: ignore[arg-type]

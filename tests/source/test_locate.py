@@ -192,6 +192,17 @@ def test_a_repository_without_safetensors_gives_its_bin(hub: Hub, tmp_path: Path
     assert (source.folder / "pytorch_model.bin").is_file()
 
 
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_of_any_name_are_downloaded_by_their_index(hub: Hub, tmp_path: Path, whole: str) -> None:
+    del hub.files["model.safetensors"]
+    data = hub.files.pop("pytorch_model.bin") if whole.endswith(".bin") else save({"w": torch.ones(2)})
+    shard = f"{whole}-00001-of-00001{Path(whole).suffix}"
+    hub.files |= {shard: data, f"{whole}.index.json": json.dumps({"weight_map": {"w": shard}}).encode()}
+    source = found("me/tiny", tmp_path)
+    assert hub.fetched == {"config.json", "tokenizer.json", shard, f"{whole}.index.json"}
+    assert (source.folder / shard).is_file()
+
+
 def test_code_is_downloaded_only_where_it_is_trusted(hub: Hub, tmp_path: Path) -> None:
     hub.files |= {
         "modeling_tiny.py": b"WORDS = 'tiny.words'\nHUGE = 'tiny.pt'",

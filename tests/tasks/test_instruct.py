@@ -17,6 +17,7 @@ from loftq_exp.errors import UserError
 from loftq_exp.tasks import load_task, task_settings
 from loftq_exp.tasks.arithmetic import generate
 from loftq_exp.tasks.base import Generated, Nll
+from loftq_exp.tasks.chat import conversation
 from loftq_exp.tasks.instruct import Instruct
 from loftq_exp.training.isolation import check_isolation
 
@@ -239,6 +240,21 @@ def test_the_held_out_share_is_disjoint_seeded_and_independent_of_the_order(tmp_
     usual = task(train_file=file, max_train_samples=3, max_eval_samples=2)
     assert [len(usual.rows(split)) for split in ("train", "eval")] == [3, 2]
     assert usual.digest("train") == usual.digest("eval")
+
+
+@pytest.mark.parametrize("row", [PAIR, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+                                 {"instruction": "a", "input": "b", "output": "c"}])  # fmt: skip
+def test_a_column_that_is_ignored_does_not_put_one_conversation_on_both_sides(
+    row: dict[str, Any], tmp_path: Path
+) -> None:
+    other = {"prompt": "other", "completion": "other"}
+    file = written(tmp_path, [{"id": number, **(row if number % 2 else other)} for number in range(40)])
+    sides = [
+        {str(conversation(found)) for found in task(train_file=file, eval_share=0.25).rows(split)}
+        for split in ("train", "eval")
+    ]
+    assert [len(side) for side in sides] == [1, 1]
+    assert not sides[0] & sides[1]
 
 
 def test_a_share_that_leaves_a_side_empty_or_has_a_file_beside_it_is_refused(tmp_path: Path) -> None:
